@@ -1,0 +1,81 @@
+"""Prefix keys of blocks, and the namespaces that scope them.
+
+A block is `block_size` consecutive tokens. Its key is a SHA-256 over (parent key, tokens, extra keys) in canonical CBOR, so
+it names the whole prefix up to the block's end. The bytes equal vLLM's `sha256_cbor` prefix hashes, so that engine events
+and router indexes need no translation. Called by workers, the DB node and the engine integrations; keeps nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import NewType
+
+import cbor2
+
+BlockKey = NewType("BlockKey", bytes)
+"""32 bytes."""
+Namespace = NewType("Namespace", bytes)
+"""16 bytes."""
+ExtraKey = tuple[str | int, ...]
+
+KEY_BYTES = 32
+NAMESPACE_BYTES = 16
+
+
+def _sha256_cbor(value: object) -> BlockKey:
+    return BlockKey(hashlib.sha256(cbor2.dumps(value, canonical=True)).digest())
+
+
+NONE_HASH = _sha256_cbor("vllm-none-hash")
+"""The parent of the first block (vLLM with PYTHONHASHSEED unset and `sha256_cbor`)."""
+
+
+def block_keys(
+    token_ids: Sequence[int],
+    block_size: int,
+    *,
+    first_block_extra: tuple[ExtraKey, ...] | None = None,
+    parent: BlockKey = NONE_HASH,
+) -> list[BlockKey]:
+    """Chained keys of the full blocks of `token_ids`; a trailing partial block has none.
+
+    `first_block_extra` are vLLM's tagged tuples, e.g. `(("cache_salt", "t1"),)`; they enter the first block only.
+    """
+    keys: list[BlockKey] = []
+    extra = first_block_extra
+    for start in range(0, len(token_ids) - block_size + 1, block_size):
+        parent = _sha256_cbor((parent, tuple(token_ids[start : start + block_size]), extra))
+        keys.append(parent)
+        extra = None
+    return keys
+
+
+@dataclass(frozen=True, slots=True)
+class NamespaceScope:
+    """All that must be equal for one worker's KV bytes to be usable by another."""
+
+    model_revision: str
+    tokenizer_digest: str
+    dtype: str
+    layout_digest: str
+    block_size: int
+    tenant_salt: str = ""
+
+    def namespace(self) -> Namespace:
+        canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()
+        return Namespace(hashlib.sha256(canonical).digest()[:NAMESPACE_BYTES])
+
+
+def pack_keys(keys: Sequence[BlockKey]) -> bytes:
+    """Keys back to back, as they travel and as PostgreSQL stores them."""
+    return b"".join(keys)
+
+
+def unpack_keys(packed: bytes) -> list[BlockKey]:
+    """Inverse of `pack_keys`. Raises ValueError if the length is no multiple of 32."""
+    if len(packed) % KEY_BYTES:
+        raise ValueError(f"{len(packed)} bytes are no whole number of {KEY_BYTES}-byte keys")
+    return [BlockKey(packed[i : i + KEY_BYTES]) for i in range(0, len(packed), KEY_BYTES)]
