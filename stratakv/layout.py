@@ -112,7 +112,13 @@ class PageHeader:
     def pack(self) -> bytes:
         """Header bytes up to and including their own checksum (shorter than HEADER_BYTES)."""
         body = _FIXED.pack(
-            HEADER_MAGIC, HEADER_VERSION, 0, len(self.layer_checksums), self.namespace, self.key, self.generation,
+            HEADER_MAGIC,
+            HEADER_VERSION,
+            0,
+            len(self.layer_checksums),
+            self.namespace,
+            self.key,
+            self.generation,
             self.data_bytes,
         ) + struct.pack(f"<{len(self.layer_checksums)}Q", *self.layer_checksums)
         return body + struct.pack("<Q", xxhash.xxh3_64_intdigest(body))

@@ -1,0 +1,79 @@
+"""What every service process does the same way: read flags, set up logs, run one event loop, end on a signal.
+
+The first SIGTERM or SIGINT sets `stop`, a service then drains; a second one ends the process at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+
+import uvloop
+
+from stratakv.config import parse_flags
+from stratakv.errors import SetupError
+from stratakv.log import configure_logging
+from stratakv.settings import Settings
+
+EXIT_SETUP = 2
+"""Exit status after a SetupError."""
+
+Service = Callable[[Settings, asyncio.Event], Awaitable[None]]
+
+
+def run_service(
+    prog: str, description: str, sections: Sequence[str], service: Service, argv: Sequence[str] | None = None
+) -> int:
+    """Run `service(settings, stop)` until it returns; the process's exit status."""
+    try:
+        settings = parse_flags(prog, description, (*sections, "log"), sys.argv[1:] if argv is None else argv)
+        configure_logging(settings.log)
+        uvloop.run(_until_stopped(service, settings))
+    except SetupError as error:
+        print(f"{prog}: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"{prog}: {error.hint}", file=sys.stderr)
+        return EXIT_SETUP
+    return 0
+
+
+async def _until_stopped(service: Service, settings: Settings) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal(number: int) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    await service(settings, stop)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a listener on `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def require_loopback(host: str, setting: str, why: str) -> None:
+    """Raises SetupError unless `host` is a loopback address: `why` says what is missing to listen elsewhere."""
+    if not is_loopback(host):
+        raise SetupError(f"{setting} = {host}: will not listen beyond this machine, {why}")
+
+
+def port_taken(host: str, port: int, setting: str) -> SetupError:
+    """The error for a port in use."""
+    return SetupError(
+        f"{setting}: port {port} on {host} is taken by another process",
+        hint=f"end that process, or choose another port with STRATAKV_{setting.replace('.', '_').upper()}",
+    )

@@ -1,0 +1,172 @@
+"""Every setting of every process: one frozen dataclass per section, gathered in `Settings`.
+
+Read by `stratakv.config.load_settings` from defaults, a TOML file, the environment and flags; nothing else reads them.
+A field's `doc` becomes the help of its flag and its line in the configuration reference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NewType
+
+from stratakv.wire import WorkerRole
+
+Secret = NewType("Secret", str)
+"""Shown as `***` wherever settings are shown."""
+Bytes = NewType("Bytes", int)
+"""A size; may be written as 512MiB or 2GiB."""
+
+MIB = 1024 * 1024
+GIB = 1024 * MIB
+
+
+def setting(default: Any, doc: str) -> Any:
+    """A field with its help text."""
+    return field(default=default, metadata={"doc": doc})
+
+
+@dataclass(frozen=True, slots=True)
+class DatabaseSettings:
+    """[database] where the metadata lives."""
+
+    url: Secret | None = setting(None, "PostgreSQL URL of the metadata; without it `stratakv up` runs an embedded one")
+    connect_timeout_s: float = setting(10.0, "give up connecting after so long")
+    pool_connections_max: int = setting(4, "connections one process keeps")
+
+
+@dataclass(frozen=True, slots=True)
+class PostgresSettings:
+    """[postgres] the embedded PostgreSQL."""
+
+    bin: Path | None = setting(None, "directory with initdb and postgres of another installation (>= 15)")
+    data_dir: Path | None = setting(None, "its data directory; by default below the data directory of `stratakv up`")
+    port: int = setting(0, "its TCP port; 0 takes a free one")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSettings:
+    """[model] where models are kept and which one is served."""
+
+    name: str = setting("smollm2-135m", "model to serve: a pulled name, hf://org/name or a local directory")
+    cache_dir: Path = setting(Path("~/.cache/stratakv"), "where pulled models are kept")
+
+
+@dataclass(frozen=True, slots=True)
+class MetaSettings:
+    """[meta] the meta server, and where others find it."""
+
+    host: str = setting("127.0.0.1", "address to listen on, and where others find it")
+    native_port: int = setting(6383, "port of the native protocol")
+    heartbeat_s: float = setting(1.0, "how often daemons and workers report; three misses and they count as gone")
+    lease_s_max: float = setting(60.0, "longest read lease granted")
+    put_timeout_s_max: float = setting(120.0, "longest time a put may stay unfinished")
+    puts_pending_max: int = setting(10_000, "puts in progress at once")
+    leases_max: int = setting(100_000, "read leases at once")
+    request_timeout_s: float = setting(2.0, "clients give up on one request after so long")
+    reclaim_high: float = setting(0.95, "share of a segment in use at which the coldest pages are reclaimed")
+    reclaim_low: float = setting(0.85, "share of a segment in use at which reclaiming stops")
+
+
+@dataclass(frozen=True, slots=True)
+class DmpSettings:
+    """[dmp] one memory-pool daemon."""
+
+    node: str = setting("dmp-0", "name of this daemon, unique in the pool")
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(6390, "port of the TCP transport")
+    segment_bytes: Bytes = setting(Bytes(512 * MIB), "memory this daemon gives to the pool")
+    connections_max: int = setting(256, "connections at once")
+    idle_timeout_s: float = setting(300.0, "close a connection that is silent for so long")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """[worker] one inference worker."""
+
+    name: str = setting("", "name of this worker, unique; by default made from role and port")
+    role: WorkerRole = setting(WorkerRole.BOTH, "what the router prefers it for: prefill, decode or both")
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(8100, "HTTP port")
+    dtype: str = setting("bf16", "bf16 or fp32")
+    device: str = setting("auto", "auto, cpu or cuda")
+    threads: int = setting(0, "CPU threads of the engine; 0 takes all cores")
+    block_size: int = setting(16, "tokens in a block")
+    l1_tokens: int = setting(32_768, "tokens the paged cache in device memory holds")
+    node: str = setting("", "name of the local memory-pool daemon; without one the worker has no L2")
+    max_running: int = setting(64, "sequences decoded at once")
+    max_waiting: int = setting(1024, "requests queued before more are refused")
+    max_batched_tokens: int = setting(4096, "tokens computed in one step at most")
+    pool_enabled: bool = setting(True, "use the memory pool (L2 and L3)")
+    load_timeout_s: float = setting(5.0, "recompute what the pool has not delivered after so long")
+
+
+@dataclass(frozen=True, slots=True)
+class SqlSettings:
+    """[sql] the DB node's PostgreSQL face."""
+
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(6432, "port that PostgreSQL clients connect to")
+    backend_url: Secret | None = setting(None, "PostgreSQL whose bytes are relayed; by default the one of the metadata")
+    listener_dir: Path | None = setting(None, "directory of the private Unix socket that infer() calls back to")
+    clients_max: int = setting(500, "client connections at once")
+    startup_timeout_s: float = setting(30.0, "a client must finish logging in within so long")
+    prompt_bytes_max: Bytes = setting(Bytes(4 * MIB), "longest prompt infer() takes")
+    calls_waiting_max: int = setting(4096, "infer() calls in progress at once")
+
+
+@dataclass(frozen=True, slots=True)
+class RestSettings:
+    """[rest] the DB node's OpenAI-compatible face."""
+
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(8000, "port that OpenAI clients connect to")
+    api_key: Secret | None = setting(None, "key that clients must send; needed to listen beyond this machine")
+    body_bytes_max: Bytes = setting(Bytes(16 * MIB), "longest request body")
+    requests_max: int = setting(2048, "requests in progress at once")
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSettings:
+    """[router] how the DB node chooses workers."""
+
+    workers: tuple[str, ...] = setting((), "worker URLs known from the start, besides those that register")
+    split_tokens_min: int = setting(512, "uncached prompt tokens from which prefill and decode are split")
+    refresh_s: float = setting(1.0, "how often worker states are read")
+    index_blocks_max: int = setting(200_000, "blocks remembered per worker")
+    request_timeout_s: float = setting(600.0, "deadline of a request that names none")
+
+
+@dataclass(frozen=True, slots=True)
+class LogSettings:
+    """[log] what is logged, and how."""
+
+    level: str = setting("info", "debug, info, warning or error")
+    format: str = setting("console", "console or json")
+
+
+@dataclass(frozen=True, slots=True)
+class UpSettings:
+    """[up] `stratakv up`: everything on one machine."""
+
+    data_dir: Path = setting(Path("~/.local/share/stratakv"), "what must outlive a restart: the embedded PostgreSQL")
+    daemons: int = setting(2, "memory-pool daemons")
+    prefill_workers: int = setting(1, "workers for prefill")
+    decode_workers: int = setting(1, "workers for decode")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All sections."""
+
+    database: DatabaseSettings = DatabaseSettings()
+    postgres: PostgresSettings = PostgresSettings()
+    model: ModelSettings = ModelSettings()
+    meta: MetaSettings = MetaSettings()
+    dmp: DmpSettings = DmpSettings()
+    worker: WorkerSettings = WorkerSettings()
+    sql: SqlSettings = SqlSettings()
+    rest: RestSettings = RestSettings()
+    router: RouterSettings = RouterSettings()
+    log: LogSettings = LogSettings()
+    up: UpSettings = UpSettings()

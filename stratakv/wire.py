@@ -1,0 +1,328 @@
+"""Messages between meta server, daemons, workers and DB nodes: msgspec structs, msgpack-encoded, over ZeroMQ ROUTER/DEALER.
+
+A request travels as frames `[request id (8 bytes), payload]`, its reply bears the same id. A reply is the request's reply type
+or `Failure`. Keys of consecutive blocks travel packed, 32 bytes each (`stratakv.keys.pack_keys`). Everything that changes
+state may be sent again: puts are known by `put_id`, daemons and workers by (name, epoch). Time never travels as a clock
+reading, only as a length.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TypeVar
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+MESSAGE_BYTES_MAX = 16 * 1024 * 1024
+"""Larger frames are refused by both sides."""
+EPOCH_BYTES = 16
+PUT_ID_BYTES = 16
+
+
+class WorkerRole(enum.StrEnum):
+    """What the router prefers a worker for; every worker can do the whole job."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    BOTH = "both"
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """Base of all messages; the class name is the tag."""
+
+
+class Failure(Message, frozen=True):
+    """The request was refused or failed; `code` is that of a stratakv.errors class or of meta_server.errors."""
+
+    code: str
+    message: str
+    retryable: bool
+
+
+class Done(Message, frozen=True):
+    """The request was carried out and has nothing else to say."""
+
+
+class Hello(Message, frozen=True):
+    """First message of a client; also a ping."""
+
+    protocol: int
+    role: str
+    name: str
+
+
+class Welcome(Message, frozen=True):
+    protocol: int
+    server_version: str
+    epoch: bytes
+    """New at each start of the meta server."""
+
+
+class Segment(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A daemon's memory as others reach it."""
+
+    node: str
+    epoch: bytes
+    """New at each start of the daemon; places of an older epoch are void."""
+    host: str
+    port: int
+    """The daemon's TCP transport."""
+    socket_name: str
+    """Abstract Unix socket (without the leading NUL) that hands the segment's memory to processes of the same host."""
+    size_bytes: int
+
+
+class RegisterNode(Message, frozen=True):
+    """A daemon announces its segment; the epochs before it are void from here on."""
+
+    segment: Segment
+
+
+class Registered(Message, frozen=True):
+    heartbeat_s: float
+    """Send a heartbeat this often; after three missed ones the sender counts as gone."""
+
+
+class Extent(msgspec.Struct, frozen=True):
+    """One allocated page in a daemon's segment."""
+
+    offset: int
+    generation: int
+    """The daemon's count of allocations at the time; a page that was reused has another one."""
+
+
+class HeartbeatNode(Message, frozen=True):
+    node: str
+    epoch: bytes
+    used_bytes: int
+    free_bytes: int
+    undecided_puts: list[bytes] = []
+    """Puts whose writer's time ran out: does the meta server know them as finished?"""
+    freed: list[Extent] = []
+    """Extents of earlier `NodeOrders.free` that are free now."""
+
+
+class NodeOrders(Message, frozen=True):
+    """Reply to a daemon's heartbeat."""
+
+    known: bool
+    """False: the meta server does not know this epoch; register again."""
+    free: list[Extent] = []
+    """No longer in any index; to be freed (sent until reported in `freed`)."""
+    committed_puts: list[bytes] = []
+    void_puts: list[bytes] = []
+    """Those of `undecided_puts` that were finished, and those that never will be."""
+
+
+class WorkerInfo(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A worker as the router sees it."""
+
+    worker: str
+    epoch: bytes
+    url: str
+    role: WorkerRole
+    model: str
+    """Name that clients use."""
+    namespace: bytes
+    block_size: int
+    max_model_len: int
+    node: str | None = None
+    """Its local daemon."""
+
+
+class WorkerLoad(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a worker says of its state in each heartbeat and under GET /load."""
+
+    running: int = 0
+    waiting: int = 0
+    waiting_tokens: int = 0
+    """Prompt tokens not yet computed of all waiting and running requests."""
+    l1_blocks_total: int = 0
+    l1_blocks_free: int = 0
+    prefill_tokens_per_s: float = 0.0
+    decode_step_s: float = 0.0
+    load_bytes_per_s: dict[str, float] = {}
+    """By tier; 0 or absent while not measured."""
+    draining: bool = False
+
+
+class RegisterWorker(Message, frozen=True):
+    info: WorkerInfo
+
+
+class HeartbeatWorker(Message, frozen=True):
+    worker: str
+    epoch: bytes
+    load: WorkerLoad
+
+
+class WorkerOrders(Message, frozen=True):
+    """Reply to a worker's heartbeat."""
+
+    known: bool
+
+
+class ListWorkers(Message, frozen=True):
+    """Workers whose heartbeats arrive."""
+
+
+class WorkerState(msgspec.Struct, frozen=True):
+    info: WorkerInfo
+    load: WorkerLoad
+
+
+class Workers(Message, frozen=True):
+    workers: list[WorkerState]
+
+
+class ListNodes(Message, frozen=True):
+    """Segments whose daemons' heartbeats arrive."""
+
+
+class NodeState(msgspec.Struct, frozen=True):
+    segment: Segment
+    used_bytes: int
+    free_bytes: int
+
+
+class Nodes(Message, frozen=True):
+    nodes: list[NodeState]
+
+
+class Place(msgspec.Struct, frozen=True, array_like=True):
+    """Where one page lies."""
+
+    node: str
+    offset: int
+    generation: int
+
+
+class MatchPrefix(Message, frozen=True):
+    """How many leading blocks of `keys` are in the pool, and where."""
+
+    namespace: bytes
+    keys: bytes
+    lease_s: float = 0.0
+    """Pin what is found for so long; 0 asks only for the count (routers do) and returns no places."""
+
+
+class Match(Message, frozen=True):
+    num_blocks: int
+    places: list[Place] = []
+    segments: list[Segment] = []
+    """The segments that `places` name."""
+    lease_id: int = 0
+
+
+class ReleaseLease(Message, frozen=True):
+    lease_id: int
+
+
+class PutStart(Message, frozen=True):
+    """Ask for room for pages; nothing can be found until `PutEnd`."""
+
+    put_id: bytes
+    namespace: bytes
+    keys: bytes
+    page_bytes: int
+    block_size: int
+    prefer_node: str | None = None
+    worker: str = ""
+    timeout_s: float = 30.0
+
+
+class PutGrant(Message, frozen=True):
+    """Room for the missing pages, all on one segment; empty `wanted` means that all are there already."""
+
+    wanted: list[int]
+    """Indexes into the request's keys, ascending."""
+    segment: Segment | None = None
+
+
+class PutEnd(Message, frozen=True):
+    """All bytes and headers of the wanted pages are written."""
+
+    put_id: bytes
+    epoch: bytes
+    """Of the segment that was granted."""
+    extents: list[Extent]
+    """One for each wanted page, in order."""
+
+
+class PutRevoke(Message, frozen=True):
+    """The writer gives up; its extents may be freed."""
+
+    put_id: bytes
+
+
+class ReportCorrupt(Message, frozen=True):
+    """A reader found a page that is not what the index says; it is taken out of the index and its extent never reused blindly."""
+
+    namespace: bytes
+    key: bytes
+    place: Place
+
+
+class Flush(Message, frozen=True):
+    """Drop all pages that nobody holds a lease on, of one namespace or of all."""
+
+    namespace: bytes = b""
+
+
+class Flushed(Message, frozen=True):
+    num_blocks: int
+
+
+class GetStats(Message, frozen=True):
+    pass
+
+
+class Stats(Message, frozen=True):
+    blocks: int
+    bytes_committed: int
+    puts_pending: int
+    leases: int
+    nodes: int
+    workers: int
+    lookups: int
+    lookup_hits: int
+    evictions: int
+
+
+Request = (
+    Hello
+    | RegisterNode
+    | HeartbeatNode
+    | RegisterWorker
+    | HeartbeatWorker
+    | ListWorkers
+    | ListNodes
+    | MatchPrefix
+    | ReleaseLease
+    | PutStart
+    | PutEnd
+    | PutRevoke
+    | ReportCorrupt
+    | Flush
+    | GetStats
+)
+Reply = (
+    Failure
+    | Done
+    | Welcome
+    | Registered
+    | NodeOrders
+    | WorkerOrders
+    | Workers
+    | Nodes
+    | Match
+    | PutGrant
+    | Flushed
+    | Stats
+)
+ReplyT = TypeVar("ReplyT", bound=Message)
+
+encode = msgspec.msgpack.Encoder().encode
+decode_request = msgspec.msgpack.Decoder(Request).decode
+decode_reply = msgspec.msgpack.Decoder(Reply).decode
