@@ -1,0 +1,123 @@
+"""The bodies of the worker's HTTP face: OpenAI's completions form with token ids and `kv_transfer_params`.
+
+The form is the one a vLLM server speaks, so that either can stand behind the router. Parsing is strict: a field this worker
+does not know is refused by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from stratakv.errors import InvalidRequest
+from workers.engine.connector import Tier
+from workers.engine.engine import RequestUsage
+from workers.engine.sequence import SamplingParams
+
+STOP_STRINGS_MAX = 16
+STOP_STRING_CHARS_MAX = 1024
+
+
+class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    include_usage: bool = False
+
+
+class KVTransferParams(msgspec.Struct, frozen=True):
+    """How prefill and decode on two workers hand a request over."""
+
+    do_remote_decode: bool = False
+    """Asked of a prefill worker: answer once the prompt's blocks can be found in the pool."""
+    do_remote_prefill: bool = False
+    """Told to a decode worker: another one has computed the prompt."""
+    output_token_ids: list[int] = []
+    """Generated elsewhere already: counted against max_tokens, not sent again."""
+    remote_engine_id: str = ""
+    remote_epoch: str = ""
+    num_tokens: int = 0
+
+
+class CompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """POST /v1/completions."""
+
+    prompt: list[int] | str
+    model: str = ""
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: list[str] | str | None = None
+    ignore_eos: bool = False
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool = False
+    kv_transfer_params: KVTransferParams | None = None
+    request_id: str = ""
+    timeout_s: float | None = None
+    """Deadline of the request, counted from its arrival."""
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def transfer(self) -> KVTransferParams:
+        return self.kv_transfer_params or KVTransferParams()
+
+    def sampling(self) -> SamplingParams:
+        return SamplingParams(
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=max(0, self.top_k),
+            min_p=self.min_p,
+            seed=self.seed,
+            ignore_eos=self.ignore_eos,
+        )
+
+
+_decode = msgspec.json.Decoder(CompletionRequest).decode
+
+
+def parse_completion(body: bytes) -> CompletionRequest:
+    """Raises InvalidRequest that names the field."""
+    try:
+        request = _decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"the request body is not valid: {error}") from None
+    stops = request.stop_strings
+    if len(stops) > STOP_STRINGS_MAX or any(not 0 < len(s) <= STOP_STRING_CHARS_MAX for s in stops):
+        raise InvalidRequest(
+            f"stop: at most {STOP_STRINGS_MAX} strings of 1 to {STOP_STRING_CHARS_MAX} characters", param="stop"
+        )
+    if request.max_tokens < 1:
+        raise InvalidRequest(f"max_tokens: expected at least 1, got {request.max_tokens}", param="max_tokens")
+    for name, value, low, high in (
+        ("temperature", request.temperature, 0.0, 100.0),
+        ("top_p", request.top_p, 0.0, 1.0),
+        ("min_p", request.min_p, 0.0, 1.0),
+    ):
+        if not low <= value <= high:
+            raise InvalidRequest(f"{name}: expected {low} to {high}, got {value}", param=name)
+    return request
+
+
+def usage_body(usage: RequestUsage) -> dict[str, Any]:
+    """OpenAI's usage object, with the prompt's tokens by source beside it."""
+    by_tier = {tier.value: usage.tokens_by_tier.get(tier, 0) for tier in Tier}
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.generated_tokens,
+        "total_tokens": usage.prompt_tokens + usage.generated_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.prompt_tokens - by_tier[Tier.COMPUTED.value]},
+        "stratakv": {
+            **by_tier,
+            "queue_ms": round(usage.queue_time_s * 1e3, 3),
+            "prefill_ms": round(usage.prefill_time_s * 1e3, 3),
+            "decode_ms": round(usage.decode_time_s * 1e3, 3),
+        },
+    }

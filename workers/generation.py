@@ -1,0 +1,95 @@
+"""One request in the engine, seen from the event loop: events in order, ended by exactly one `Finished` or an error."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+
+from stratakv.errors import Cancelled, DeadlineExceeded, StrataError
+from stratakv.keys import BlockKey
+from stratakv.text import Detokenizer
+from workers.engine.engine import FinishedEvent, FinishReason, RequestUsage, TokenEvent
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New tokens, and the text that may be shown by now."""
+
+    text: str
+    token_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The end: OpenAI's finish reason (`stop`, `length`) and what the request took."""
+
+    reason: str
+    usage: RequestUsage
+
+
+class Generation:
+    """Carries engine events into the event loop and turns tokens into text.
+
+    Queued events are bounded by max_tokens, which the engine holds. `cancel` may be called at any time and more than once.
+    """
+
+    def __init__(
+        self,
+        prompt_keys: Sequence[BlockKey],
+        detokenizer: Detokenizer,
+        cancel: Callable[[], None],
+        on_first_token: Callable[[], None],
+    ) -> None:
+        self.prompt_keys = prompt_keys
+        self._detokenizer = detokenizer
+        self._cancel = cancel
+        self._on_first_token: Callable[[], None] | None = on_first_token
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[TokenEvent | FinishedEvent] = asyncio.Queue()
+        self._ended = False
+
+    def on_event(self, event: TokenEvent | FinishedEvent) -> None:
+        """Called from the engine's thread."""
+        self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
+
+    def cancel(self) -> None:
+        """Stop the request unless it has ended."""
+        if not self._ended:
+            self._ended = True
+            self._cancel()
+
+    async def events(self) -> AsyncIterator[Delta | Finished]:
+        """Deltas, then one Finished. Raises the engine's error instead, Cancelled or DeadlineExceeded."""
+        stopped = False
+        while True:
+            event = await self._queue.get()
+            if isinstance(event, TokenEvent):
+                if stopped:
+                    continue
+                if self._on_first_token is not None:
+                    self._on_first_token()
+                    self._on_first_token = None
+                text = self._detokenizer.push([event.token_id])
+                stopped = self._detokenizer.stopped
+                if stopped:
+                    self._cancel()
+                yield Delta(text, [event.token_id])
+                continue
+            self._ended = True
+            if not stopped:
+                _raise_failure(event)
+                rest = self._detokenizer.finish()
+                if rest:
+                    yield Delta(rest, [])
+            yield Finished("stop" if stopped else event.reason.value, event.usage)
+            return
+
+
+def _raise_failure(event: FinishedEvent) -> None:
+    if event.reason is FinishReason.ERROR:
+        raise event.error or StrataError("the engine failed without saying why")
+    if event.reason is FinishReason.CANCELLED:
+        raise Cancelled("the request was cancelled")
+    if event.reason is FinishReason.DEADLINE:
+        raise DeadlineExceeded("the request's deadline passed")

@@ -1,0 +1,220 @@
+"""The worker's HTTP face: completions, state, health, metrics.
+
+Called by DB nodes; anything that speaks OpenAI's completions form may call it too. One request is one `Generation`: the
+engine's events come from its thread and are carried into the event loop; a client that goes away cancels its request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from stratakv.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, StrataError
+from stratakv.log import EventLogger
+from workers.api import CompletionRequest, parse_completion, usage_body
+from workers.generation import Delta, Finished, Generation
+from workers.runtime import Runtime
+
+log = EventLogger("workers.http")
+
+BODY_BYTES_MAX = 16 * 1024 * 1024
+RETRY_AFTER_S = 1
+HANDOVER_WAIT_S = 10.0
+"""How long a prefill worker holds its answer back until the prompt's blocks can be found."""
+
+_json = msgspec.json.Encoder().encode
+
+
+def create_app(runtime: Runtime) -> Starlette:
+    """The routes over one runtime."""
+    face = _Face(runtime)
+    return Starlette(
+        routes=[
+            Route("/v1/completions", face.completions, methods=["POST"]),
+            Route("/v1/models", face.models),
+            Route("/info", face.info),
+            Route("/load", face.load),
+            Route("/health", face.health),
+            Route("/ready", face.ready),
+            Route("/metrics", face.metrics),
+            Route("/cache/drop", face.drop_cache, methods=["POST"]),
+        ],
+        exception_handlers={StrataError: _error_response},
+    )
+
+
+async def _error_response(request: Request, error: Exception) -> Response:
+    assert isinstance(error, StrataError)
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if error.http_status in (429, 503) else None
+    return JSONResponse({"error": error.openai_body()}, error.http_status, headers=headers)
+
+
+class _Face:
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+
+    async def completions(self, request: Request) -> Response:
+        arrived = time.monotonic()
+        body = parse_completion(await _read_body(request))
+        if body.model and body.model != self._runtime.info.model:
+            raise ModelNotFound(f"this worker serves {self._runtime.info.model}, not {body.model}", param="model")
+        request_id = body.request_id or request.headers.get("x-request-id") or uuid.uuid4().hex
+        generation = await self._runtime.start(body, request_id, arrived)
+        if body.stream:
+            return StreamingResponse(_Stream(body, request_id, generation, self._runtime).chunks(), media_type="text/event-stream")
+        return await self._whole(request, body, request_id, generation)
+
+    async def _whole(
+        self, request: Request, body: CompletionRequest, request_id: str, generation: Generation
+    ) -> Response:
+        text: list[str] = []
+        token_ids: list[int] = []
+        finished: Finished | None = None
+        watcher = asyncio.create_task(_cancel_on_disconnect(request, generation), name=f"disconnect-{request_id}")
+        try:
+            async for event in generation.events():
+                if isinstance(event, Delta):
+                    text.append(event.text)
+                    token_ids.extend(event.token_ids)
+                else:
+                    finished = event
+        finally:
+            watcher.cancel()
+            generation.cancel()
+        assert finished is not None
+        choice = {
+            "index": 0,
+            "text": "".join(text),
+            "token_ids": token_ids,
+            "finish_reason": finished.reason,
+        }
+        handover = None
+        if body.transfer.do_remote_decode:
+            handover = await self._handover(generation)
+        return JSONResponse(
+            {
+                "id": request_id,
+                "object": "text_completion",
+                "created": int(time.time()),
+                "model": self._runtime.info.model,
+                "choices": [choice],
+                "usage": usage_body(finished.usage),
+                "kv_transfer_params": handover,
+            }
+        )
+
+    async def _handover(self, generation: Generation) -> dict[str, Any]:
+        info = self._runtime.info
+        findable = await self._runtime.wait_saved(generation.prompt_keys, HANDOVER_WAIT_S)
+        return {
+            "do_remote_prefill": findable,
+            "remote_engine_id": info.worker,
+            "remote_epoch": info.epoch.hex(),
+            "num_tokens": len(generation.prompt_keys) * info.block_size,
+        }
+
+    async def models(self, request: Request) -> Response:
+        info = self._runtime.info
+        card = {"id": info.model, "object": "model", "owned_by": "stratakv", "max_model_len": info.max_model_len}
+        return JSONResponse({"object": "list", "data": [card]})
+
+    async def info(self, request: Request) -> Response:
+        info = self._runtime.info
+        facts = msgspec.to_builtins(info) | {"epoch": info.epoch.hex(), "namespace": info.namespace.hex()}
+        return JSONResponse(facts | {"dtype": self._runtime.dtype})
+
+    async def load(self, request: Request) -> Response:
+        return Response(_json(self._runtime.load()), media_type="application/json")
+
+    async def health(self, request: Request) -> Response:
+        healthy = self._runtime.healthy
+        return JSONResponse({"status": "alive" if healthy else "engine stopped"}, 200 if healthy else 503)
+
+    async def ready(self, request: Request) -> Response:
+        reasons = self._runtime.not_ready_reasons()
+        return JSONResponse({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(generate_latest(self._runtime.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def drop_cache(self, request: Request) -> Response:
+        try:
+            tiers = msgspec.json.decode(await _read_body(request) or b'{"tiers":["l1","l2"]}', type=dict[str, list[str]])
+        except msgspec.DecodeError as error:
+            raise InvalidRequest(f'expected {{"tiers": ["l1", "l2"]}}: {error}') from None
+        unknown = set(tiers.get("tiers", [])) - {"l1", "l2"}
+        if unknown or set(tiers) != {"tiers"}:
+            raise InvalidRequest(f'tiers: expected {{"tiers": ["l1", "l2"]}}, got {sorted(unknown or tiers)}', param="tiers")
+        return JSONResponse(await self._runtime.drop_cache(frozenset(tiers["tiers"])))
+
+
+class _Stream:
+    """One streamed answer as server-sent events."""
+
+    def __init__(self, body: CompletionRequest, request_id: str, generation: Generation, runtime: Runtime) -> None:
+        self._body = body
+        self._generation = generation
+        self._head = {
+            "id": request_id,
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": runtime.info.model,
+        }
+
+    def _chunk(self, **fields: Any) -> bytes:
+        return b"data: " + _json(self._head | fields) + b"\n\n"
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        try:
+            async for event in self._generation.events():
+                if isinstance(event, Delta):
+                    choice = {"index": 0, "text": event.text, "token_ids": event.token_ids, "finish_reason": None}
+                    yield self._chunk(choices=[choice])
+                    continue
+                choice = {"index": 0, "text": "", "token_ids": [], "finish_reason": event.reason}
+                yield self._chunk(choices=[choice])
+                if self._body.stream_options and self._body.stream_options.include_usage:
+                    yield self._chunk(choices=[], usage=usage_body(event.usage))
+                yield b"data: [DONE]\n\n"
+        except StrataError as error:
+            yield b"data: " + _json({"error": error.openai_body()}) + b"\n\n"
+        finally:
+            self._generation.cancel()
+
+
+async def _read_body(request: Request) -> bytes:
+    """Raises InvalidRequest (413) as soon as the body is longer than BODY_BYTES_MAX."""
+    parts: list[bytes] = []
+    size_bytes = 0
+    try:
+        async for part in request.stream():
+            size_bytes += len(part)
+            if size_bytes > BODY_BYTES_MAX:
+                raise BodyTooLarge(f"the request body is longer than {BODY_BYTES_MAX} bytes")
+            parts.append(part)
+    except ClientDisconnect:
+        raise DeadlineExceeded("the client went away before its request was whole") from None
+    return b"".join(parts)
+
+
+class BodyTooLarge(InvalidRequest):
+    """The request body is over the limit."""
+
+    code = "body_too_large"
+    http_status = 413
+
+
+async def _cancel_on_disconnect(request: Request, generation: Generation) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    generation.cancel()

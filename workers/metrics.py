@@ -1,0 +1,60 @@
+"""Prometheus metrics of a worker: vLLM's stems under `stratakv_`, one bounded label `model_name`."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from stratakv.wire import WorkerLoad
+from workers.engine.engine import RequestUsage
+
+_TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
+_TIME_BUCKETS = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0)
+
+
+class WorkerMetrics:
+    """All metrics of one worker, in a registry of their own."""
+
+    def __init__(self, model: str) -> None:
+        self.registry = CollectorRegistry()
+        self._model = model
+        label = ["model_name"]
+
+        def histogram(name: str, doc: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"stratakv_{name}", doc, label, registry=self.registry, buckets=buckets)
+
+        def counter(name: str, doc: str, labels: list[str] = label) -> Counter:
+            return Counter(f"stratakv_{name}", doc, labels, registry=self.registry)
+
+        self._ttft = histogram("time_to_first_token_seconds", "Arrival at the worker to first token", _TTFT_BUCKETS)
+        self._queue = histogram("request_queue_time_seconds", "Waiting for the engine", _TTFT_BUCKETS)
+        self._prefill = histogram("request_prefill_time_seconds", "Prefill of a request", _TIME_BUCKETS)
+        self._decode = histogram("request_decode_time_seconds", "Decode of a request", _TIME_BUCKETS)
+        self._generated = counter("generation_tokens", "Tokens generated")
+        self._by_source = counter("prompt_tokens_by_source", "Prompt tokens by where their KV came from", [*label, "source"])
+        self._ended = counter("request_success", "Requests ended, by reason", [*label, "finished_reason"])
+        self._running = Gauge("stratakv_num_requests_running", "Requests in the batch", label, registry=self.registry)
+        self._waiting = Gauge("stratakv_num_requests_waiting", "Requests queued", label, registry=self.registry)
+        self._kv_usage = Gauge("stratakv_kv_cache_usage_perc", "Share of L1 in use, 0 to 1", label, registry=self.registry)
+        self._pool_errors = counter("pool_errors", "Loads and saves that failed, by kind", [*label, "kind"])
+
+    def time_to_first_token(self, seconds: float) -> None:
+        self._ttft.labels(self._model).observe(seconds)
+
+    def request_ended(self, reason: str, usage: RequestUsage) -> None:
+        self._queue.labels(self._model).observe(usage.queue_time_s)
+        self._prefill.labels(self._model).observe(usage.prefill_time_s)
+        self._decode.labels(self._model).observe(usage.decode_time_s)
+        self._generated.labels(self._model).inc(usage.generated_tokens)
+        self._ended.labels(self._model, reason).inc()
+        for tier, num_tokens in usage.tokens_by_tier.items():
+            self._by_source.labels(self._model, tier.value).inc(num_tokens)
+
+    def pool_error(self, kind: str) -> None:
+        self._pool_errors.labels(self._model, kind).inc()
+
+    def observe_load(self, load: WorkerLoad) -> None:
+        """Refresh the gauges."""
+        self._running.labels(self._model).set(load.running)
+        self._waiting.labels(self._model).set(load.waiting)
+        if load.l1_blocks_total:
+            self._kv_usage.labels(self._model).set(1 - load.l1_blocks_free / load.l1_blocks_total)

@@ -1,0 +1,167 @@
+"""One worker: the engine, the tiers below it, and what others may know of both.
+
+Owned by `workers.service`; the HTTP face calls it. Requests pass here from text or token ids to keys, ask the tiers for the
+prefix, and enter the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+from stratakv.errors import ContextTooLong, Overloaded, Unavailable
+from stratakv.keys import BlockKey, block_keys
+from stratakv.log import EventLogger
+from stratakv.text import Detokenizer
+from stratakv.wire import WorkerInfo, WorkerLoad
+from workers.api import CompletionRequest
+from workers.engine.engine import Engine, EngineRequest
+from workers.generation import Generation
+from workers.metrics import WorkerMetrics
+from workers.rates import Rates
+from workers.tiers.tiers import Tiers
+
+log = EventLogger("workers.runtime")
+
+
+class Tokenizer(Protocol):
+    """The part of a Hugging Face tokenizer that a worker uses."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+
+class Runtime:
+    """A worker's state and the one way to start a request."""
+
+    def __init__(
+        self, info: WorkerInfo, dtype: str, engine: Engine, tiers: Tiers | None, tokenizer: Any, rates: Rates,
+        metrics: WorkerMetrics,
+    ) -> None:
+        self.info = info
+        self.dtype = dtype
+        self.metrics = metrics
+        self.draining = False
+        self.warm = False
+        self._engine = engine
+        self._tiers = tiers
+        self._tokenizer = tokenizer
+        self._rates = rates
+        self._in_flight = 0
+        self._tokenize = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+
+    @property
+    def healthy(self) -> bool:
+        return self._engine.healthy
+
+    @property
+    def in_flight(self) -> int:
+        """Requests accepted and not ended."""
+        return self._in_flight
+
+    def not_ready_reasons(self) -> list[str]:
+        """Why no request should be sent here; empty when ready."""
+        reasons = []
+        if not self.warm:
+            reasons.append("warming up")
+        if self.draining:
+            reasons.append("draining")
+        if not self.healthy:
+            reasons.append("engine stopped")
+        return reasons
+
+    async def start(self, body: CompletionRequest, request_id: str, arrived: float) -> Generation:
+        """Admit a request. Raises ContextTooLong, Overloaded or Unavailable before any work is done."""
+        if self.draining or not self.healthy:
+            raise Unavailable("this worker is going away" if self.draining else "this worker's engine has stopped")
+        prompt = await self._token_ids(body.prompt)
+        resumed = body.transfer.output_token_ids
+        if len(prompt) + body.max_tokens > self.info.max_model_len:
+            raise ContextTooLong(
+                f"{len(prompt)} prompt tokens and {body.max_tokens} to generate are more than the model's context of"
+                f" {self.info.max_model_len} tokens",
+                param="max_tokens",
+            )
+        if len(resumed) >= body.max_tokens:
+            raise ContextTooLong(f"all {body.max_tokens} tokens were generated elsewhere already", param="max_tokens")
+        keys = block_keys(prompt + resumed, self.info.block_size)
+        external = None
+        if self._tiers is not None:
+            external = await self._tiers.lookup(keys, self._engine.num_cached_blocks(keys))
+        detokenizer = Detokenizer(self._tokenizer, body.stop_strings)
+        detokenizer.push(resumed)
+        generation = Generation(
+            keys[: len(prompt) // self.info.block_size],
+            detokenizer,
+            cancel=lambda: self._engine.cancel(request_id),
+            on_first_token=lambda: self.metrics.time_to_first_token(time.monotonic() - arrived),
+        )
+        request = EngineRequest(
+            request_id=request_id,
+            token_ids=prompt,
+            resume_token_ids=resumed,
+            sampling=body.sampling(),
+            keys=keys,
+            external=external,
+            deadline=None if body.timeout_s is None else arrived + body.timeout_s,
+        )
+        try:
+            self._engine.submit(request, self._counted(generation))
+        except Overloaded:
+            if external is not None:
+                external.release()
+            raise
+        self._in_flight += 1
+        return generation
+
+    def _counted(self, generation: Generation) -> Any:
+        loop = asyncio.get_running_loop()
+
+        def on_event(event: Any) -> None:
+            generation.on_event(event)
+            if hasattr(event, "usage"):
+                loop.call_soon_threadsafe(self._ended, event)
+
+        return on_event
+
+    def _ended(self, event: Any) -> None:
+        self._in_flight -= 1
+        self._rates.observe_prefill(event.usage)
+        self.metrics.request_ended(event.reason.value, event.usage)
+
+    async def _token_ids(self, prompt: list[int] | str) -> list[int]:
+        if isinstance(prompt, list):
+            return prompt
+        loop = asyncio.get_running_loop()
+        encode = self._tokenizer.encode
+        return await loop.run_in_executor(self._tokenize, lambda: list(encode(prompt, add_special_tokens=False)))
+
+    async def wait_saved(self, keys: Sequence[BlockKey], timeout_s: float) -> bool:
+        """Whether these blocks can be found in the pool, waiting for writes that are under way."""
+        return self._tiers is not None and await self._tiers.wait_saved(keys, timeout_s)
+
+    async def drop_cache(self, tiers: frozenset[str]) -> dict[str, int]:
+        """Forget what L1 or L2 hold and nobody is using; the numbers of blocks dropped."""
+        dropped = {"l1_blocks": 0, "l2_blocks": 0}
+        if "l1" in tiers:
+            dropped["l1_blocks"] = await asyncio.to_thread(self._engine.drop_l1)
+        if "l2" in tiers and self._tiers is not None:
+            dropped["l2_blocks"] = self._tiers.drop_l2()
+        return dropped
+
+    def load(self) -> WorkerLoad:
+        """What the router wants to know."""
+        stats = self._engine.stats()
+        return WorkerLoad(
+            running=stats.running,
+            waiting=stats.waiting,
+            waiting_tokens=stats.waiting_tokens,
+            l1_blocks_total=stats.blocks_total,
+            l1_blocks_free=stats.blocks_free,
+            prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
+            decode_step_s=self._rates.decode_step_s,
+            load_bytes_per_s=self._rates.load_bytes_per_s(),
+            draining=self.draining,
+        )

@@ -1,0 +1,150 @@
+"""Puts a worker together and runs it: model, engine, tiers, HTTP face, registration, drain.
+
+`python -m workers` and `stratakv serve worker` come here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+
+import torch
+import uvicorn
+
+from stratakv.errors import SetupError
+from stratakv.keys import NamespaceScope
+from stratakv.log import EventLogger
+from stratakv.models import model_identity, resolve
+from stratakv.pool.meta_client import MetaClient
+from stratakv.process import port_taken, require_loopback
+from stratakv.settings import Settings, WorkerSettings
+from stratakv.text import load_tokenizer
+from stratakv.wire import EPOCH_BYTES, WorkerInfo
+from workers.engine.engine import Engine, EngineConfig
+from workers.http import create_app
+from workers.metrics import WorkerMetrics
+from workers.rates import Rates
+from workers.registration import stay_registered
+from workers.runtime import Runtime
+from workers.tiers.tiers import Tiers
+from workers.warmup import warm_up
+
+log = EventLogger("workers")
+
+DRAIN_S_MAX = 30.0
+LISTEN_BACKLOG = 1024
+
+
+async def serve(settings: Settings, stop: asyncio.Event) -> None:
+    """Run one worker until `stop` is set and what is in flight has ended, or DRAIN_S_MAX has passed."""
+    worker = settings.worker
+    require_loopback(worker.host, "worker.host", "node authentication is not configured")
+    listener = _bind(worker)
+    meta = MetaClient(settings.meta)
+    runtime, engine, tiers = await asyncio.to_thread(_build, settings, meta, asyncio.get_running_loop())
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(runtime), log_level="warning", lifespan="off", access_log=False, timeout_graceful_shutdown=5)
+    )
+    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+    engine.start()
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            http = tasks.create_task(_serve_http(server, listener), name="http")
+            await warm_up(runtime, engine)
+            log.info("ready", worker=runtime.info.worker, url=runtime.info.url, model=runtime.info.model, role=worker.role)
+            registration = tasks.create_task(stay_registered(runtime, meta), name="registration")
+            await stop.wait()
+            await _drain(runtime)
+            registration.cancel()
+            server.should_exit = True
+            await http
+    finally:
+        await asyncio.to_thread(engine.shutdown)
+        if tiers is not None:
+            await tiers.close()
+        await meta.close()
+
+
+def _bind(worker: WorkerSettings) -> socket.socket:
+    """Take the port before the model is loaded, so that a clash shows at once."""
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((worker.host, worker.port))
+        listener.listen(LISTEN_BACKLOG)
+    except OSError:
+        listener.close()
+        raise port_taken(worker.host, worker.port, "worker.port") from None
+    return listener
+
+
+async def _serve_http(server: uvicorn.Server, listener: socket.socket) -> None:
+    with contextlib.closing(listener):
+        await server.serve(sockets=[listener])
+
+
+def _build(
+    settings: Settings, meta: MetaClient, loop: asyncio.AbstractEventLoop
+) -> tuple[Runtime, Engine, Tiers | None]:
+    worker = settings.worker
+    if worker.threads:
+        torch.set_num_threads(worker.threads)
+    directory = resolve(settings.model.name, settings.model.cache_dir)
+    identity = model_identity(directory)
+    engine = Engine(
+        EngineConfig(
+            model_dir=directory,
+            dtype=worker.dtype,
+            device=worker.device,
+            block_size=worker.block_size,
+            l1_tokens=worker.l1_tokens,
+            max_running=worker.max_running,
+            max_waiting=worker.max_waiting,
+            max_batched_tokens=worker.max_batched_tokens,
+        )
+    )
+    facts = engine.facts
+    layout = facts.kv_layout(worker.block_size)
+    namespace = NamespaceScope(
+        model_revision=identity.revision,
+        tokenizer_digest=identity.tokenizer_digest,
+        dtype=facts.dtype,
+        layout_digest=layout.digest(),
+        block_size=worker.block_size,
+    ).namespace()
+    info = WorkerInfo(
+        worker=worker.name or f"{worker.role}-{worker.port}",
+        epoch=os.urandom(EPOCH_BYTES),
+        url=f"http://{worker.host}:{worker.port}",
+        role=worker.role,
+        model=_served_name(settings.model.name),
+        namespace=namespace,
+        block_size=worker.block_size,
+        max_model_len=facts.max_model_len,
+        node=worker.node or None,
+    )
+    metrics = WorkerMetrics(info.model)
+    rates = Rates()
+    tiers = Tiers(info, layout, worker, meta, engine.kv_cache, rates, metrics, loop) if worker.pool_enabled else None
+    engine.connector = tiers
+    return Runtime(info, facts.dtype, engine, tiers, load_tokenizer(directory), rates, metrics), engine, tiers
+
+
+def _served_name(name: str) -> str:
+    """What clients call the model: the last part of a path or of hf://org/name."""
+    served = name.rstrip("/").rsplit("/", 1)[-1]
+    if not served:
+        raise SetupError(f"model.name = {name!r} names no model")
+    return served
+
+
+async def _drain(runtime: Runtime) -> None:
+    """Refuse new requests and wait for those in flight."""
+    runtime.draining = True
+    deadline = asyncio.get_running_loop().time() + DRAIN_S_MAX
+    while runtime.in_flight and asyncio.get_running_loop().time() < deadline:
+        await asyncio.sleep(0.05)
+    if runtime.in_flight:
+        log.warning("drain_incomplete", in_flight=runtime.in_flight)
