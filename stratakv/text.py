@@ -1,0 +1,190 @@
+"""Between text and tokens: the model's tokenizer, its chat template, and text that grows while tokens arrive.
+
+Used by the DB node, and by workers when they are spoken to with text. A `Detokenizer` belongs to one answer; a tokenizer may
+be shared by threads, since only its backend is used, which is never reconfigured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stratakv.errors import InvalidRequest, SetupError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+REPLACEMENT = "\ufffd"
+"""What undecodable bytes become; also what a character becomes whose last bytes are still to come."""
+PENDING_TOKENS_MAX = 8
+"""More undecided tokens than this are no unfinished character; the undecodable ones among them are given up."""
+CHARACTER_BYTES_MAX = 4
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+"""Roles of chat messages → what the template calls them."""
+
+
+def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model directory, without any network. Raises SetupError if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise SetupError(f"{model_dir} has no tokenizer that can be loaded: {error}") from error
+    if not tokenizer.is_fast:
+        raise SetupError(f"{model_dir} has no fast tokenizer (tokenizer.json)")
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, text: str, *, special: bool = True) -> list[int]:
+    """Tokens of `text`; `special` adds what the model's tokenizer puts around a text."""
+    return list(tokenizer.backend_tokenizer.encode(text, add_special_tokens=special).ids)
+
+
+def decode(tokenizer: PreTrainedTokenizerFast, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
+    """Text of `token_ids`; undecodable bytes become U+FFFD."""
+    return str(tokenizer.backend_tokenizer.decode(list(token_ids), skip_special_tokens=skip_special))
+
+
+def render_chat(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Any]) -> list[int]:
+    """Tokens of a conversation by the model's chat template, ready for the assistant's answer.
+
+    Raises InvalidRequest that names the field.
+    """
+    import jinja2
+
+    plain = [_plain_message(index, message) for index, message in enumerate(messages)]
+    if not plain:
+        raise InvalidRequest("messages must not be empty", param="messages")
+    if tokenizer.chat_template is None:
+        raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
+    try:
+        text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
+    except (jinja2.TemplateError, TypeError) as error:
+        raise InvalidRequest(f"messages do not fit the model's chat template: {error}", param="messages") from error
+    return encode(tokenizer, str(text), special=False)
+
+
+def _plain_message(index: int, message: Any) -> dict[str, str]:
+    """One message as templates want it: a known role and text."""
+    place = f"messages[{index}]"
+    if not isinstance(message, Mapping):
+        raise InvalidRequest(f"{place} must be an object", param=place)
+    unknown = [str(key) for key in message if key not in ("role", "content", "name") and message[key] is not None]
+    if unknown:
+        raise InvalidRequest(f"{place}.{unknown[0]} is not supported", param=f"{place}.{unknown[0]}")
+    role = message.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        known = ", ".join(ROLES)
+        raise InvalidRequest(f"{place}.role must be one of {known}", param=f"{place}.role")
+    return {"role": ROLES[role], "content": _plain_content(f"{place}.content", message.get("content"))}
+
+
+def _plain_content(place: str, content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        raise InvalidRequest(f"{place} must be a string or a list of text parts", param=place)
+    parts = []
+    for index, part in enumerate(content):
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise InvalidRequest(f"{place}[{index}] must be a text part", param=f"{place}[{index}]")
+        parts.append(part["text"])
+    return "".join(parts)
+
+
+class Detokenizer:
+    """The text of one growing answer, up to the first of its stop strings (the one whose end comes first).
+
+    What has been pushed out is final: a character whose bytes are incomplete, and text that may be the beginning of a stop
+    string, wait for the tokens that decide. All pushes and `finish` together are the decoded tokens, cut before the stop
+    string, however the tokens were split among pushes.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str] = (), *, skip_special: bool = True
+    ) -> None:
+        assert all(stop), "an empty stop string would stop everything"
+        self._backend = tokenizer.backend_tokenizer
+        self._skipped = _special_ids(tokenizer) if skip_special else frozenset[int]()
+        self._stop = tuple(stop)
+        self._context: list[int] = []
+        """Tokens shown already, decoded along: some tokenizers write a token's space only after another one."""
+        self._context_chars = 0
+        self._pending: list[int] = []
+        """Tokens after `_context` whose text is not known yet."""
+        self._held = ""
+        """Text that may be the beginning of a stop string."""
+        self.stopped = False
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        """Take the next tokens; the text that may be shown now."""
+        if self.stopped:
+            return ""
+        known = self._backend.id_to_token  # models pad their vocabulary with ids that are no token
+        self._pending += [token for token in token_ids if token not in self._skipped and known(token) is not None]
+        return self._show(self._decided_text()) if self._pending else ""
+
+    def finish(self) -> str:
+        """No more tokens come: the rest of the text."""
+        if self.stopped:
+            return ""
+        text = self._show(self._decode(self._context + self._pending)[self._context_chars :])
+        self._pending = []
+        rest, self._held = self._held, ""
+        return text + rest
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._backend.decode(token_ids, skip_special_tokens=False)
+
+    def _decided_text(self) -> str:
+        """Text of the pending tokens that later tokens cannot change."""
+        text = self._decode(self._context + self._pending)
+        if len(text) > self._context_chars and not text.endswith(REPLACEMENT):
+            return self._advance(len(self._pending), text)
+        if len(self._pending) <= PENDING_TOKENS_MAX:
+            return ""
+        for num_kept in range(1, CHARACTER_BYTES_MAX + 1):
+            head = self._context + self._pending[:-num_kept]
+            decided = self._decode(head)
+            # Equal only if no character reaches over the cut, so what lies before it is final.
+            if decided + self._decode(self._pending[-num_kept:]) == text and len(decided) > self._context_chars:
+                return self._advance(len(self._pending) - num_kept, decided)
+        return ""
+
+    def _advance(self, num_tokens: int, text: str) -> str:
+        """Show the first pending tokens, whose text ends `text`; they become the context of those that follow."""
+        shown = text[self._context_chars :]
+        self._context = self._pending[:num_tokens][-PENDING_TOKENS_MAX:]
+        self._context_chars = len(self._decode(self._context))
+        self._pending = self._pending[num_tokens:]
+        return shown
+
+    def _show(self, text: str) -> str:
+        """Cut at a stop string, or hold back what may become one."""
+        if not self._stop:
+            return text
+        text = self._held + text
+        ends = [(start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0]
+        if ends:
+            self.stopped = True
+            self._held = ""
+            return text[: min(ends)[1]]
+        num_held = max(_overlap(text, stop) for stop in self._stop)
+        self._held = text[len(text) - num_held :]
+        return text[: len(text) - num_held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`, without being all of it."""
+    for size in range(min(len(stop) - 1, len(text)), 0, -1):
+        if stop.startswith(text[-size:]):
+            return size
+    return 0
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    return frozenset(token_id for token_id, token in added.items() if token.special)

@@ -1,0 +1,114 @@
+"""Text that grows while tokens arrive equals the text of all tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stratakv.errors import InvalidRequest, SetupError
+from stratakv.models import pull
+from stratakv.text import PENDING_TOKENS_MAX, Detokenizer, decode, encode, load_tokenizer, render_chat
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return load_tokenizer(pull("smollm2-135m", Path("~/.cache/stratakv").expanduser()))
+
+
+def byte_tokens(tokenizer: Any) -> list[int]:
+    """Tokens of single bytes that are part of longer characters."""
+    return [i for i in range(17, 300) if decode(tokenizer, [i]) == "\ufffd"]
+
+
+def cut_at_stop(text: str, stop: list[str]) -> str:
+    """Everything before the stop string that is complete first."""
+    for end in range(len(text) + 1):
+        found = [end - len(s) for s in stop if text[:end].endswith(s)]
+        if found:
+            return text[: min(found)]
+    return text
+
+
+def pieces(draw: st.DataObject, ids: list[int]) -> list[list[int]]:
+    cuts = sorted(draw.draw(st.lists(st.integers(0, len(ids)), max_size=len(ids))))
+    return [ids[a:b] for a, b in zip([0, *cuts], [*cuts, len(ids)], strict=True)]
+
+
+def streamed(tokenizer: Any, parts: list[list[int]], stop: list[str]) -> tuple[list[str], Detokenizer]:
+    detokenizer = Detokenizer(tokenizer, stop)
+    shown = [detokenizer.push(part) for part in parts]
+    return [*shown, detokenizer.finish()], detokenizer
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), text=st.text(max_size=40), stop=st.lists(st.text("ab é", min_size=1, max_size=4), max_size=3))
+def test_any_split_of_any_text_shows_the_same_text(
+    tokenizer: Any, data: st.DataObject, text: str, stop: list[str]
+) -> None:
+    ids = encode(tokenizer, text + "ab abé aab")
+    shown, detokenizer = streamed(tokenizer, pieces(data, ids), stop)
+    whole = decode(tokenizer, ids)
+    assert "".join(shown) == cut_at_stop(whole, stop)
+    assert detokenizer.stopped == any(s in whole for s in stop)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_any_split_of_any_tokens_shows_the_same_text(tokenizer: Any, data: st.DataObject) -> None:
+    odd = st.sampled_from(byte_tokens(tokenizer))
+    ids = data.draw(st.lists(st.one_of(odd, odd, st.integers(0, 50_000)), max_size=60))
+    shown, _ = streamed(tokenizer, pieces(data, ids), [])
+    assert "".join(shown) == decode(tokenizer, ids)
+
+
+def test_nothing_shown_is_ever_taken_back(tokenizer: Any) -> None:
+    shown, _ = streamed(tokenizer, [[i] for i in encode(tokenizer, "🦀🧑‍🚀 é ok")], [])
+    assert "\ufffd" not in "".join(shown)
+
+
+def test_undecodable_tokens_wait_only_for_a_bounded_number(tokenizer: Any) -> None:
+    detokenizer = Detokenizer(tokenizer)
+    ids = [byte_tokens(tokenizer)[0]] * 1000
+    shown = "".join(detokenizer.push([i]) for i in ids)
+    assert len(shown) >= 1000 - PENDING_TOKENS_MAX - 1
+
+
+def test_the_beginning_of_a_stop_string_is_held_back_until_decided(tokenizer: Any) -> None:
+    detokenizer = Detokenizer(tokenizer, ["\nEND"])
+    assert detokenizer.push(encode(tokenizer, "ok\nE")) == "ok"
+    assert detokenizer.push(encode(tokenizer, "h")) == "\nEh"
+    assert detokenizer.push(encode(tokenizer, "\nEND more")) == ""
+    assert detokenizer.stopped
+    assert detokenizer.push(encode(tokenizer, "more")) + detokenizer.finish() == ""
+
+
+def test_chat_is_rendered_by_the_models_template(tokenizer: Any) -> None:
+    ids = render_chat(tokenizer, [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}])
+    text = decode(tokenizer, ids, skip_special=False)
+    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize(
+    ("messages", "field"),
+    [
+        ([], "messages"),
+        (["hi"], "messages[0]"),
+        ([{"role": "robot", "content": "x"}], "messages[0].role"),
+        ([{"role": "user", "content": "x"}, {"role": "user", "content": 3}], "messages[1].content"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0]"),
+        ([{"role": "assistant", "content": "x", "tool_calls": [{}]}], "messages[0].tool_calls"),
+    ],
+)
+def test_a_wrong_message_is_refused_by_the_name_of_its_field(tokenizer: Any, messages: list[Any], field: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        render_chat(tokenizer, messages)
+    assert caught.value.param == field
+
+
+def test_a_directory_without_tokenizer_is_a_setup_error(tmp_path: Path) -> None:
+    with pytest.raises(SetupError):
+        load_tokenizer(tmp_path)
