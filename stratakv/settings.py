@@ -37,11 +37,9 @@ class DatabaseSettings:
 
 @dataclass(frozen=True, slots=True)
 class PostgresSettings:
-    """[postgres] the embedded PostgreSQL."""
+    """[postgres] the embedded PostgreSQL; its data are below `up.data_dir`, it is reached by a private Unix socket only."""
 
     bin: Path | None = setting(None, "directory with initdb and postgres of another installation (>= 15)")
-    data_dir: Path | None = setting(None, "its data directory; by default below the data directory of `stratakv up`")
-    port: int = setting(0, "its TCP port; 0 takes a free one")
 
 
 @dataclass(frozen=True, slots=True)
