@@ -1,0 +1,57 @@
+# Everything a checkout needs. The first run builds .venv; later ones start at once and need no network.
+#
+#   make demo [KEEP=1]    the whole system on this machine, shown at work; KEEP=1 leaves it running
+#   make test             lint, then all tests
+#   make test-debian      tests against the distribution's PostgreSQL server
+#   make bench            quick benchmarks
+#
+# TORCH_INDEX names an extra package index for torch, for instance https://download.pytorch.org/whl/cpu: without a GPU,
+# the default build brings gigabytes that are of no use.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH_INDEX ?=
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+BENCHMARKS ?= chat_warm order zero_hit
+
+.PHONY: install demo test lint format test-debian bench clean
+.DEFAULT_GOAL := install
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: install
+	$(PY) examples/demo.py $(if $(KEEP),--keep)
+
+lint: install
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports --no-logo
+
+format: install
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+test: lint
+	$(PY) -m stratakv.cli model pull smollm2-135m
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+test-debian: install
+	@ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || \
+		{ echo "make test-debian needs a PostgreSQL server: apt-get install postgresql" >&2; exit 2; }
+	$(PY) -m stratakv.cli model pull smollm2-135m
+	$(PY) -m pytest -m debian $(PYTEST_ARGS)
+
+bench: install
+	@for name in $(BENCHMARKS); do $(PY) -m stratakv.cli bench $$name --quick --json || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
