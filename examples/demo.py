@@ -1,0 +1,133 @@
+"""The main job, start to end: everything is started, a table is summarised from SQL, a long prompt is asked twice.
+
+`make demo` runs this. The second time the workers have dropped what they hold themselves, so the prompt's KV comes from the
+pool. `--keep` leaves everything running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psycopg
+from rich.console import Console
+from rich.table import Table
+
+from stratakv.rest_client import Answer, Messages, RestClient
+
+EXAMPLES = Path(__file__).parent
+START_S_MAX = 300.0
+STOP_S_MAX = 60.0
+SUMMARY = """
+SELECT id, infer('Summarise in one sentence: ' || body, options => '{"max_tokens": 48}')
+FROM tickets ORDER BY id
+"""
+QUESTION = "Which product is mentioned first in the log, and what was wrong with it?"
+
+console = Console()
+
+
+def shift_log(num_entries: int) -> str:
+    """A deterministic support log; 72 entries are about 2,500 tokens."""
+    products = ("router", "thermostat", "garden camera", "kitchen speaker", "door lock", "smoke detector")
+    faults = ("restarts at night", "shows the wrong temperature", "does not record", "answers the television", "will not pair")
+    actions = ("sent a new power supply", "asked for the log file", "updated the firmware", "booked a visit", "closed the case")
+    lines = []
+    for number in range(num_entries):
+        product, fault, action = products[number % 6], faults[number * 7 % 5], actions[number * 3 % 5]
+        lines.append(f"{8 + number // 10:02d}:{number * 6 % 60:02d} customer {1200 + number * 37}: the {product} {fault}; we {action}.")
+    return "\n".join(lines)
+
+
+def history() -> Messages:
+    """A conversation of about 2,500 tokens and a question about it."""
+    return [
+        {"role": "system", "content": "You help the support team. Here is today's log.\n" + shift_log(72)},
+        {"role": "user", "content": QUESTION},
+    ]
+
+
+def summarise_tickets(sql_port: int, user: str, database: str) -> None:
+    with psycopg.connect(host="127.0.0.1", port=sql_port, user=user, dbname=database, autocommit=True) as connection:
+        connection.execute((EXAMPLES / "tickets.sql").read_bytes())
+        console.print(f"\n[bold]SQL on port {sql_port}[/]:{SUMMARY}")
+        started = time.perf_counter()
+        rows = connection.execute(SUMMARY).fetchall()
+    table = Table("id", "infer", show_lines=True)
+    for number, text in rows:
+        table.add_row(str(number), text.strip())
+    console.print(table)
+    console.print(f"{len(rows)} rows in {time.perf_counter() - started:.1f} s\n")
+
+
+def ask_twice(client: RestClient, model: str) -> tuple[Answer, Answer]:
+    answers = []
+    for when in ("first", "again"):
+        if when == "again":
+            client.post("/admin/cache/drop", {"tiers": ["l1", "l2"]})
+        answers.append(client.chat(history(), model=model, max_tokens=32))
+    return answers[0], answers[1]
+
+
+def show_answers(first: Answer, again: Answer) -> None:
+    table = Table("", "TTFT", "computed", "from L1", "from L2", "from the pool")
+    for label, answer in (("first time", first), ("again, after the workers dropped L1 and L2", again)):
+        tiers = answer.tokens_by_tier()
+        table.add_row(label, f"{answer.ttft_s * 1e3:.0f} ms", *(str(tiers[t]) for t in ("computed", "l1", "l2", "pool")))
+    console.print(f"[bold]REST[/]: a question about {first.usage['prompt_tokens']} tokens of history, asked twice")
+    console.print(table)
+    console.print(f"answer: {again.text.strip()}")
+    console.print(f"time to first token {first.ttft_s / again.ttft_s:.1f} times shorter\n")
+
+
+def wait_for_state(process: subprocess.Popen[bytes], path: Path) -> dict[str, object]:
+    deadline = time.monotonic() + START_S_MAX
+    while time.monotonic() < deadline:
+        if path.exists():
+            return dict(json.loads(path.read_text()))
+        if process.poll() is not None:
+            sys.exit(process.returncode or 1)
+        time.sleep(0.1)
+    process.terminate()
+    sys.exit(f"StrataKV was not ready after {START_S_MAX:.0f} s")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--keep", action="store_true", help="leave everything running and print the URLs")
+    keep = parser.parse_args().keep
+    with tempfile.TemporaryDirectory(prefix="stratakv-demo-") as directory:
+        state_file = Path(directory) / "state.json"
+        command = [sys.executable, "-m", "stratakv.cli", "up", "--state-file", str(state_file)]
+        process = subprocess.Popen(command)
+        try:
+            state = wait_for_state(process, state_file)
+            summarise_tickets(int(str(state["sql_port"])), str(state["sql_user"]), str(state["sql_database"]))
+            client = RestClient(str(state["rest_url"]))
+            first, again = ask_twice(client, str(state["model"]))
+            client.close()
+            show_answers(first, again)
+            if keep:
+                console.print(f"still running; SQL: {state['sql_url']}  REST: {state['rest_url']}  end with Ctrl-C")
+                process.wait()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            stop(process)
+    return 0 if again.tokens_by_tier()["pool"] > 0 else 1
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    process.wait(STOP_S_MAX)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
