@@ -106,6 +106,13 @@ class SqlSettings:
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(6432, "port that PostgreSQL clients connect to")
     backend_url: Secret | None = setting(None, "PostgreSQL whose bytes are relayed; by default the one of the metadata")
+    backend_trusted: bool = setting(
+        False,
+        "relay sessions that PostgreSQL lets in without credentials; only for the embedded one on a loopback address",
+    )
+    backend_uid: int | None = setting(
+        None, "uid of PostgreSQL's processes, the only ones let in at the private Unix socket; by default found by name"
+    )
     listener_dir: Path | None = setting(None, "directory of the private Unix socket that infer() calls back to")
     clients_max: int = setting(500, "client connections at once")
     startup_timeout_s: float = setting(30.0, "a client must finish logging in within so long")

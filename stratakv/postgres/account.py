@@ -15,8 +15,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from stratakv import launch
 from stratakv.errors import SetupError
-from stratakv.postgres import launch
 
 _ACCOUNTS = ("postgres", "nobody")
 _NOBODY_ID = 65534

@@ -57,6 +57,7 @@ class EmbeddedPostgres:
         self._socket_dir = socket_dir
         self._throw_away = throw_away
         self._account: Account | None = None
+        self._binaries: Binaries | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._lock: IO[str] | None = None
         self._cleanup = contextlib.ExitStack()
@@ -118,10 +119,22 @@ class EmbeddedPostgres:
         self._take_home()
         self._end_orphan()
         self._make_socket_dir()
+        self._binaries = binaries
         if not (self._data_dir / "PG_VERSION").exists():
             self._initialise(binaries)
         self._check_version(binaries)
         self._run_server(binaries)
+        self._make_database()
+
+    def is_running(self) -> bool:
+        """Whether the server that was started is alive."""
+        return self._process is not None and self._process.poll() is None
+
+    def restart(self) -> None:
+        """Start the server again after it died. Raises SetupError."""
+        assert self._binaries is not None, "not started"
+        self._end_orphan()
+        self._run_server(self._binaries)
         self._make_database()
 
     def stop(self) -> None:
@@ -162,14 +175,15 @@ class EmbeddedPostgres:
     def _end_orphan(self) -> None:
         """Stop a server that outlived its owner, and forget a pid file that names no server of ours."""
         pid_file = self._data_dir / "postmaster.pid"
-        try:
-            pid = int(pid_file.read_text().split("\n", 1)[0])
-        except FileNotFoundError:
+        if not pid_file.exists():
             return
-        except ValueError:
-            pid = 0
-        if pid and _runs_on(pid, self._data_dir):
-            _end(pid, lambda: not _runs_on(pid, self._data_dir))
+        first_line = pid_file.read_text().split("\n", 1)[0]
+        running = _server_processes(self._data_dir)
+        if first_line.isdecimal() and int(first_line) in running:
+            _end(int(first_line), lambda: int(first_line) not in _server_processes(self._data_dir))
+        # Backends end by themselves when the postmaster is gone; before that its pid file guards the shared memory.
+        for pid in _server_processes(self._data_dir):
+            _end(pid, lambda pid=pid: pid not in _server_processes(self._data_dir))  # type: ignore[misc]
         pid_file.unlink(missing_ok=True)
 
     def _make_socket_dir(self) -> None:
@@ -255,14 +269,15 @@ class EmbeddedPostgres:
         return f"{lines[-1] if lines else 'it wrote nothing'} (see {self.log_file})"
 
 
-def _runs_on(pid: int, data_dir: Path) -> bool:
-    """Whether `pid` is a live postmaster on `data_dir`."""
-    try:
-        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z" and os.fsencode(data_dir) in arguments
+def _server_processes(data_dir: Path) -> set[int]:
+    """Live processes of a server on `data_dir`: they all work in that directory."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with contextlib.suppress(OSError):  # ended meanwhile, or not ours
+                if (entry / "cwd").readlink() == data_dir:
+                    found.add(int(entry.name))
+    return found
 
 
 def _end(pid: int, ended: Callable[[], bool]) -> None:

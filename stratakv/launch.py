@@ -1,8 +1,9 @@
-"""Runs a program as an account that PostgreSQL accepts, ending with its parent: `launch.py MODE UID GID SIGNAL PROGRAM ARG…`.
+"""Runs a program that ends with its parent, if need be as another account: `launch.py MODE UID GID SIGNAL PROGRAM ARG…`.
 
-MODE is `plain` (as we are), `namespace` (a user namespace of its own, where root appears as UID) or `account` (become UID).
-A script of its own because the parent may have threads: between fork and exec only a fresh interpreter is safe. Started by
-`stratakv.postgres.cluster`, knows nothing of this package, uses the standard library only.
+The program gets SIGNAL when the thread that started it ends, however that happens. MODE is `plain` (as we are), `namespace`
+(a user namespace of its own, where root appears as UID) or `account` (become UID). A script of its own because the parent
+may have threads: between fork and exec only a fresh interpreter is safe. Started by `stratakv up` and the embedded
+PostgreSQL; knows nothing of this package and uses the standard library only.
 """
 
 from __future__ import annotations
