@@ -1,0 +1,104 @@
+"""Where a DB node's private listener is, and the key that PostgreSQL shows there.
+
+Both sides make it from the same settings: the installer writes it into the owner-only table, the listener opens it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from stratakv.errors import SetupError
+from stratakv.settings import SqlSettings
+
+LISTENER_USER = "stratakv"
+CONNECT_TIMEOUT_S = 5
+KEY_FILE = "listener.key"
+_KEY_BYTES = 32
+_SOCKET_PATH_BYTES_MAX = 107
+
+
+@dataclass(frozen=True, slots=True)
+class ListenerAddress:
+    """A directory with a Unix socket, or a TCP address; `key` is a password."""
+
+    host: str
+    port: int
+    key: str = field(repr=False)
+
+    @classmethod
+    def from_settings(cls, settings: SqlSettings) -> ListenerAddress:
+        """Of the DB node that runs with `settings`. Makes the key on first use. Raises SetupError."""
+        if settings.listener_dir is not None:
+            directory = settings.listener_dir.expanduser().absolute()
+            key = settings.listener_key or _kept_key(directory)
+            address = cls(str(directory), settings.listener_port, str(key))
+            if len(os.fsencode(address.socket_path or "")) > _SOCKET_PATH_BYTES_MAX:
+                raise SetupError(f"sql.listener_dir: {directory} is too long for a Unix socket's path")
+            return address
+        if not settings.listener_key:
+            raise SetupError(
+                "infer() has nowhere to call back to",
+                hint="set sql.listener_dir for a PostgreSQL on this host, else sql.listener_key (any long random text)",
+            )
+        return cls(settings.listener_host, settings.listener_port, str(settings.listener_key))
+
+    @property
+    def name(self) -> str:
+        """What the table of listeners calls it."""
+        return f"{self.host}:{self.port}"
+
+    @property
+    def socket_path(self) -> str | None:
+        """The Unix socket, where libpq expects it; None for TCP."""
+        return f"{self.host}/.s.PGSQL.{self.port}" if self.host.startswith("/") else None
+
+    @property
+    def conninfo(self) -> str:
+        """What dblink connects to."""
+        parts = {
+            "host": self.host,
+            "port": str(self.port),
+            "user": LISTENER_USER,
+            "dbname": LISTENER_USER,
+            "password": self.key,
+            "connect_timeout": str(CONNECT_TIMEOUT_S),
+            "sslmode": "disable",
+            "gssencmode": "disable",
+        }
+        return " ".join(f"{name}={_quoted(value)}" for name, value in parts.items())
+
+
+def _quoted(value: str) -> str:
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def _kept_key(directory: Path) -> str:
+    """The key in the directory's key file, made if there is none."""
+    path = directory / KEY_FILE
+    try:
+        # PostgreSQL's account must reach the socket; the key stays ours.
+        directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            return _read_key(path)
+        with os.fdopen(descriptor, "w") as file:
+            key = secrets.token_urlsafe(_KEY_BYTES)
+            file.write(key)
+        return key
+    except OSError as error:
+        raise SetupError(f"sql.listener_dir: {path}: {error.strerror}") from error
+
+
+def _read_key(path: Path) -> str:
+    if stat.S_IMODE(path.stat().st_mode) & 0o077:
+        raise SetupError(f"{path} may be read by others", hint=f"chmod 600 {path}")
+    key = path.read_text().strip()
+    if not key:
+        raise SetupError(f"{path} is empty", hint="remove it and start again")
+    return key

@@ -1,0 +1,203 @@
+"""Installation in one transaction: checks who owns what first, then runs `install.sql`."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+
+import psycopg
+from psycopg import sql
+
+from stratakv.errors import SetupError
+from stratakv.sqlfunctions.address import ListenerAddress
+
+VERSION = 1
+DBLINK_SCHEMA = "stratakv_dblink"
+_LOCK = 0x5354_5241_5441_0001
+"""Advisory lock: one installation at a time."""
+_CONNECT_TIMEOUT_S = 10
+_LINK_NAME_BYTES = 24
+_SERVER_VERSION_MIN = 150_000
+
+Connection = psycopg.Connection[tuple[object, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """What an installation left in the database."""
+
+    version: int
+    dblink_schema: str
+    public_wrapper: bool
+    """False if something else is called public.infer; then only stratakv.infer is there."""
+
+
+def install(url: str, listener: ListenerAddress) -> Installed:
+    """Install or renew the functions; `listener` becomes the default one. Idempotent. Raises SetupError."""
+    with _transaction(url) as connection:
+        _check_server(connection)
+        _make_schema(connection)
+        dblink = _make_dblink(connection)
+        script = _resource("install.sql").replace("@dblink@", sql.Identifier(dblink).as_string(connection))
+        connection.execute(script.encode())
+        _write_tables(connection, listener)
+        return Installed(VERSION, dblink, _make_wrapper(connection))
+
+
+def uninstall(url: str, *, cascade: bool = False) -> None:
+    """Take everything out; with `cascade` also views and others that use it. Idempotent. Raises SetupError."""
+    last = "CASCADE" if cascade else "RESTRICT"
+    with _transaction(url) as connection:
+        if _is_our_wrapper(connection):
+            connection.execute(f"DROP FUNCTION public.infer(text, text, jsonb) {last}".encode())
+        for function in ("infer(text, text, jsonb)", "bind(text, text)", "sql_link()", "sql_dblink_exposed()"):
+            connection.execute(f"DROP FUNCTION IF EXISTS stratakv.{function} {last}".encode())
+        connection.execute(b"DROP TABLE IF EXISTS stratakv.sql_listeners, stratakv.sql_install")
+        if _dblink_schema(connection) == DBLINK_SCHEMA:
+            connection.execute(b"DROP EXTENSION dblink")
+            connection.execute(sql.SQL("DROP SCHEMA {}").format(sql.Identifier(DBLINK_SCHEMA)))
+        if _schema_is_empty(connection):
+            connection.execute(b"DROP SCHEMA IF EXISTS stratakv")
+
+
+@contextmanager
+def _transaction(url: str) -> Iterator[Connection]:
+    try:
+        with psycopg.connect(url, connect_timeout=_CONNECT_TIMEOUT_S) as connection:
+            connection.execute("SET LOCAL search_path = pg_catalog, pg_temp")
+            connection.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
+            yield connection
+    except psycopg.errors.DependentObjectsStillExist as error:
+        raise SetupError(
+            f"others use the functions: {error.diag.message_detail or error}", hint="drop those first, or use --cascade"
+        ) from error
+    except psycopg.errors.InsufficientPrivilege as error:
+        raise SetupError(
+            f"this role may not do that: {error.diag.message_primary}",
+            hint="connect as a superuser, or as the role that may create extensions on a managed PostgreSQL",
+        ) from error
+    except psycopg.Error as error:
+        raise SetupError(f"the database refused: {str(error).strip()}") from error
+
+
+def _resource(name: str) -> str:
+    return (resources.files("stratakv.sqlfunctions") / name).read_text()
+
+
+def _check_server(connection: Connection) -> None:
+    if connection.info.server_version < _SERVER_VERSION_MIN:
+        version = connection.info.parameter_status("server_version")
+        raise SetupError(f"the server is PostgreSQL {version}, which is too old", hint="use PostgreSQL 15 or newer")
+
+
+def _make_schema(connection: Connection) -> None:
+    """Whoever may create or replace things in the schema could act as everybody who calls infer()."""
+    connection.execute("CREATE SCHEMA IF NOT EXISTS stratakv")
+    stranger = connection.execute(
+        "SELECT r.rolname FROM pg_namespace n JOIN pg_roles r ON r.oid = n.nspowner"
+        " WHERE n.nspname = 'stratakv' AND r.rolname <> current_user AND NOT r.rolsuper"
+        " UNION ALL"
+        " SELECT coalesce(r.rolname, 'PUBLIC') FROM pg_namespace n CROSS JOIN LATERAL aclexplode(n.nspacl) a"
+        " LEFT JOIN pg_roles r ON r.oid = a.grantee WHERE n.nspname = 'stratakv' AND a.privilege_type = 'CREATE'"
+        " AND r.rolname IS DISTINCT FROM current_user AND NOT coalesce(r.rolsuper, false)"
+    ).fetchone()
+    if stranger:
+        raise SetupError(
+            f"role {stranger[0]} may create objects in schema stratakv",
+            hint="let the installing role own the schema, and revoke CREATE on it from all others",
+        )
+
+
+def _dblink_schema(connection: Connection) -> str | None:
+    row = connection.execute(
+        "SELECT n.nspname FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace WHERE e.extname = 'dblink'"
+    ).fetchone()
+    return str(row[0]) if row else None
+
+
+_DBLINK_FUNCTIONS = (
+    "SELECT p.oid, p.proacl, p.proowner FROM pg_extension e"
+    " JOIN pg_depend d ON d.refclassid = 'pg_extension'::regclass AND d.refobjid = e.oid AND d.deptype = 'e'"
+    " JOIN pg_proc p ON d.classid = 'pg_proc'::regclass AND p.oid = d.objid WHERE e.extname = 'dblink'"
+)
+
+
+def _make_dblink(connection: Connection) -> str:
+    """The schema of dblink, which nobody but us and superusers may execute."""
+    schema = _dblink_schema(connection)
+    if schema is None:
+        name = sql.Identifier(DBLINK_SCHEMA)
+        connection.execute(sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(name))
+        connection.execute(sql.SQL("CREATE EXTENSION dblink SCHEMA {}").format(name))
+        connection.execute(sql.SQL("REVOKE ALL ON ALL FUNCTIONS IN SCHEMA {} FROM PUBLIC").format(name))
+        schema = DBLINK_SCHEMA
+    rows = connection.execute(
+        "SELECT DISTINCT coalesce(quote_ident(r.rolname), 'PUBLIC') FROM (" + _DBLINK_FUNCTIONS + ") f"
+        " CROSS JOIN LATERAL aclexplode(coalesce(f.proacl, acldefault('f', f.proowner))) a"
+        " LEFT JOIN pg_roles r ON r.oid = a.grantee"
+        " WHERE r.rolname IS DISTINCT FROM current_user AND NOT coalesce(r.rolsuper, false) ORDER BY 1"
+    ).fetchall()
+    if rows:
+        grantees = ", ".join(str(row[0]) for row in rows)
+        where = sql.Identifier(schema).as_string(connection)
+        raise SetupError(
+            f"the extension dblink is installed in schema {schema}, and its functions may be executed by {grantees}: "
+            "such a role could call infer() as anybody",
+            hint=f"REVOKE EXECUTE ON ALL FUNCTIONS IN SCHEMA {where} FROM {grantees};"
+            if schema == DBLINK_SCHEMA
+            else _revoke_statements(connection, grantees),
+        )
+    return schema
+
+
+def _revoke_statements(connection: Connection, grantees: str) -> str:
+    """One statement that takes dblink, and nothing else in its schema, from `grantees`."""
+    rows = connection.execute(
+        "SELECT f.oid::regprocedure::text FROM (" + _DBLINK_FUNCTIONS + ") f ORDER BY 1"
+    ).fetchall()
+    return f"REVOKE EXECUTE ON FUNCTION {', '.join(str(row[0]) for row in rows)} FROM {grantees};"
+
+
+def _write_tables(connection: Connection, listener: ListenerAddress) -> None:
+    connection.execute(
+        "INSERT INTO stratakv.sql_install (version, connection_name) VALUES (%s, %s)"
+        " ON CONFLICT (one) DO UPDATE SET version = excluded.version",
+        (VERSION, f"stratakv_{secrets.token_hex(_LINK_NAME_BYTES)}"),
+    )
+    connection.execute("UPDATE stratakv.sql_listeners SET is_default = false WHERE is_default")
+    connection.execute(
+        "INSERT INTO stratakv.sql_listeners (name, conninfo, is_default) VALUES (%s, %s, true)"
+        " ON CONFLICT (name) DO UPDATE SET conninfo = excluded.conninfo, is_default = true",
+        (listener.name, listener.conninfo),
+    )
+
+
+def _is_our_wrapper(connection: Connection) -> bool:
+    return bool(
+        connection.execute(
+            "SELECT 1 FROM pg_proc WHERE oid = to_regprocedure('public.infer(text, text, jsonb)')"
+            " AND prosrc LIKE '%stratakv.infer(%'"
+        ).fetchone()
+    )
+
+
+def _make_wrapper(connection: Connection) -> bool:
+    taken = connection.execute(
+        "SELECT 1 FROM pg_proc WHERE proname = 'infer' AND pronamespace = to_regnamespace('public')"
+    ).fetchone()
+    no_public = connection.execute("SELECT to_regnamespace('public') IS NULL").fetchone()
+    if no_public == (True,) or (taken and not _is_our_wrapper(connection)):
+        return False
+    connection.execute(_resource("wrapper.sql").encode())
+    return True
+
+
+def _schema_is_empty(connection: Connection) -> bool:
+    row = connection.execute(
+        "SELECT NOT EXISTS (SELECT FROM pg_depend WHERE refclassid = 'pg_namespace'::regclass"
+        " AND refobjid = to_regnamespace('stratakv'))"
+    ).fetchone()
+    return row == (True,)

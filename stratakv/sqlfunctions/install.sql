@@ -1,0 +1,171 @@
+-- The SQL functions. @dblink@ is replaced by the quoted schema of the extension dblink. Safe to run again.
+-- Every definer function pins its search_path and qualifies every name that is not in pg_catalog.
+
+CREATE TABLE IF NOT EXISTS stratakv.sql_listeners (
+    name       text PRIMARY KEY,
+    conninfo   text NOT NULL,
+    is_default boolean NOT NULL
+);
+COMMENT ON TABLE stratakv.sql_listeners IS 'Where infer() calls back to, with the key; for the owner only';
+
+CREATE TABLE IF NOT EXISTS stratakv.sql_install (
+    one             boolean PRIMARY KEY DEFAULT true CHECK (one),
+    version         integer NOT NULL,
+    connection_name text NOT NULL
+);
+COMMENT ON TABLE stratakv.sql_install IS 'Version of the functions, and the secret name of the dblink connection';
+
+-- Default privileges of the database may have let others in.
+DO $$
+DECLARE
+    entry record;
+BEGIN
+    FOR entry IN
+        SELECT c.relname, a.grantee
+        FROM pg_catalog.pg_class c, pg_catalog.aclexplode(c.relacl) a
+        WHERE c.relnamespace = 'stratakv'::regnamespace AND c.relname IN ('sql_listeners', 'sql_install')
+          AND a.grantee <> c.relowner
+    LOOP
+        EXECUTE pg_catalog.format(
+            'REVOKE ALL ON stratakv.%I FROM %s', entry.relname,
+            CASE entry.grantee WHEN 0 THEN 'PUBLIC' ELSE entry.grantee::regrole::text END);
+    END LOOP;
+END
+$$;
+
+-- True when a role that is neither superuser nor our owner may execute dblink: it could use our connection as anybody.
+-- The quick look first: it runs in every call.
+CREATE OR REPLACE FUNCTION stratakv.sql_dblink_exposed() RETURNS boolean
+LANGUAGE plpgsql STABLE PARALLEL RESTRICTED SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF NOT EXISTS (
+        SELECT FROM pg_catalog.pg_proc p
+        WHERE p.proname = ANY ('{dblink,dblink_cancel_query,dblink_close,dblink_connect,dblink_connect_u,dblink_disconnect,
+            dblink_error_message,dblink_exec,dblink_fetch,dblink_get_connections,dblink_get_notify,dblink_get_result,
+            dblink_open,dblink_send_query}'::name[])
+          AND (p.proacl IS NULL OR pg_catalog.cardinality(p.proacl) <> 1
+               OR p.proacl[1] <> pg_catalog.makeaclitem(p.proowner, p.proowner, 'EXECUTE', false))
+    ) THEN
+        RETURN false;
+    END IF;
+    RETURN EXISTS (
+        SELECT FROM pg_catalog.pg_extension e
+        JOIN pg_catalog.pg_depend d ON d.refclassid = 'pg_catalog.pg_extension'::regclass AND d.refobjid = e.oid
+        JOIN pg_catalog.pg_proc p ON d.classid = 'pg_catalog.pg_proc'::regclass AND p.oid = d.objid
+        CROSS JOIN LATERAL
+            pg_catalog.aclexplode(COALESCE(p.proacl, pg_catalog.acldefault('f', p.proowner))) a
+        LEFT JOIN pg_catalog.pg_roles r ON r.oid = a.grantee
+        WHERE e.extname = 'dblink' AND d.deptype = 'e' AND r.rolname IS DISTINCT FROM current_user
+          AND NOT COALESCE(r.rolsuper, false)
+    );
+END
+$$;
+
+-- The name of the session's connection to a listener, opened to the default one if there is none.
+CREATE OR REPLACE FUNCTION stratakv.sql_link() RETURNS text
+LANGUAGE plpgsql STABLE PARALLEL RESTRICTED SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    link   text := (SELECT connection_name FROM stratakv.sql_install);
+    target text;
+BEGIN
+    IF stratakv.sql_dblink_exposed() THEN
+        RAISE EXCEPTION 'a role that is no superuser may execute the functions of dblink: infer() would not be safe'
+            USING ERRCODE = '42501', HINT = 'Run "stratakv install" again: it names the privileges to revoke.';
+    END IF;
+    IF link = ANY (@dblink@.dblink_get_connections()) THEN
+        RETURN link;
+    END IF;
+    SELECT conninfo INTO target FROM stratakv.sql_listeners WHERE is_default;
+    IF target IS NULL THEN
+        RAISE EXCEPTION 'no DB node is known in this database'
+            USING ERRCODE = '55000', HINT = 'Run "stratakv install --database URL".';
+    END IF;
+    PERFORM @dblink@.dblink_connect(link, target);
+    RETURN link;
+END
+$$;
+
+-- Ties this session's connection to a session of a DB node's gateway, which calls it with a nonce of its own.
+CREATE OR REPLACE FUNCTION stratakv.bind(nonce text, listener text) RETURNS boolean
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET client_min_messages = error AS $$
+DECLARE
+    link   text := (SELECT connection_name FROM stratakv.sql_install);
+    target text := (SELECT conninfo FROM stratakv.sql_listeners WHERE name = listener);
+    reply  record;
+BEGIN
+    IF target IS NULL OR stratakv.sql_dblink_exposed() THEN
+        RETURN false;
+    END IF;
+    IF link = ANY (@dblink@.dblink_get_connections()) THEN
+        PERFORM @dblink@.dblink_disconnect(link);
+    END IF;
+    PERFORM @dblink@.dblink_connect(link, target);
+    SELECT * INTO reply
+    FROM @dblink@.dblink(
+        link,
+        pg_catalog.format('bind %s %s', pg_catalog.encode(pg_catalog.convert_to(nonce, 'UTF8'), 'hex'),
+                          pg_catalog.pg_backend_pid()),
+        false
+    ) AS t(status text, answer text, sqlstate text, message text, hint text);
+    IF reply.status IS DISTINCT FROM 'ok' THEN
+        RAISE EXCEPTION '%', COALESCE(reply.message, 'the DB node does not answer')
+            USING ERRCODE = COALESCE(reply.sqlstate, '57P03');
+    END IF;
+    RETURN true;
+END
+$$;
+
+-- Polls, each answered within a fifth of a second, let cancel and statement_timeout through. No EXCEPTION block: parallel
+-- plans of older versions refuse subtransactions. A dead connection gives no row; then connect and ask again.
+CREATE OR REPLACE FUNCTION stratakv.infer(prompt text, model text DEFAULT NULL, options jsonb DEFAULT NULL) RETURNS text
+LANGUAGE plpgsql STABLE PARALLEL RESTRICTED COST 1000 SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET client_min_messages = error AS $$
+DECLARE
+    caller  text := pg_catalog.current_setting('role');
+    link    text;
+    request text;
+    reply   record;
+BEGIN
+    IF prompt IS NULL THEN
+        RETURN NULL;
+    END IF;
+    IF caller = 'none' THEN
+        caller := session_user;
+    END IF;
+    request := pg_catalog.format(
+        'infer %s %s %s %s %s %s',
+        pg_catalog.pg_backend_pid(),
+        pg_catalog.encode(pg_catalog.convert_to(caller, 'UTF8'), 'hex'),
+        pg_catalog.encode(pg_catalog.convert_to(pg_catalog.current_database()::text, 'UTF8'), 'hex'),
+        COALESCE('=' || pg_catalog.encode(pg_catalog.convert_to(model, 'UTF8'), 'hex'), '-'),
+        COALESCE('=' || pg_catalog.encode(pg_catalog.convert_to(options::text, 'UTF8'), 'hex'), '-'),
+        '=' || pg_catalog.encode(pg_catalog.convert_to(prompt, 'UTF8'), 'base64'));
+    FOR attempt IN 1 .. 3 LOOP
+        link := stratakv.sql_link();
+        SELECT * INTO reply FROM @dblink@.dblink(link, request, false)
+            AS t(status text, answer text, sqlstate text, message text, hint text);
+        WHILE reply.status = 'wait' LOOP
+            SELECT * INTO reply FROM @dblink@.dblink(link, 'poll', false)
+                AS t(status text, answer text, sqlstate text, message text, hint text);
+        END LOOP;
+        IF reply.status = 'ok' THEN
+            RETURN pg_catalog.convert_from(pg_catalog.decode(reply.answer, 'base64'), 'UTF8');
+        ELSIF reply.status = 'error' AND reply.hint IS NULL THEN
+            RAISE EXCEPTION '%', reply.message USING ERRCODE = reply.sqlstate;
+        ELSIF reply.status = 'error' THEN
+            RAISE EXCEPTION '%', reply.message USING ERRCODE = reply.sqlstate, HINT = reply.hint;
+        ELSIF reply.status IS NULL THEN
+            PERFORM @dblink@.dblink_disconnect(link);
+        END IF;
+    END LOOP;
+    RAISE EXCEPTION 'the DB node ended during the call'
+        USING ERRCODE = '57P03', HINT = 'Run the statement again.';
+END
+$$;
+
+REVOKE ALL ON FUNCTION stratakv.sql_dblink_exposed(), stratakv.sql_link() FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION stratakv.infer(text, text, jsonb), stratakv.bind(text, text) TO PUBLIC;
+GRANT USAGE ON SCHEMA stratakv TO PUBLIC;
+COMMENT ON FUNCTION stratakv.infer(text, text, jsonb) IS 'The model''s answer to a prompt';
+COMMENT ON FUNCTION stratakv.bind(text, text) IS 'Called by the DB node''s gateway only';
