@@ -164,6 +164,13 @@ def show_value(option: Option, value: Any) -> str:
     """A value as it may be shown: secrets are masked."""
     if value is not None and Secret in (option.type, *typing.get_args(option.type)):
         return MASK
+    return value_text(value)
+
+
+def value_text(value: Any) -> str:
+    """A value as it stands in a flag or in the environment, secrets as they are."""
+    if value is None:
+        return ""
     return ",".join(value) if isinstance(value, tuple) else str(value)
 
 

@@ -36,7 +36,8 @@ CONNECTIONS_MAX = 600
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 10.0
 _POLL_S = 0.02
-_SOCKET_PATH_BYTES_MAX = 100
+_SOCKET_PATH_BYTES_MAX = 80
+"""The kernel's limit is 107; room is left for the socket's name and for `listener_dir`."""
 _ROOT_PLACE = Path("/var/lib/stratakv")
 """Where root keeps what the server's account must reach but cannot under root's home."""
 _BUILTIN_LOCALE_MAJOR = 17
@@ -79,6 +80,13 @@ class EmbeddedPostgres:
         """The postmaster's process id."""
         assert self._process is not None, "not started"
         return self._process.pid
+
+    def listener_dir(self) -> Path:
+        """A directory for sockets that only the server's account, we and root can reach; made if it is missing."""
+        directory = self.socket_dir / "infer"
+        directory.mkdir(exist_ok=True)
+        directory.chmod(0o711)
+        return directory
 
     @property
     def log_file(self) -> Path:
@@ -189,7 +197,7 @@ class EmbeddedPostgres:
     def _make_socket_dir(self) -> None:
         if self._socket_dir is None:
             self._socket_dir = self._home / "socket"
-            if len(os.fsencode(self._socket_dir)) > _SOCKET_PATH_BYTES_MAX - len(f"/.s.PGSQL.{PORT}.lock"):
+            if len(os.fsencode(self._socket_dir)) > _SOCKET_PATH_BYTES_MAX:
                 self._socket_dir = Path(self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="stratakv-")))
         self._socket_dir.mkdir(mode=0o700, exist_ok=True)
         self._socket_dir.chmod(0o700)

@@ -1,0 +1,85 @@
+"""`stratakv migrate`: the schema of the metadata."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from stratakv import migrate as migrations
+from stratakv.cli.options import ConfigOption, DatabaseOption, JsonOption, database_url, print_json, read_settings
+
+app = typer.Typer(help="The metadata's schema: upgrade, downgrade, current, history, check.", no_args_is_help=True)
+
+SqlOption = Annotated[bool, typer.Option("--sql", help="Print the SQL instead of running it.")]
+
+
+@app.command()
+def upgrade(
+    revision: Annotated[str, typer.Argument(help="Where to go, or from:to with --sql.")] = "head",
+    database: DatabaseOption = None,
+    config: ConfigOption = None,
+    sql: SqlOption = False,
+) -> None:
+    """Bring the database to a revision, by default the newest."""
+    if sql:
+        print(migrations.upgrade_sql(revision))
+        return
+    url = database_url(database, read_settings(config))
+    migrations.upgrade(url, revision)
+    print(f"{migrations.masked_url(url)} is at revision {migrations.current(url)}")
+
+
+@app.command()
+def downgrade(
+    revision: Annotated[str, typer.Argument(help="Where to go (`base`: before the first), or from:to with --sql.")],
+    database: DatabaseOption = None,
+    config: ConfigOption = None,
+    sql: SqlOption = False,
+) -> None:
+    """Take the database back to a revision."""
+    if sql:
+        print(migrations.downgrade_sql(revision))
+        return
+    url = database_url(database, read_settings(config))
+    migrations.downgrade(url, revision)
+    print(f"{migrations.masked_url(url)} is at revision {migrations.current(url) or 'none'}")
+
+
+@app.command()
+def current(database: DatabaseOption = None, config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """The database's revision and the one this release needs."""
+    at, needed = migrations.current(database_url(database, read_settings(config))), migrations.head()
+    if as_json:
+        print_json({"current": at, "head": needed})
+    else:
+        print(f"{at or 'none'} (this release needs {needed})")
+
+
+@app.command()
+def history(database: DatabaseOption = None, config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """All revisions, oldest first; the database's own is marked if one is named."""
+    url = database or read_settings(config).database.url
+    revisions = migrations.history(url)
+    if as_json:
+        print_json(
+            [
+                {"revision": r.revision, "message": r.message, "current": r.is_current, "head": r.is_head}
+                for r in revisions
+            ]
+        )
+        return
+    table = Table("revision", "what it does", "")
+    for revision in revisions:
+        marks = [name for name, here in (("current", revision.is_current), ("head", revision.is_head)) if here]
+        table.add_row(revision.revision, revision.message, ", ".join(marks))
+    Console().print(table)
+
+
+@app.command()
+def check(database: DatabaseOption = None, config: ConfigOption = None) -> None:
+    """Exit 0 if the database is at the revision that this release needs, else 2."""
+    migrations.check(database_url(database, read_settings(config)))
+    print(f"the database is at revision {migrations.head()}")

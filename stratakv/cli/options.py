@@ -1,0 +1,54 @@
+"""Options that many commands share, and what they mean."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stratakv.config import load_settings
+from stratakv.errors import SetupError
+from stratakv.settings import Settings
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="TOML file with settings.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any setting; repeatable.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+DatabaseOption = Annotated[
+    str | None, typer.Option("--database", metavar="URL", help="PostgreSQL URL instead of STRATAKV_DATABASE_URL.")
+]
+
+
+def read_settings(
+    config: Path | None = None, sets: list[str] | None = None, flags: Mapping[tuple[str, str], object] | None = None
+) -> Settings:
+    """Settings from all sources; flags that are None were not given. Raises SetupError."""
+    overrides: dict[tuple[str, str], str] = {}
+    for item in sets or ():
+        place, separator, value = item.partition("=")
+        section, dot, key = place.partition(".")
+        if not separator or not dot:
+            raise SetupError(f"--set {item}: expected SECTION.KEY=VALUE, such as worker.dtype=fp32")
+        overrides[section, key] = value
+    overrides |= {place: str(value) for place, value in (flags or {}).items() if value is not None}
+    return load_settings(overrides, config_file=config)
+
+
+def database_url(given: str | None, settings: Settings) -> str:
+    """The database to work on. Raises SetupError if none is named."""
+    url = given or settings.database.url
+    if url is None:
+        raise SetupError(
+            "No database is named.",
+            hint="Give --database postgresql://user:password@host/name, or set STRATAKV_DATABASE_URL.",
+        )
+    return url
+
+
+def print_json(value: object) -> None:
+    """One JSON document on standard output."""
+    print(json.dumps(value, indent=2, default=str))

@@ -1,0 +1,105 @@
+"""`stratakv sql`: a SQL prompt on the DB node, by psql where there is one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import Annotated
+from urllib.parse import unquote, urlsplit
+
+import psycopg
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from stratakv.cli.options import ConfigOption, SetOption, read_settings
+from stratakv.errors import SetupError, Unavailable
+from stratakv.postgres import METADATA_DATABASE, SUPERUSER, find_binaries
+from stratakv.settings import Settings
+
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def sql(
+    context: typer.Context,
+    user: Annotated[str | None, typer.Option("--user", "-U", help="PostgreSQL role.")] = None,
+    dbname: Annotated[str | None, typer.Option("--dbname", "-d", help="Database.")] = None,
+    command: Annotated[str | None, typer.Option("--command", "-c", help="Run one statement and leave.")] = None,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+) -> None:
+    """Open psql on the DB node; further arguments are psql's."""
+    settings = read_settings(config, sets)
+    connection = _connection(settings, user, dbname)
+    psql = _find_psql(settings)
+    if psql is None:
+        _prompt(connection, command)
+        return
+    password = connection.pop("password", None)
+    if password is not None:
+        os.environ["PGPASSWORD"] = password
+    text = psycopg.conninfo.make_conninfo(**connection)
+    arguments = ["--dbname", text, *(["--command", command] if command is not None else []), *context.args]
+    os.execv(psql, [psql, *arguments])
+
+
+def _connection(settings: Settings, user: str | None, dbname: str | None) -> dict[str, str]:
+    """Connection parameters: the DB node's address with the backend's role, database and password."""
+    backend = urlsplit(settings.sql.backend_url or settings.database.url or "")
+    found = {
+        "host": settings.sql.host,
+        "port": str(settings.sql.port),
+        "user": user or unquote(backend.username or SUPERUSER),
+        "dbname": dbname or unquote(backend.path.lstrip("/")) or METADATA_DATABASE,
+    }
+    if backend.password and user is None:
+        found["password"] = unquote(backend.password)
+    return found
+
+
+def _find_psql(settings: Settings) -> str | None:
+    on_path = shutil.which("psql")
+    if on_path:
+        return on_path
+    try:
+        return shutil.which(find_binaries(settings.postgres.bin).program("psql"))
+    except SetupError:
+        return None
+
+
+def _prompt(connection: dict[str, str], command: str | None) -> None:
+    """A prompt for machines without psql: one statement a line."""
+    console = Console()
+    try:
+        with psycopg.connect(**connection, autocommit=True) as session:  # type: ignore[arg-type]
+            if command is not None:
+                _run(session, command, console)
+                return
+            while True:
+                try:
+                    statement = input(f"{connection['dbname']}=> ").strip()
+                except EOFError:
+                    return
+                if statement in ("\\q", "quit", "exit"):
+                    return
+                if statement:
+                    _run(session, statement, console)
+    except psycopg.OperationalError as error:
+        raise Unavailable(f"no SQL session at {connection['host']}:{connection['port']}: {error}") from error
+
+
+def _run(session: psycopg.Connection[tuple[object, ...]], statement: str, console: Console) -> None:
+    try:
+        cursor = session.execute(statement.encode())
+    except psycopg.OperationalError:
+        raise
+    except psycopg.Error as error:
+        console.print(f"ERROR: {error}", style="red", markup=False)
+        return
+    if cursor.description is None:
+        console.print(cursor.statusmessage or "", markup=False)
+        return
+    table = Table(*(column.name for column in cursor.description))
+    for row in cursor.fetchall():
+        table.add_row(*("" if value is None else str(value) for value in row))
+    console.print(table, markup=False)

@@ -1,0 +1,132 @@
+"""`stratakv status`: what runs, as the DB node and the meta server tell."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import aiohttp
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from stratakv.cli.options import ConfigOption, JsonOption, SetOption, print_json, read_settings
+from stratakv.errors import StrataError
+from stratakv.pool.meta_client import MetaClient
+from stratakv.settings import Settings
+from stratakv.wire import GetStats, ListNodes, ListWorkers, Nodes, NodeState, Stats, Workers, WorkerState
+
+TIMEOUT_S = 3.0
+EXIT_NOT_READY = 1
+MIB = 1024 * 1024
+
+
+@dataclass(slots=True)
+class Report:
+    """What was found out."""
+
+    db_node: dict[str, str] = field(default_factory=dict)
+    meta_server: str = "unreachable"
+    stats: Stats | None = None
+    nodes: list[NodeState] = field(default_factory=list)
+    workers: list[WorkerState] = field(default_factory=list)
+
+
+def status(config: ConfigOption = None, sets: SetOption = None, as_json: JsonOption = False) -> None:
+    """Health of the DB node, the meta server, the pool and the workers. Exits 1 if the DB node is not ready."""
+    settings = read_settings(config, sets)
+    report = asyncio.run(_ask(settings))
+    if as_json:
+        print_json(_as_json(report))
+    else:
+        _print(report)
+    if report.db_node["ready"] != "yes":
+        raise typer.Exit(EXIT_NOT_READY)
+
+
+async def _ask(settings: Settings) -> Report:
+    report = Report()
+    await asyncio.gather(_ask_db_node(settings, report), _ask_meta_server(settings, report))
+    return report
+
+
+async def _ask_db_node(settings: Settings, report: Report) -> None:
+    url = f"http://{settings.rest.host}:{settings.rest.port}"
+    report.db_node = {"url": url, "sql": f"{settings.sql.host}:{settings.sql.port}"}
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=TIMEOUT_S)) as session:
+        for name, path in (("health", "/health"), ("ready", "/ready")):
+            try:
+                async with session.get(url + path) as response:
+                    report.db_node[name] = "yes" if response.status == 200 else f"no ({response.status})"
+            except (aiohttp.ClientError, TimeoutError):
+                report.db_node[name] = "no answer"
+
+
+async def _ask_meta_server(settings: Settings, report: Report) -> None:
+    meta = MetaClient(settings.meta)
+    try:
+        report.stats = await meta.call(GetStats(), Stats)
+        report.nodes = (await meta.call(ListNodes(), Nodes)).nodes
+        report.workers = (await meta.call(ListWorkers(), Workers)).workers
+        report.meta_server = "yes"
+    except StrataError as error:
+        report.meta_server = f"no answer ({error.message})"
+    finally:
+        await meta.close()
+
+
+def _as_json(report: Report) -> dict[str, Any]:
+    found = asdict(report)
+    for name in ("stats", "nodes", "workers"):
+        # bytes, such as epochs, become hex
+        found[name] = msgspec.to_builtins(getattr(report, name), builtin_types=(bytes,))
+    return {name: _hex(value) for name, value in found.items()}
+
+
+def _hex(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, dict):
+        return {key: _hex(item) for key, item in value.items()}
+    return [_hex(item) for item in value] if isinstance(value, list) else value
+
+
+def _print(report: Report) -> None:
+    console = Console()
+    services = Table("service", "where", "alive", "ready", title="Services")
+    services.add_row("DB node", report.db_node["url"], report.db_node["health"], report.db_node["ready"])
+    services.add_row("meta server", "", report.meta_server, report.meta_server)
+    console.print(services, markup=False)
+    workers = Table("worker", "role", "model", "url", "running", "waiting", "cache in use", title="Workers")
+    for state in report.workers:
+        info, load = state.info, state.load
+        used = load.l1_blocks_total - load.l1_blocks_free
+        workers.add_row(
+            info.worker,
+            info.role.value,
+            info.model,
+            info.url,
+            str(load.running),
+            str(load.waiting),
+            f"{used} of {load.l1_blocks_total} blocks",
+        )
+    console.print(workers, markup=False)
+    nodes = Table("daemon", "where", "used", "size", title="Memory pool")
+    for node in report.nodes:
+        segment = node.segment
+        nodes.add_row(
+            segment.node,
+            f"{segment.host}:{segment.port}",
+            f"{node.used_bytes // MIB} MiB",
+            f"{segment.size_bytes // MIB} MiB",
+        )
+    console.print(nodes, markup=False)
+    if report.stats is not None:
+        stats = report.stats
+        console.print(
+            f"{stats.blocks} blocks in the pool, {stats.lookups} lookups, {stats.lookup_hits} hits,"
+            f" {stats.evictions} evictions",
+            markup=False,
+        )

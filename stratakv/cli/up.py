@@ -1,0 +1,150 @@
+"""`stratakv up`: everything on one machine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from stratakv import migrate, sqlfunctions
+from stratakv.cli.options import ConfigOption, SetOption, read_settings
+from stratakv.cli.progress import pull_with_progress
+from stratakv.log import configure_logging
+from stratakv.postgres import EmbeddedPostgres
+from stratakv.settings import Settings
+from stratakv.up.plan import Backend, ServiceSpec, make_plan, place_ports
+from stratakv.up.ports import PortChoice, choose_ports
+from stratakv.up.readiness import Readiness
+from stratakv.up.state import StateFile
+from stratakv.up.supervisor import Supervisor
+
+_INTERRUPTED = 128
+
+
+def up(
+    ports: Annotated[PortChoice, typer.Option(help="auto takes any free ports.")] = PortChoice.DEFAULT,
+    state_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write URLs and process ids here while running.")
+    ] = None,
+    data_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="What must outlive a restart, and logs.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model to serve.")] = None,
+    daemons: Annotated[int | None, typer.Option(min=0, help="Memory-pool daemons.")] = None,
+    prefill_workers: Annotated[int | None, typer.Option(min=0, help="Workers for prefill.")] = None,
+    decode_workers: Annotated[int | None, typer.Option(min=0, help="Workers for decode.")] = None,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+) -> None:
+    """Run everything on this machine until Ctrl-C: database, meta server, memory pool, workers, DB node."""
+    flags: dict[tuple[str, str], object] = {
+        ("up", "data_dir"): data_dir,
+        ("model", "name"): model,
+        ("up", "daemons"): daemons,
+        ("up", "prefill_workers"): prefill_workers,
+        ("up", "decode_workers"): decode_workers,
+    }
+    settings = read_settings(config, sets, flags)
+    configure_logging(settings.log)
+    chosen = choose_ports(settings, ports)
+    settings = place_ports(settings, chosen)
+    console = Console(stderr=True)
+    home = settings.up.data_dir.expanduser().absolute()
+    log_dir = home / "log"
+    model_dir = pull_with_progress(settings.model.name, settings.model.cache_dir)
+    console.print(f"model     {settings.model.name} in {model_dir}", highlight=False, markup=False)
+    with _database(settings, home) as (cluster, backend):
+        migrate.upgrade(backend.url)
+        if settings.sql.backend_url is None:
+            sqlfunctions.install(backend.url)
+        console.print(f"database  {migrate.masked_url(backend.url)}", highlight=False, markup=False)
+        log_dir.mkdir(parents=True, exist_ok=True)
+        plan = make_plan(settings, chosen, backend)
+        state = StateFile(state_file or home / "up.json", settings, backend.url)
+        asyncio.run(_run(settings, plan, cluster, log_dir, state, console))
+    console.print("stopped", highlight=False)
+
+
+@contextlib.contextmanager
+def _database(settings: Settings, home: Path) -> Iterator[tuple[EmbeddedPostgres | None, Backend]]:
+    """The database that was configured, or the embedded one, running until the end."""
+    if settings.database.url is not None:
+        yield None, Backend(settings.database.url)
+        return
+    with EmbeddedPostgres(settings.postgres, home / "postgres") as cluster:
+        listener_dir = settings.sql.listener_dir or cluster.listener_dir()
+        yield cluster, Backend(cluster.url, trusted=True, uid=cluster.uid, listener_dir=str(listener_dir))
+
+
+async def _run(
+    settings: Settings,
+    plan: list[ServiceSpec],
+    cluster: EmbeddedPostgres | None,
+    log_dir: Path,
+    state: StateFile,
+    console: Console,
+) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal(number: int) -> None:
+        if stop.is_set():
+            os._exit(_INTERRUPTED + number)  # all children end with this process
+        console.print("stopping: finishing what is in flight; once more ends it at once", highlight=False)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    announced = False
+
+    def on_change(supervisor: Supervisor) -> None:
+        nonlocal announced
+        state.write(supervisor)
+        if supervisor.is_ready and not announced:
+            announced = True
+            _announce(settings, state.path, console)
+
+    with console.status("starting") as shown:
+        waiting = [spec.name for spec in plan]
+
+        def on_service_ready(spec: ServiceSpec) -> None:
+            waiting.remove(spec.name)
+            console.print(f"ready     {spec.name:10} {spec.url}", highlight=False, markup=False)
+            shown.update(f"waiting for {', '.join(waiting)}" if waiting else "ready")
+            if not waiting:
+                shown.stop()
+
+        try:
+            async with Readiness(replace(settings.meta, host="127.0.0.1")) as readiness:
+                supervisor = Supervisor(
+                    plan,
+                    readiness=readiness,
+                    cluster=cluster,
+                    log_dir=log_dir,
+                    on_service_ready=on_service_ready,
+                    on_change=on_change,
+                )
+                await supervisor.run(stop)
+        finally:
+            state.remove()
+
+
+def _announce(settings: Settings, state_path: Path, console: Console) -> None:
+    """The ready banner."""
+    sql, rest = settings.sql, settings.rest
+    lines = [
+        "",
+        "StrataKV is ready.",
+        f"  SQL    psql -h 127.0.0.1 -p {sql.port} -U postgres stratakv      SELECT infer('Why is the sky blue?');",
+        f"  REST   http://127.0.0.1:{rest.port}/v1      the base URL for OpenAI clients",
+        f"  state  {state_path}",
+        "Ctrl-C stops it.",
+        "",
+    ]
+    console.print("\n".join(lines), highlight=False, markup=False)
