@@ -1,0 +1,208 @@
+"""Which tokens the next step computes: one for every decoding sequence, then prompts in order of arrival.
+
+A step has a token budget; a prompt that exceeds it is computed in chunks. Sequences get the blocks of their whole prompt
+when they are admitted and one more whenever they outgrow them; when none are left, the newest sequence is preempted: it
+gives its blocks back and is computed again later, as far as the prefix cache has not kept them. A sequence whose next
+block is just being computed by another one waits for it instead of computing it again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from workers.engine.config import EngineConfig
+from workers.engine.connector import Tier
+from workers.engine.kv_cache import KVCache
+from workers.engine.sequence import Sequence
+
+_MAX_SET_ASIDE_BLOCKS = 32
+"""Blocks kept free behind a sequence so that it can grow in place."""
+_WATERMARK_SHARE = 0.01
+"""Share of the blocks left for running sequences to grow into when another one is admitted."""
+
+
+@dataclass(slots=True, eq=False)
+class StepPart:
+    """One sequence's tokens in a step: `num_tokens` from `sequence.num_computed` on."""
+
+    sequence: Sequence
+    num_tokens: int
+    load_first_block: int | None = None
+    """Blocks from here up to `num_computed` are to be loaded from lower tiers during this step."""
+
+    @property
+    def stop(self) -> int:
+        return self.sequence.num_computed + self.num_tokens
+
+    @property
+    def samples(self) -> bool:
+        """The step reaches the sequence's last token."""
+        return self.stop == len(self.sequence.token_ids)
+
+
+class Scheduler:
+    """Queues of waiting and running sequences. Owned by the engine's thread."""
+
+    def __init__(self, config: EngineConfig, cache: KVCache) -> None:
+        self._config = config
+        self._cache = cache
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        """In order of admission."""
+
+    def sequences(self) -> Iterator[Sequence]:
+        yield from self.running
+        yield from self.waiting
+
+    def schedule(self) -> list[StepPart]:
+        """The next step; empty if there is nothing to do, or nothing can be done until blocks are released."""
+        parts = self._schedule_decodes()
+        budget = self._config.max_batched_tokens - len(parts)
+        if parts:
+            budget = min(budget, self._config.max_prefill_tokens_beside_decode)
+        for sequence in self.running:
+            if budget > 0 and not sequence.is_decoding:
+                parts.append(StepPart(sequence, min(budget, sequence.num_uncomputed)))
+                budget -= parts[-1].num_tokens
+        parts += self._admit(budget)
+        return parts
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, whatever its state, and give back what it holds."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+        self._give_back(sequence)
+        sequence.release_external()
+
+    def computed(self, part: StepPart) -> None:
+        """A part's KV is whole in L1: let its full blocks be found by others."""
+        sequence, stop = part.sequence, part.stop
+        sequence.num_computed = stop
+        full = stop // self._config.block_size
+        if self._config.prefix_caching:
+            for index in range(sequence.num_registered, full):
+                self._cache.register(sequence.keys[index], sequence.table.blocks[index])
+        sequence.num_registered = full
+
+    def load_failed(self, part: StepPart, num_good_blocks: int) -> None:
+        """Keep the blocks of a part's load that arrived whole; the others are computed by later steps, in place."""
+        sequence, first = part.sequence, part.load_first_block
+        assert first is not None
+        size = self._config.block_size
+        kept = min(first + num_good_blocks, sequence.num_computed // size)
+        hit = sequence.request.external
+        if hit is not None and not sequence.preemptions:
+            for tier in hit.tiers[kept - hit.start_block : sequence.num_computed // size - hit.start_block]:
+                sequence.tokens_by_tier[tier] -= size
+                sequence.tokens_by_tier[Tier.COMPUTED] += size
+        sequence.num_computed = kept * size
+
+    def _schedule_decodes(self) -> list[StepPart]:
+        parts: list[StepPart] = []
+        for sequence in [s for s in self.running if s.is_decoding]:
+            if len(parts) < self._config.max_batched_tokens and sequence in self.running and self._grow(sequence):
+                parts.append(StepPart(sequence, 1))
+        return [part for part in parts if part.sequence in self.running]
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """A slot for the next token, by preempting newer sequences if need be; False if the sequence itself had to go."""
+        if sequence.table.num_slots > sequence.num_computed:
+            return True
+        while True:
+            growth = min(max(0, sequence.blocks_left - 1), _MAX_SET_ASIDE_BLOCKS)
+            blocks = self._cache.allocate(1, sequence.table.blocks[-1], growth)
+            if blocks is not None:
+                sequence.table.extend(blocks)
+                return True
+            newest = self.running[-1]
+            self._preempt(newest)
+            if newest is sequence:
+                return False
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._give_back(sequence)
+        sequence.preemptions += 1
+        self.waiting.appendleft(sequence)
+
+    def _give_back(self, sequence: Sequence) -> None:
+        self._cache.release(sequence.table.take_from(0))
+        sequence.num_computed = sequence.num_registered = 0
+
+    def _admit(self, budget: int) -> list[StepPart]:
+        parts: list[StepPart] = []
+        promised = {key for s in self.running for key in s.keys[s.num_registered :]}
+        for sequence in list(self.waiting):
+            if budget <= 0 or len(self.running) >= self._config.max_running:
+                break
+            matched = self._match(sequence)
+            following = sequence.keys[len(matched) : sequence.num_reusable_blocks]
+            if following and following[0] in promised and self._config.prefix_caching:
+                continue
+            if not self._place(sequence, matched):
+                break
+            part = self._start(sequence, len(matched), budget)
+            parts.append(part)
+            budget -= part.num_tokens
+            promised.update(sequence.keys[sequence.num_registered :])
+        return parts
+
+    def _match(self, sequence: Sequence) -> list[int]:
+        if not self._config.prefix_caching:
+            return []
+        return self._cache.match(sequence.keys[: sequence.num_reusable_blocks])
+
+    def _place(self, sequence: Sequence, matched: list[int]) -> bool:
+        """Reference the matched blocks and allocate the rest of the sequence's; False if there is no room now."""
+        self._cache.reference(matched)
+        missing = -(-len(sequence.token_ids) // self._config.block_size) - len(matched)
+        watermark = int(self._cache.num_blocks * _WATERMARK_SHARE) + 1 if self.running else 0
+        blocks = None
+        if missing + watermark <= self._cache.num_available:
+            growth = min(max(0, sequence.blocks_left - len(matched) - missing), _MAX_SET_ASIDE_BLOCKS)
+            blocks = self._cache.allocate(missing, matched[-1] if matched else None, growth)
+        if blocks is None:
+            self._cache.release(matched)
+            return False
+        sequence.table.extend(matched)
+        sequence.table.extend(blocks)
+        return True
+
+    def _start(self, sequence: Sequence, num_matched: int, budget: int) -> StepPart:
+        """Move a placed sequence to the running ones and plan its first chunk."""
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        load_first, load_stop = self._external_range(sequence, num_matched)
+        sequence.num_registered = num_matched
+        sequence.num_computed = load_stop * self._config.block_size
+        self._count_tiers(sequence, num_matched, load_stop)
+        part = StepPart(sequence, min(budget, sequence.num_uncomputed))
+        if load_first < load_stop:
+            part.load_first_block = load_first
+        else:
+            sequence.release_external()
+        return part
+
+    def _external_range(self, sequence: Sequence, num_matched: int) -> tuple[int, int]:
+        """Blocks to load: first, and one past the last. Empty if the hit does not adjoin what L1 holds."""
+        hit = sequence.external
+        if hit is None or hit.start_block > num_matched:
+            return num_matched, num_matched
+        stop = min(hit.start_block + len(hit.tiers), sequence.num_reusable_blocks)
+        return num_matched, max(stop, num_matched)
+
+    def _count_tiers(self, sequence: Sequence, num_matched: int, load_stop: int) -> None:
+        if sequence.preemptions:
+            return  # computed again after a preemption: the request's tokens have been counted
+        counts = dict.fromkeys(Tier, 0)
+        counts[Tier.L1] = num_matched * self._config.block_size
+        hit = sequence.external
+        if hit is not None:
+            for tier in hit.tiers[num_matched - hit.start_block : load_stop - hit.start_block]:
+                counts[tier] += self._config.block_size
+        counts[Tier.COMPUTED] = len(sequence.token_ids) - load_stop * self._config.block_size
+        sequence.tokens_by_tier = counts

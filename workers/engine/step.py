@@ -1,0 +1,181 @@
+"""One step: start loads and write-downs, run the forward with both in step with its layers, settle what came of each part.
+
+Harm stays in its sequence: rows of a step meet in products only, never each other, so a load that fails or a value that is
+not finite spoils its own part, and the other parts are kept.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from stratakv.errors import StrataError
+from stratakv.keys import BlockKey
+from workers.engine.attention import AttentionPart
+from workers.engine.block_table import Run
+from workers.engine.connector import KVConnector, KVLoadError, LoadJob, SaveJob
+from workers.engine.kv_cache import KVCache
+from workers.engine.model import ForwardBatch, Model
+from workers.engine.requests import SamplingParams
+from workers.engine.sampler import Sample, SampleRow, sample
+from workers.engine.scheduler import StepPart
+
+_log = logging.getLogger(__name__)
+_CHECK_ONLY = SampleRow(SamplingParams(max_tokens=1, temperature=0.0), seed=0, index=0)
+"""For parts that end before their sequence does: the row is only looked at for NaN."""
+
+ReleaseBlocks = Callable[[Sequence[int]], None]
+
+
+@dataclass(slots=True, eq=False)
+class PartOutcome:
+    """What a step did for one part: a sample (to be used if the part samples), or a failed load, or neither: not finite."""
+
+    part: StepPart
+    sample: Sample | None = None
+    load_error: KVLoadError | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Transfers:
+    """A part's load and write-down while the step runs."""
+
+    part: StepPart
+    load: LoadJob | None = None
+    save: SaveJob | None = None
+    load_error: KVLoadError | None = field(default=None)
+
+    def wait_layer(self, layer: int) -> None:
+        if self.load is None or self.load_error is not None:
+            return
+        try:
+            self.load.wait_layer(layer)
+        except KVLoadError as error:
+            self.fail_load(error)
+
+    def fail_load(self, error: KVLoadError) -> None:
+        self.load_error = error
+        if self.load is not None:
+            self.load.cancel()
+        self.abort_save()
+
+    def layer_done(self, layer: int) -> None:
+        if self.save is not None:
+            self.save.layer_done(layer)
+
+    def abort_save(self) -> None:
+        save, self.save = self.save, None
+        if save is not None:
+            save.abort()
+
+    def abandon(self) -> None:
+        """The step died: stop both, whatever each of them says to it."""
+        with suppress(StrataError):
+            self.abort_save()
+        if self.load is not None and self.load_error is None:
+            with suppress(StrataError):
+                self.load.cancel()
+
+
+class _Hooks:
+    """Keeps the transfers in step with the layers. The last layer is released to write-downs only after the NaN check."""
+
+    def __init__(self, transfers: Sequence[_Transfers], num_layers: int) -> None:
+        self._loading = [t for t in transfers if t.load is not None]
+        self._saving = [t for t in transfers if t.save is not None]
+        self._last = num_layers - 1
+
+    def before_attention(self, layer: int) -> None:
+        for transfers in self._loading:
+            transfers.wait_layer(layer)
+
+    def after_write(self, layer: int) -> None:
+        if layer < self._last:
+            for transfers in self._saving:
+                transfers.layer_done(layer)
+
+
+class StepRunner:
+    """Runs the steps of one engine, on its thread. `release` is called from any thread when a write-down needs L1 no more."""
+
+    def __init__(self, model: Model, cache: KVCache, connector: KVConnector | None, release: ReleaseBlocks) -> None:
+        self._model = model
+        self._cache = cache
+        self._connector = connector
+        self._release = release
+        self._last_layer = model.facts.num_layers - 1
+
+    def run(self, parts: Sequence[StepPart]) -> list[PartOutcome]:
+        """Compute `parts`; one outcome for each. Raises only if the whole step is lost."""
+        all_transfers: list[_Transfers] = []
+        try:
+            for part in parts:
+                all_transfers.append(transfers := _Transfers(part))
+                self._begin(transfers)
+            hooks = _Hooks(all_transfers, self._last_layer + 1)
+            logits = self._model.forward(self._batch(parts), self._cache, hooks)
+            samples = sample(logits, [_sample_row(part) for part in parts])
+            return [self._settle(*pair) for pair in zip(all_transfers, samples, strict=True)]
+        except BaseException:
+            for transfers in all_transfers:
+                transfers.abandon()
+            raise
+
+    def _begin(self, transfers: _Transfers) -> None:
+        part = transfers.part
+        sequence, block_size = part.sequence, self._cache.block_size
+        first_filled, stop_filled = sequence.num_computed // block_size, part.stop // block_size
+        if part.load_first_block is not None and sequence.external is not None:
+            blocks = sequence.table.blocks[part.load_first_block : first_filled]
+            try:
+                transfers.load = sequence.external.load(part.load_first_block, blocks)
+            except StrataError as error:
+                transfers.fail_load(error if isinstance(error, KVLoadError) else KVLoadError(error.message, 0))
+        if self._connector is None or first_filled == stop_filled or transfers.load_error is not None:
+            return
+        keys = sequence.keys[first_filled:stop_filled]
+        self._begin_save(transfers, self._connector, keys, sequence.table.blocks[first_filled:stop_filled])
+
+    def _begin_save(
+        self, transfers: _Transfers, connector: KVConnector, keys: Sequence[BlockKey], blocks: list[int]
+    ) -> None:
+        self._cache.reference(blocks)
+        try:
+            transfers.save = connector.save(keys, blocks, lambda: self._release(blocks))
+        except StrataError as error:
+            _log.warning("save_refused", extra={"reason": error.code, "num_blocks": len(blocks)})
+        if transfers.save is None:
+            self._cache.release(blocks)
+
+    def _batch(self, parts: Sequence[StepPart]) -> ForwardBatch:
+        token_ids: list[int] = []
+        positions: list[int] = []
+        writes: list[Run] = []
+        attention: list[AttentionPart] = []
+        for part in parts:
+            sequence, start, stop = part.sequence, part.sequence.num_computed, part.stop
+            # A single row finds its own key in the cache; several rows attend to theirs under the causal mask.
+            context = sequence.table.slot_runs(0, stop if part.num_tokens == 1 else start)
+            attention.append(AttentionPart(len(token_ids), part.num_tokens, tuple(context)))
+            writes += sequence.table.slot_runs(start, stop)
+            token_ids += sequence.token_ids[start:stop]
+            positions += range(start, stop)
+        return ForwardBatch(token_ids, positions, writes, attention, [part.stop_row - 1 for part in attention])
+
+    def _settle(self, transfers: _Transfers, sampled: Sample | None) -> PartOutcome:
+        if transfers.load_error is not None:
+            return PartOutcome(transfers.part, load_error=transfers.load_error)
+        if sampled is None:
+            transfers.abort_save()
+            return PartOutcome(transfers.part)
+        transfers.layer_done(self._last_layer)
+        return PartOutcome(transfers.part, sampled)
+
+
+def _sample_row(part: StepPart) -> SampleRow:
+    if not part.samples:
+        return _CHECK_ONLY
+    sequence = part.sequence
+    return SampleRow(sequence.request.sampling, sequence.seed, sequence.output_index)
