@@ -2,22 +2,51 @@
 
 from __future__ import annotations
 
-from stratakv.cli.options import ConfigOption, DatabaseOption, SetOption, database_url, read_settings
+from typing import Annotated
+
+import typer
+
+from stratakv import sqlfunctions
+from stratakv.cli.options import (
+    ConfigOption,
+    DatabaseOption,
+    JsonOption,
+    SetOption,
+    database_url,
+    print_json,
+    read_settings,
+)
+from stratakv.migrate import masked_url
 
 
-def install(database: DatabaseOption = None, config: ConfigOption = None, sets: SetOption = None) -> None:
+def install(
+    database: DatabaseOption = None, config: ConfigOption = None, sets: SetOption = None, as_json: JsonOption = False
+) -> None:
     """Put infer() and its kin into a database; brings older versions up to date."""
-    from stratakv import sqlfunctions
-
     settings = read_settings(config, sets)
-    sqlfunctions.install(database_url(database or settings.sql.backend_url, settings))
-    print("installed: SELECT infer('…') works for sessions through the DB node")
+    url = database_url(database or settings.sql.backend_url, settings)
+    done = sqlfunctions.install(url, sqlfunctions.ListenerAddress.from_settings(settings.sql))
+    if as_json:
+        print_json(
+            {"version": done.version, "dblink_schema": done.dblink_schema, "public_wrapper": done.public_wrapper}
+        )
+        return
+    names = (
+        "infer() and stratakv.infer()" if done.public_wrapper else "stratakv.infer() (the name public.infer is taken)"
+    )
+    print(f"{names}, version {done.version}, installed in {masked_url(url)}")
 
 
-def uninstall(database: DatabaseOption = None, config: ConfigOption = None, sets: SetOption = None) -> None:
+def uninstall(
+    database: DatabaseOption = None,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    cascade: Annotated[
+        bool, typer.Option("--cascade", help="Also drop views and others that use the functions.")
+    ] = False,
+) -> None:
     """Take infer() and its kin out of a database."""
-    from stratakv import sqlfunctions
-
     settings = read_settings(config, sets)
-    sqlfunctions.uninstall(database_url(database or settings.sql.backend_url, settings))
-    print("uninstalled")
+    url = database_url(database or settings.sql.backend_url, settings)
+    sqlfunctions.uninstall(url, cascade=cascade)
+    print(f"uninstalled from {masked_url(url)}")

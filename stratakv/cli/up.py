@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,14 +20,15 @@ from stratakv.cli.options import ConfigOption, SetOption, read_settings
 from stratakv.cli.progress import pull_with_progress
 from stratakv.log import configure_logging
 from stratakv.postgres import EmbeddedPostgres
-from stratakv.settings import Settings
-from stratakv.up.plan import Backend, ServiceSpec, make_plan, place_ports
+from stratakv.settings import Secret, Settings
+from stratakv.up.plan import ServiceSpec, make_plan, place_ports
 from stratakv.up.ports import PortChoice, choose_ports
 from stratakv.up.readiness import Readiness
 from stratakv.up.state import StateFile
 from stratakv.up.supervisor import Supervisor
 
 _INTERRUPTED = 128
+LISTENER_KEY_BYTES = 32
 
 
 def up(
@@ -59,27 +61,45 @@ def up(
     log_dir = home / "log"
     model_dir = pull_with_progress(settings.model.name, settings.model.cache_dir)
     console.print(f"model     {settings.model.name} in {model_dir}", highlight=False, markup=False)
-    with _database(settings, home) as (cluster, backend):
-        migrate.upgrade(backend.url)
-        if settings.sql.backend_url is None:
-            sqlfunctions.install(backend.url)
-        console.print(f"database  {migrate.masked_url(backend.url)}", highlight=False, markup=False)
+    with _database(settings, home) as (cluster, ready_settings):
+        url = str(ready_settings.database.url)
+        migrate.upgrade(url)
+        if ready_settings.sql.backend_url is None:
+            sqlfunctions.install(url, sqlfunctions.ListenerAddress.from_settings(ready_settings.sql))
+        console.print(f"database  {migrate.masked_url(url)}", highlight=False, markup=False)
         log_dir.mkdir(parents=True, exist_ok=True)
-        plan = make_plan(settings, chosen, backend)
-        state = StateFile(state_file or home / "up.json", settings, backend.url)
-        asyncio.run(_run(settings, plan, cluster, log_dir, state, console))
+        plan = make_plan(ready_settings, chosen)
+        state = StateFile(state_file or home / "up.json", ready_settings)
+        asyncio.run(_run(ready_settings, plan, cluster, log_dir, state, console))
     console.print("stopped", highlight=False)
 
 
 @contextlib.contextmanager
-def _database(settings: Settings, home: Path) -> Iterator[tuple[EmbeddedPostgres | None, Backend]]:
-    """The database that was configured, or the embedded one, running until the end."""
+def _database(settings: Settings, home: Path) -> Iterator[tuple[EmbeddedPostgres | None, Settings]]:
+    """The database that was configured, or the embedded one, running until the end; and the settings that reach it."""
+    sql = settings.sql
     if settings.database.url is not None:
-        yield None, Backend(settings.database.url)
+        if sql.listener_dir is None and sql.listener_key is None:
+            sql = replace(sql, listener_key=_kept_listener_key(home))
+        yield None, replace(settings, sql=sql)
         return
     with EmbeddedPostgres(settings.postgres, home / "postgres") as cluster:
-        listener_dir = settings.sql.listener_dir or cluster.listener_dir()
-        yield cluster, Backend(cluster.url, trusted=True, uid=cluster.uid, listener_dir=str(listener_dir))
+        sql = replace(sql, listener_dir=sql.listener_dir or cluster.listener_dir())
+        if sql.backend_url is None:
+            sql = replace(sql, backend_trusted=True, backend_uid=cluster.uid)
+        yield cluster, replace(settings, database=replace(settings.database, url=Secret(cluster.url)), sql=sql)
+
+
+def _kept_listener_key(home: Path) -> Secret:
+    """The key by which PostgreSQL knows itself to the DB node over TCP; made once."""
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = home / "listener.key"
+    with (
+        contextlib.suppress(FileExistsError),
+        open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file,
+    ):
+        file.write(secrets.token_urlsafe(LISTENER_KEY_BYTES))
+    return Secret(path.read_text())
 
 
 async def _run(

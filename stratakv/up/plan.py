@@ -33,31 +33,19 @@ class ServiceSpec:
     """All its settings, secrets too."""
 
 
-@dataclass(frozen=True, slots=True)
-class Backend:
-    """The PostgreSQL to use, and what the DB node must know of it."""
-
-    url: str
-    trusted: bool = False
-    uid: int | None = None
-    listener_dir: str | None = None
-
-
 def place_ports(settings: Settings, ports: Ports) -> Settings:
     """The settings with the ports that were chosen."""
     return replace(
         settings,
-        sql=replace(settings.sql, port=ports.sql),
+        sql=replace(settings.sql, port=ports.sql, listener_port=ports.listener),
         rest=replace(settings.rest, port=ports.rest),
         meta=replace(settings.meta, native_port=ports.meta),
     )
 
 
-def make_plan(settings: Settings, ports: Ports, backend: Backend) -> list[ServiceSpec]:
+def make_plan(settings: Settings, ports: Ports) -> list[ServiceSpec]:
     """All services in the order in which they start; they stop in the reverse order."""
-    settings = place_ports(settings, ports)
     common = _environment(settings)
-    common["STRATAKV_DATABASE_URL"] = backend.url
     plan = [_service("meta", Kind.META, ports.meta, "tcp", common)]
     daemons = [f"dmp-{i}" for i in range(len(ports.daemons))]
     for name, port in zip(daemons, ports.daemons, strict=True):
@@ -70,18 +58,9 @@ def make_plan(settings: Settings, ports: Ports, backend: Backend) -> list[Servic
         node = daemons[i % len(daemons)] if daemons else ""
         given = {"WORKER_NAME": name, "WORKER_ROLE": role.value, "WORKER_PORT": str(port), "WORKER_NODE": node}
         plan.append(_service(name, Kind.WORKER, port, "http", common, **given))
-    plan.append(_service("dbnode", Kind.DB_NODE, ports.rest, "http", common, **_db_node(settings, plan, backend)))
+    workers = ",".join(spec.url for spec in plan if spec.kind is Kind.WORKER)
+    plan.append(_service("dbnode", Kind.DB_NODE, ports.rest, "http", common, ROUTER_WORKERS=workers))
     return plan
-
-
-def _db_node(settings: Settings, plan: list[ServiceSpec], backend: Backend) -> dict[str, str]:
-    given = {"ROUTER_WORKERS": ",".join(s.url for s in plan if s.kind is Kind.WORKER)}
-    own_backend = settings.sql.backend_url is not None
-    if backend.listener_dir is not None and not own_backend:
-        given["SQL_LISTENER_DIR"] = backend.listener_dir
-        given["SQL_BACKEND_TRUSTED"] = str(backend.trusted).lower()
-        given["SQL_BACKEND_UID"] = str(backend.uid)
-    return given
 
 
 def _service(name: str, kind: Kind, port: int, scheme: str, common: Mapping[str, str], **given: str) -> ServiceSpec:

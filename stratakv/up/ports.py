@@ -22,6 +22,7 @@ class Ports:
     """One port per listener."""
 
     sql: int
+    listener: int
     rest: int
     meta: int
     daemons: tuple[int, ...]
@@ -32,17 +33,19 @@ def choose_ports(settings: Settings, choice: PortChoice) -> Ports:
     """Ports for everything that `settings.up` counts. Raises SetupError that names every port in use and its setting."""
     num_workers = settings.up.prefill_workers + settings.up.decode_workers
     if choice is PortChoice.AUTO:
-        free = _free_ports(3 + settings.up.daemons + num_workers)
-        split = 3 + settings.up.daemons
-        return Ports(free[0], free[1], free[2], tuple(free[3:split]), tuple(free[split:]))
+        sql, listener, rest, meta, *free = _free_ports(4 + settings.up.daemons + num_workers)
+        return Ports(sql, listener, rest, meta, tuple(free[: settings.up.daemons]), tuple(free[settings.up.daemons :]))
     ports = Ports(
         settings.sql.port,
+        settings.sql.listener_port,
         settings.rest.port,
         settings.meta.native_port,
         tuple(settings.dmp.port + i for i in range(settings.up.daemons)),
         tuple(settings.worker.port + i for i in range(num_workers)),
     )
     wanted = [("sql.port", ports.sql), ("rest.port", ports.rest), ("meta.native_port", ports.meta)]
+    if settings.sql.listener_dir is None and settings.database.url is not None:
+        wanted.append(("sql.listener_port", ports.listener))
     wanted += [("dmp.port", port) for port in ports.daemons] + [("worker.port", port) for port in ports.workers]
     _require_free(wanted)
     return ports

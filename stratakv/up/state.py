@@ -17,7 +17,6 @@ class StateFile:
 
     path: Path
     settings: Settings
-    database_url: str
 
     def write(self, supervisor: Supervisor) -> None:
         """Replace the file at once, so that no reader sees half of it."""
@@ -31,7 +30,7 @@ class StateFile:
             "rest_url": f"http://127.0.0.1:{settings.rest.port}",
             "meta_host": settings.meta.host,
             "meta_port": settings.meta.native_port,
-            "database_url": self.database_url,
+            "database_url": str(settings.database.url),
             "database_pid": cluster.pid if cluster is not None and cluster.is_running() else None,
             "model": settings.model.name,
             "services": {
