@@ -34,6 +34,11 @@ def align_up(size_bytes: int) -> int:
     return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
+def packed_header_bytes(num_layers: int) -> int:
+    """How many bytes of a header mean something; the rest of its 4 KiB is padding."""
+    return _FIXED.size + 8 * num_layers + 8
+
+
 @dataclass(frozen=True, slots=True)
 class RangeSpec:
     """One named run of bytes within a layer of a page."""
@@ -145,6 +150,8 @@ class CorruptPage(ValueError):
 
 def layer_checksum(ranges: Sequence[bytes | memoryview]) -> int:
     """xxh3-64 over the ranges of one layer, in order."""
+    if len(ranges) == 1:
+        return xxhash.xxh3_64_intdigest(ranges[0])
     state = xxhash.xxh3_64()
     for part in ranges:
         state.update(part)

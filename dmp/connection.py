@@ -1,0 +1,211 @@
+"""One client's connection, served by a thread of its own: control requests, and bytes in and out of the segment.
+
+The event loop has no part in it, so large transfers never hold it up. Whatever a client sends or fails to send ends at most
+this connection; writes it leaves unfinished belong to puts that are void when their time runs out.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from dmp.puts import PutTable
+from dmp.segment import MemorySegment
+from stratakv.errors import InvalidRequest, StrataError
+from stratakv.layout import ALIGNMENT_BYTES
+from stratakv.pool import messages
+from stratakv.pool.errors import OutOfBounds, ProtocolMismatch, PutRefused, SegmentFull, TransportError
+from stratakv.pool.framing import receive_all, receive_exactly, receive_header, send_all, send_frame
+from stratakv.pool.messages import FrameHeader, FrameKind, RefusalCode, frame_header
+from stratakv.wire import PUT_ID_BYTES
+
+FRAME_TIMEOUT_S = 30.0
+"""A frame that was begun, in either direction, is over by then."""
+DISCARD_BYTES = 1024 * 1024
+"""Scratch memory for the payload of a refused write."""
+
+_CODES: dict[type[StrataError], RefusalCode] = {
+    SegmentFull: RefusalCode.SEGMENT_FULL,
+    PutRefused: RefusalCode.PUT_REFUSED,
+    OutOfBounds: RefusalCode.OUT_OF_BOUNDS,
+}
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Bytes one connection moved; written by its thread only."""
+
+    bytes_read: int = 0
+    bytes_written: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What all connections of a daemon share."""
+
+    node: str
+    segment: MemorySegment
+    puts: PutTable
+    idle_timeout_s: float
+    stats: Callable[[], messages.DaemonStats]
+
+
+class Connection:
+    """Protocol state of one connection."""
+
+    def __init__(self, sock: socket.socket, served: Served) -> None:
+        self._sock = sock
+        self._served = served
+        self._is_attached = False
+        self.traffic = Traffic()
+
+    def run(self) -> None:
+        """Serve until the client leaves or breaks the protocol. Raises TransportError when it does the latter."""
+        while (header := self._next_header()) is not None:
+            if header.kind not in (FrameKind.CONTROL, FrameKind.READ, FrameKind.WRITE):
+                raise ProtocolMismatch(f"a client does not send {header.kind.name} frames")
+            if header.kind is not FrameKind.CONTROL and not self._is_attached:
+                raise ProtocolMismatch("bytes were asked for before Attach")
+            deadline = time.monotonic() + FRAME_TIMEOUT_S
+            body = bytes(receive_exactly(self._sock, header.body_bytes, deadline))
+            if header.kind is FrameKind.CONTROL:
+                self._control(body, deadline)
+            elif header.kind is FrameKind.READ:
+                self._read(body, deadline)
+            else:
+                self._write(header, body, deadline)
+
+    def _next_header(self) -> FrameHeader | None:
+        """None when the client has left or fallen silent."""
+        poller = select.poll()
+        poller.register(self._sock, select.POLLIN)
+        try:
+            if not poller.poll(self._served.idle_timeout_s * 1000) or not self._sock.recv(1, socket.MSG_PEEK):
+                return None
+        except ConnectionError:
+            return None
+        return receive_header(self._sock, time.monotonic() + FRAME_TIMEOUT_S)
+
+    def _reply(self, reply: messages.ControlReply, deadline: float) -> None:
+        send_frame(self._sock, FrameKind.REPLY, messages.encode(reply), deadline)
+
+    def _refuse(self, error: StrataError, deadline: float) -> None:
+        code = _CODES.get(type(error), RefusalCode.MALFORMED)
+        self._reply(messages.Refused(code, error.message), deadline)
+
+    def _control(self, body: bytes, deadline: float) -> None:
+        try:
+            request = messages.decode_request(body)
+        except msgspec.MsgspecError as error:
+            raise ProtocolMismatch(f"not a control request: {error}") from error
+        if isinstance(request, messages.Attach):
+            self._attach(request, deadline)
+            return
+        if not self._is_attached:
+            raise ProtocolMismatch("the first request must be Attach")
+        try:
+            self._reply(self._answer(request), deadline)
+        except StrataError as error:
+            if isinstance(error, TransportError):
+                raise
+            self._refuse(error, deadline)
+
+    def _attach(self, request: messages.Attach, deadline: float) -> None:
+        served = self._served
+        if request.protocol != messages.PROTOCOL_VERSION:
+            text = f"this daemon speaks version {messages.PROTOCOL_VERSION}, the client {request.protocol}"
+            self._reply(messages.Refused(RefusalCode.VERSION, text), deadline)
+            return
+        if request.epoch != served.segment.epoch:
+            text = f"node {served.node} was started anew"
+            self._reply(messages.Refused(RefusalCode.EPOCH_CHANGED, text), deadline)
+            return
+        self._is_attached = True
+        reply = messages.Attached(served.node, served.segment.epoch, served.segment.size_bytes)
+        if self._sock.family != socket.AF_UNIX:
+            self._reply(reply, deadline)
+            return
+        body = messages.encode(reply)
+        frame = frame_header(FrameKind.REPLY, len(body)) + body
+        # One small message on an idle socket: the kernel takes it whole.
+        socket.send_fds(self._sock, [frame], [served.segment.fd], socket.MSG_NOSIGNAL)
+
+    def _answer(self, request: messages.ControlRequest) -> messages.ControlReply:
+        puts = self._served.puts
+        if isinstance(request, messages.Allocate):
+            _check_allocate(request)
+            return messages.Extents(puts.allocate(request.put_id, request.count, request.page_bytes, request.timeout_s))
+        if isinstance(request, messages.Release):
+            puts.release(request.put_id)
+            return messages.Done()
+        return self._served.stats()
+
+    def _read(self, body: bytes, deadline: float) -> None:
+        try:
+            offsets, sizes = self._ranges(body)
+        except InvalidRequest as error:
+            self._refuse(error, deadline)
+            return
+        total = int(sizes.sum(dtype=np.uint64))
+        header = frame_header(FrameKind.DATA, 0, total)
+        send_all(self._sock, [header, *self._views(offsets, sizes)], deadline)
+        self.traffic.bytes_read += total
+
+    def _write(self, header: FrameHeader, body: bytes, deadline: float) -> None:
+        put_id = body[:PUT_ID_BYTES]
+        try:
+            offsets, sizes = self._ranges(body[PUT_ID_BYTES:])
+            if int(sizes.sum(dtype=np.uint64)) != header.payload_bytes:
+                raise InvalidRequest("the payload is not as long as its ranges")
+            with self._served.puts.writing(put_id, offsets, sizes):
+                receive_all(self._sock, self._views(offsets, sizes), deadline)
+        except InvalidRequest as error:
+            # The payload is on its way: it must be read for the refusal to be heard.
+            self._discard(header.payload_bytes, deadline)
+            self._refuse(error, deadline)
+            return
+        self.traffic.bytes_written += header.payload_bytes
+        self._reply(messages.Done(), deadline)
+
+    def _discard(self, size_bytes: int, deadline: float) -> None:
+        scratch = memoryview(bytearray(min(size_bytes, DISCARD_BYTES)))
+        while size_bytes:
+            part = scratch[: min(size_bytes, DISCARD_BYTES)]
+            receive_all(self._sock, [part], deadline)
+            size_bytes -= len(part)
+
+    def _ranges(self, packed: bytes) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]:
+        """Checked against the segment and the limits. Raises OutOfBounds, InvalidRequest."""
+        if not packed or len(packed) % messages.RANGE_DTYPE.itemsize:
+            raise InvalidRequest("not a whole number of ranges")
+        ranges = np.frombuffer(packed, dtype=messages.RANGE_DTYPE)
+        offsets, sizes = ranges["offset"].astype(np.uint64), ranges["size"].astype(np.uint32)
+        size = np.uint64(self._served.segment.size_bytes)
+        if not (sizes.all() and ((offsets < size) & (sizes <= size - np.minimum(offsets, size))).all()):
+            raise OutOfBounds("a range lies outside the segment, or is empty")
+        if int(sizes.sum(dtype=np.uint64)) > messages.TRANSFER_BYTES_MAX:
+            raise InvalidRequest(f"one frame moves {messages.TRANSFER_BYTES_MAX} bytes at most")
+        return offsets, sizes
+
+    def _views(self, offsets: npt.NDArray[np.uint64], sizes: npt.NDArray[np.uint32]) -> Sequence[memoryview]:
+        memory = self._served.segment.memory
+        ends = offsets + sizes
+        return [memory[start:end] for start, end in zip(offsets.tolist(), ends.tolist(), strict=True)]
+
+
+def _check_allocate(request: messages.Allocate) -> None:
+    if len(request.put_id) != PUT_ID_BYTES:
+        raise InvalidRequest(f"a put_id has {PUT_ID_BYTES} bytes")
+    if not 0 < request.count <= messages.PUT_PAGES_MAX:
+        raise InvalidRequest(f"a put has 1 to {messages.PUT_PAGES_MAX} pages")
+    if request.page_bytes <= 0 or request.page_bytes % ALIGNMENT_BYTES:
+        raise InvalidRequest(f"page_bytes is a positive multiple of {ALIGNMENT_BYTES}")
+    if not 0 < request.timeout_s <= messages.PUT_TIMEOUT_S_MAX:
+        raise InvalidRequest(f"timeout_s lies between 0 and {messages.PUT_TIMEOUT_S_MAX}")

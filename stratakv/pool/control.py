@@ -1,0 +1,94 @@
+"""Control requests to a daemon over one socket, one at a time."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from typing import TypeVar
+
+import msgspec
+
+from stratakv.errors import StrataError
+from stratakv.pool import messages
+from stratakv.pool.errors import (
+    EpochChanged,
+    OutOfBounds,
+    ProtocolMismatch,
+    PutRefused,
+    SegmentFull,
+    TransportError,
+    TransportTimeout,
+)
+from stratakv.pool.framing import receive_exactly, receive_header, remaining_s, send_frame
+from stratakv.pool.messages import FrameHeader, FrameKind, RefusalCode
+
+ReplyT = TypeVar("ReplyT", bound=messages.Message)
+
+_ERRORS: dict[RefusalCode, type[StrataError]] = {
+    RefusalCode.MALFORMED: ProtocolMismatch,
+    RefusalCode.VERSION: ProtocolMismatch,
+    RefusalCode.EPOCH_CHANGED: EpochChanged,
+    RefusalCode.SEGMENT_FULL: SegmentFull,
+    RefusalCode.PUT_REFUSED: PutRefused,
+    RefusalCode.OUT_OF_BOUNDS: OutOfBounds,
+    RefusalCode.TOO_MANY: TransportError,
+}
+
+
+def receive_reply(
+    sock: socket.socket, expected: type[ReplyT], deadline: float, header: FrameHeader | None = None
+) -> ReplyT:
+    """The reply that comes next (its header, if that was read already). Raises what a refusal means."""
+    header = header or receive_header(sock, deadline)
+    if header.kind is not FrameKind.REPLY:
+        raise ProtocolMismatch(f"the daemon answered with a {header.kind.name} frame")
+    return parse_reply(bytes(receive_exactly(sock, header.body_bytes, deadline)), expected)
+
+
+def parse_reply(body: bytes, expected: type[ReplyT]) -> ReplyT:
+    """Raises what a refusal means, ProtocolMismatch for anything unexpected."""
+    try:
+        reply = messages.decode_reply(body)
+    except msgspec.MsgspecError as error:
+        raise ProtocolMismatch(f"the daemon's reply cannot be read: {error}") from error
+    if isinstance(reply, messages.Refused):
+        raise _ERRORS[reply.code](reply.message)
+    if not isinstance(reply, expected):
+        raise ProtocolMismatch(f"the daemon answered {type(reply).__name__}, not {expected.__name__}")
+    return reply
+
+
+def shut(sock: socket.socket) -> None:
+    """Wake whoever is blocked on the socket."""
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        # It was closed or broken already, which is all that is wanted.
+        return
+
+
+class ControlChannel:
+    """Thread-safe request and reply. After any TransportError the channel is closed: answers could be mixed up."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self._lock = threading.Lock()
+
+    def call(self, request: messages.Message, expected: type[ReplyT], deadline: float) -> ReplyT:
+        """Raises TransportError, and what a refusal means."""
+        if not self._lock.acquire(timeout=remaining_s(deadline)):
+            raise TransportTimeout("the daemon is busy with earlier requests of this process")
+        try:
+            send_frame(self.sock, FrameKind.CONTROL, messages.encode(request), deadline)
+            return receive_reply(self.sock, expected, deadline)
+        except TransportError:
+            self.sock.close()
+            raise
+        finally:
+            self._lock.release()
+
+    def close(self) -> None:
+        """A call in progress fails."""
+        shut(self.sock)
+        with self._lock:
+            self.sock.close()

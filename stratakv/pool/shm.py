@@ -1,0 +1,138 @@
+"""Transport between processes of one host: the daemon's memory, mapped. Copies are made by the caller's thread.
+
+The daemon cannot see these writes, so this side keeps to the put's time itself; what slips through (a process frozen in the
+middle of a copy) is found by the reader's checksums.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import select
+import socket
+import time
+from collections.abc import Callable, Sequence
+
+from stratakv.pool.errors import OutOfBounds, PutRefused, TransportError
+from stratakv.pool.framing import remaining_s
+from stratakv.pool.transport import Cancellation, ReadRange, WriteRange
+
+STEP_BYTES = 1024 * 1024
+"""Deadline, cancellation and the daemon's life are looked at after so many bytes."""
+STEP_RANGES = 64
+
+
+class ShmTransport:
+    """One segment, mapped; `control` is the socket whose other end dies with the daemon."""
+
+    def __init__(self, fd: int, size_bytes: int, control: socket.socket) -> None:
+        self._control = control
+        self._map = mmap.mmap(fd, size_bytes)
+        self._memory = memoryview(self._map)
+        self._put_deadlines: dict[bytes, float] = {}
+        self._hangup = select.poll()
+        self._hangup.register(control, select.POLLRDHUP)
+
+    def read_batch(
+        self,
+        ranges: Sequence[ReadRange],
+        *,
+        deadline: float,
+        on_range: Callable[[int], None] | None = None,
+        cancellation: Cancellation | None = None,
+    ) -> None:
+        self._check_offsets(ranges)
+        for start, stop in _steps([len(r.into) for r in ranges]):
+            self._check(deadline, cancellation)
+            try:
+                for offset, into in ranges[start:stop]:
+                    into[:] = self._memory[offset : offset + len(into)]
+            except ValueError as error:
+                raise self._fault(error) from error
+            if on_range is not None:
+                on_range(stop)
+        self._check(deadline, cancellation)
+
+    def write_batch(
+        self,
+        put_id: bytes,
+        ranges: Sequence[WriteRange],
+        *,
+        deadline: float,
+        cancellation: Cancellation | None = None,
+    ) -> None:
+        self._check_offsets(ranges)
+        for start, stop in _steps([len(r.source) for r in ranges]):
+            self._check(deadline, cancellation)
+            if self._put_deadlines.get(put_id, 0.0) < time.monotonic():
+                raise PutRefused("this put is unknown, over or out of time")
+            try:
+                for offset, source in ranges[start:stop]:
+                    self._memory[offset : offset + len(source)] = source
+            except ValueError as error:
+                raise self._fault(error) from error
+        self._check(deadline, cancellation)
+
+    def mapping(self) -> memoryview | None:
+        return self._memory
+
+    def put_opened(self, put_id: bytes, deadline: float) -> None:
+        now = time.monotonic()
+        for known, ends in list(self._put_deadlines.items()):
+            if ends < now:
+                self._put_deadlines.pop(known, None)
+        self._put_deadlines[put_id] = deadline
+
+    def put_closed(self, put_id: bytes) -> None:
+        self._put_deadlines.pop(put_id, None)
+
+    def close(self) -> None:
+        self._memory.release()
+        try:
+            self._map.close()
+        except BufferError:
+            # Somebody still holds a view of the mapping; it goes with the last of them.
+            return
+
+    def _check(self, deadline: float, cancellation: Cancellation | None) -> None:
+        remaining_s(deadline)
+        if cancellation is not None:
+            cancellation.check()
+        if self._control.fileno() < 0 or self._hangup.poll(0):
+            raise TransportError("the daemon has gone; what its memory held is void")
+
+    def _check_offsets(self, ranges: Sequence[tuple[int, object]]) -> None:
+        if ranges and min(ranges, key=_offset)[0] < 0:
+            raise OutOfBounds("a range starts before the segment")
+
+    def _fault(self, error: ValueError) -> Exception:
+        """A slice came out short, or another thread has closed this transport."""
+        if self._control.fileno() < 0:
+            return TransportError("the connection was closed")
+        return OutOfBounds(f"a range lies outside the segment: {error}")
+
+
+def _offset(item: tuple[int, object]) -> int:
+    return item[0]
+
+
+def _steps(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Consecutive index ranges of a few ranges each."""
+    steps, start, step_bytes = [], 0, 0
+    for index, size in enumerate(sizes):
+        step_bytes += size
+        if step_bytes >= STEP_BYTES or index + 1 - start >= STEP_RANGES:
+            steps.append((start, index + 1))
+            start, step_bytes = index + 1, 0
+    if start < len(sizes):
+        steps.append((start, len(sizes)))
+    return steps
+
+
+def received_memory(fds: Sequence[int], size_bytes: int) -> int:
+    """The one descriptor that came with `Attached`, checked. Raises TransportError and closes what came."""
+    if len(fds) == 1 and os.fstat(fds[0]).st_size == size_bytes:
+        return fds[0]
+    for fd in fds:
+        os.close(fd)
+    raise TransportError("the daemon handed over no memory of the size it told")

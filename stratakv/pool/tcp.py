@@ -1,0 +1,191 @@
+"""Transport over TCP: a few sockets, each carrying one batch at a time, requests sent ahead of the data.
+
+A batch travels as few large frames with packed ranges; adjacent ranges are merged before they are sent, and received straight
+into their destinations.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+
+from stratakv.pool import messages
+from stratakv.pool.control import receive_reply, shut
+from stratakv.pool.errors import OutOfBounds, TransportError, TransportTimeout
+from stratakv.pool.framing import receive_all, receive_header, remaining_s, send_all
+from stratakv.pool.messages import RANGE_DTYPE, FrameKind, frame_header
+from stratakv.pool.transport import Buffer, Cancellation, ReadRange, WriteRange
+
+SOCKETS_MAX = 4
+"""Batches in progress at once; further ones wait for a socket."""
+FRAME_RANGES = 8192
+FRAME_BYTES = 64 * 1024 * 1024
+FRAMES_AHEAD = 2
+"""Read requests sent before their data is received; they must fit into the socket buffers, or both ends would wait."""
+
+
+class TcpTransport:
+    """`dial(deadline)` opens another attached socket to the daemon."""
+
+    def __init__(self, dial: Callable[[float], socket.socket]) -> None:
+        self._dial = dial
+        self._slots = threading.BoundedSemaphore(SOCKETS_MAX)
+        self._lock = threading.Lock()
+        self._idle: list[socket.socket] = []
+        self._busy: set[socket.socket] = set()
+        self._is_closed = False
+
+    def read_batch(
+        self,
+        ranges: Sequence[ReadRange],
+        *,
+        deadline: float,
+        on_range: Callable[[int], None] | None = None,
+        cancellation: Cancellation | None = None,
+    ) -> None:
+        if not ranges:
+            return
+        views = [r.into for r in ranges]
+        frames = _frames([r.offset for r in ranges], views)
+        with self._socket(deadline, cancellation) as sock:
+            for frame in frames[:FRAMES_AHEAD]:
+                _request(sock, frame, deadline)
+            for index, frame in enumerate(frames):
+                self._receive(sock, frame, views, deadline, on_range)
+                if index + FRAMES_AHEAD < len(frames):
+                    _request(sock, frames[index + FRAMES_AHEAD], deadline)
+
+    def write_batch(
+        self,
+        put_id: bytes,
+        ranges: Sequence[WriteRange],
+        *,
+        deadline: float,
+        cancellation: Cancellation | None = None,
+    ) -> None:
+        if not ranges:
+            return
+        sources = [r.source for r in ranges]
+        frames = _frames([r.offset for r in ranges], sources)
+        with self._socket(deadline, cancellation) as sock:
+            for frame in frames:
+                body = put_id + frame.ranges.tobytes()
+                header = frame_header(FrameKind.WRITE, len(body), frame.size_bytes)
+                send_all(sock, [header + body, *sources[frame.start : frame.stop]], deadline)
+                receive_reply(sock, messages.Done, deadline)
+
+    def mapping(self) -> memoryview | None:
+        return None
+
+    def put_opened(self, put_id: bytes, deadline: float) -> None:
+        """Nothing to keep: the daemon checks every write."""
+
+    def put_closed(self, put_id: bytes) -> None:
+        """Nothing to forget."""
+
+    def close(self) -> None:
+        with self._lock:
+            self._is_closed = True
+            idle, self._idle = self._idle, []
+            busy = list(self._busy)
+        for sock in idle:
+            sock.close()
+        for sock in busy:
+            shut(sock)
+
+    def _receive(
+        self,
+        sock: socket.socket,
+        frame: _Frame,
+        views: Sequence[memoryview],
+        deadline: float,
+        on_range: Callable[[int], None] | None,
+    ) -> None:
+        header = receive_header(sock, deadline)
+        if header.kind is not FrameKind.DATA or header.payload_bytes != frame.size_bytes:
+            receive_reply(sock, messages.Done, deadline, header)
+            raise TransportError("the daemon answered a read without data")
+        progress = None if on_range is None else lambda filled: on_range(frame.start + filled)
+        receive_all(sock, views[frame.start : frame.stop], deadline, progress)
+
+    @contextmanager
+    def _socket(self, deadline: float, cancellation: Cancellation | None) -> Iterator[socket.socket]:
+        """A socket for one batch; closed instead of reused unless the batch ends well."""
+        if not self._slots.acquire(timeout=remaining_s(deadline)):
+            raise TransportTimeout("all sockets to the daemon are busy")
+        try:
+            sock = self._take(deadline)
+            try:
+                if cancellation is None:
+                    yield sock
+                else:
+                    with cancellation.stopping(lambda: shut(sock)):
+                        yield sock
+            except BaseException:
+                self._put_back(sock, is_whole=False)
+                if cancellation is not None:
+                    cancellation.check()
+                raise
+            self._put_back(sock, is_whole=True)
+        finally:
+            self._slots.release()
+
+    def _take(self, deadline: float) -> socket.socket:
+        with self._lock:
+            if self._is_closed:
+                raise TransportError("the connection was closed")
+            sock = self._idle.pop() if self._idle else None
+        if sock is None:
+            sock = self._dial(deadline)
+        with self._lock:
+            self._busy.add(sock)
+        return sock
+
+    def _put_back(self, sock: socket.socket, *, is_whole: bool) -> None:
+        with self._lock:
+            self._busy.discard(sock)
+            if is_whole and not self._is_closed:
+                self._idle.append(sock)
+                return
+        sock.close()
+
+
+class _Frame:
+    """Ranges `start` .. `stop - 1` of a batch."""
+
+    __slots__ = ("ranges", "size_bytes", "start", "stop")
+
+    def __init__(self, start: int, stop: int, offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> None:
+        self.start = start
+        self.stop = stop
+        self.size_bytes = int(sizes.sum())
+        starts = np.concatenate(([True], offsets[1:] != offsets[:-1] + sizes[:-1])).nonzero()[0]
+        self.ranges = np.empty(len(starts), dtype=RANGE_DTYPE)
+        self.ranges["offset"] = offsets[starts]
+        self.ranges["size"] = np.add.reduceat(sizes, starts)
+
+
+def _frames(offset_list: list[int], buffers: Sequence[Buffer]) -> list[_Frame]:
+    """Split a batch; adjacent ranges within a frame are merged. Raises OutOfBounds."""
+    offsets = np.array(offset_list, dtype=np.int64)
+    sizes = np.fromiter(map(len, buffers), dtype=np.int64, count=len(buffers))
+    if offsets.min() < 0 or sizes.min() <= 0 or sizes.max() > FRAME_BYTES:
+        raise OutOfBounds(f"ranges start at 0 and hold 1 to {FRAME_BYTES} bytes")
+    ends = sizes.cumsum()
+    frames, start = [], 0
+    while start < len(sizes):
+        before = int(ends[start - 1]) if start else 0
+        stop = min(int(np.searchsorted(ends, before + FRAME_BYTES, side="right")), start + FRAME_RANGES)
+        frames.append(_Frame(start, stop, offsets[start:stop], sizes[start:stop]))
+        start = stop
+    return frames
+
+
+def _request(sock: socket.socket, frame: _Frame, deadline: float) -> None:
+    body = frame.ranges.tobytes()
+    send_all(sock, [frame_header(FrameKind.READ, len(body)) + body], deadline)
