@@ -49,7 +49,13 @@ def main() -> int:
     warm = Spread.of([w.ttft_s * 1e3 for _, w in pairs])
     report(
         "chat_warm",
-        {"dtype": "bf16", "history_words": HISTORY_WORDS, "new_words": NEW_WORDS, "quick": options.quick, "seed": options.seed},
+        {
+            "dtype": "bf16",
+            "history_words": HISTORY_WORDS,
+            "new_words": NEW_WORDS,
+            "quick": options.quick,
+            "seed": options.seed,
+        },
         {"ttft_ms": warm.as_json(1), "tokens": pairs[-1][1].tokens_by_tier()},
         {"ttft_ms": cold.as_json(1), "tokens": pairs[-1][0].tokens_by_tier()},
         {"ttft_cold_over_warm": round(cold.median / warm.median, 2)},

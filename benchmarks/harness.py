@@ -21,14 +21,7 @@ from typing import Any
 
 START_S_MAX = 300.0
 STOP_S_MAX = 60.0
-_WORDS = (
-    "the of and to in is was for on that with as it be at by this had not are but from or have an they which one you were "
-    "all her she there would their we him been has when who will no more if out so up said what its about than into them "
-    "can only other time new some could these two may first then do any like my now over such our man me even most made "
-    "after also did many off before must well back through years much where your way down should because long each just "
-    "state those people too mr how little good world make very year still see own work men day get here old life both "
-    "between being under three never know same last another while us might great go come since against right came take"
-).split()
+_WORDS = ["the", "of", "and", "to", "in", "is", "was", "for", "on", "that", "with", "as", "it", "be", "at", "by", "this", "had", "not", "are", "but", "from", "or", "have", "an", "they", "which", "one", "you", "were", "all", "her", "she", "there", "would", "their", "we", "him", "been", "has", "when", "who", "will", "no", "more", "if", "out", "so", "up", "said", "what", "its", "about", "than", "into", "them", "can", "only", "other", "time", "new", "some", "could", "these", "two", "may", "first", "then", "do", "any", "like", "my", "now", "over", "such", "our", "man", "me", "even", "most", "made", "after", "also", "did", "many", "off", "before", "must", "well", "back", "through", "years", "much", "where", "your", "way", "down", "should", "because", "long", "each", "just", "state", "those", "people", "too", "mr", "how", "little", "good", "world", "make", "very", "year", "still", "see", "own", "work", "men", "day", "get", "here", "old", "life", "both", "between", "being", "under", "three", "never", "know", "same", "last", "another", "while", "us", "might", "great", "go", "come", "since", "against", "right", "came", "take"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +38,12 @@ class Spread:
         return cls(statistics.median(values), min(values), max(values), len(values))
 
     def as_json(self, digits: int = 3) -> dict[str, Any]:
-        return {"median": round(self.median, digits), "min": round(self.min, digits), "max": round(self.max, digits), "runs": self.runs}
+        return {
+            "median": round(self.median, digits),
+            "min": round(self.min, digits),
+            "max": round(self.max, digits),
+            "runs": self.runs,
+        }
 
 
 def parse_options(description: str | None, add: Any = None) -> argparse.Namespace:
@@ -59,16 +57,29 @@ def parse_options(description: str | None, add: Any = None) -> argparse.Namespac
     return parser.parse_args()
 
 
-def report(bench: str, settings: dict[str, Any], ours: dict[str, Any], baseline: dict[str, Any], ratio: dict[str, Any]) -> None:
+def report(
+    bench: str, settings: dict[str, Any], ours: dict[str, Any], baseline: dict[str, Any], ratio: dict[str, Any]
+) -> None:
     """The last line of output."""
-    line = {"bench": bench, "machine": machine(), "settings": settings, "ours": ours, "baseline": baseline, "ratio": ratio}
+    line = {
+        "bench": bench,
+        "machine": machine(),
+        "settings": settings,
+        "ours": ours,
+        "baseline": baseline,
+        "ratio": ratio,
+    }
     print(json.dumps(line), flush=True)
 
 
 def machine() -> dict[str, Any]:
     """What it ran on."""
     model = next(
-        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
         platform.processor(),
     )
     flags = Path("/proc/cpuinfo").read_text()

@@ -54,8 +54,18 @@ def main() -> int:
     low, high = median_interval(taxes, rng)
     report(
         "zero_hit",
-        {"prompt_words": PROMPT_WORDS, "output_tokens": OUTPUT_TOKENS, "pairs": num_pairs, "quick": options.quick, "seed": options.seed},
-        {"tax": round(statistics.median(taxes), 4), "tax_interval_95": [round(low, 4), round(high, 4)], "request_s": Spread.of(ours_s).as_json()},
+        {
+            "prompt_words": PROMPT_WORDS,
+            "output_tokens": OUTPUT_TOKENS,
+            "pairs": num_pairs,
+            "quick": options.quick,
+            "seed": options.seed,
+        },
+        {
+            "tax": round(statistics.median(taxes), 4),
+            "tax_interval_95": [round(low, 4), round(high, 4)],
+            "request_s": Spread.of(ours_s).as_json(),
+        },
         {"request_s": Spread.of(baseline_s).as_json()},
         {"time_with_pool_over_without": round(1 + statistics.median(taxes), 4)},
     )

@@ -36,12 +36,26 @@ console = Console()
 def shift_log(num_entries: int) -> str:
     """A deterministic support log; 72 entries are about 2,500 tokens."""
     products = ("router", "thermostat", "garden camera", "kitchen speaker", "door lock", "smoke detector")
-    faults = ("restarts at night", "shows the wrong temperature", "does not record", "answers the television", "will not pair")
-    actions = ("sent a new power supply", "asked for the log file", "updated the firmware", "booked a visit", "closed the case")
+    faults = (
+        "restarts at night",
+        "shows the wrong temperature",
+        "does not record",
+        "answers the television",
+        "will not pair",
+    )
+    actions = (
+        "sent a new power supply",
+        "asked for the log file",
+        "updated the firmware",
+        "booked a visit",
+        "closed the case",
+    )
     lines = []
     for number in range(num_entries):
         product, fault, action = products[number % 6], faults[number * 7 % 5], actions[number * 3 % 5]
-        lines.append(f"{8 + number // 10:02d}:{number * 6 % 60:02d} customer {1200 + number * 37}: the {product} {fault}; we {action}.")
+        lines.append(
+            f"{8 + number // 10:02d}:{number * 6 % 60:02d} customer {1200 + number * 37}: the {product} {fault}; we {action}."
+        )
     return "\n".join(lines)
 
 
@@ -79,7 +93,9 @@ def show_answers(first: Answer, again: Answer) -> None:
     table = Table("", "TTFT", "computed", "from L1", "from L2", "from the pool")
     for label, answer in (("first time", first), ("again, after the workers dropped L1 and L2", again)):
         tiers = answer.tokens_by_tier()
-        table.add_row(label, f"{answer.ttft_s * 1e3:.0f} ms", *(str(tiers[t]) for t in ("computed", "l1", "l2", "pool")))
+        table.add_row(
+            label, f"{answer.ttft_s * 1e3:.0f} ms", *(str(tiers[t]) for t in ("computed", "l1", "l2", "pool"))
+        )
     console.print(f"[bold]REST[/]: a question about {first.usage['prompt_tokens']} tokens of history, asked twice")
     console.print(table)
     console.print(f"answer: {again.text.strip()}")

@@ -12,8 +12,7 @@ import msgspec
 
 from stratakv.errors import InvalidRequest
 from workers.engine.connector import Tier
-from workers.engine.engine import RequestUsage
-from workers.engine.sequence import SamplingParams
+from workers.engine.requests import RequestUsage, SamplingParams
 
 STOP_STRINGS_MAX = 16
 STOP_STRING_CHARS_MAX = 1024

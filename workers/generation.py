@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from stratakv.errors import Cancelled, DeadlineExceeded, StrataError
 from stratakv.keys import BlockKey
 from stratakv.text import Detokenizer
-from workers.engine.engine import FinishedEvent, FinishReason, RequestUsage, TokenEvent
+from workers.engine.requests import EngineEvent, FinishedEvent, FinishReason, RequestUsage, TokenEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +46,10 @@ class Generation:
         self._cancel = cancel
         self._on_first_token: Callable[[], None] | None = on_first_token
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[TokenEvent | FinishedEvent] = asyncio.Queue()
+        self._queue: asyncio.Queue[EngineEvent] = asyncio.Queue()
         self._ended = False
 
-    def on_event(self, event: TokenEvent | FinishedEvent) -> None:
+    def on_event(self, event: EngineEvent) -> None:
         """Called from the engine's thread."""
         self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
 

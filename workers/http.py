@@ -71,7 +71,9 @@ class _Face:
         request_id = body.request_id or request.headers.get("x-request-id") or uuid.uuid4().hex
         generation = await self._runtime.start(body, request_id, arrived)
         if body.stream:
-            return StreamingResponse(_Stream(body, request_id, generation, self._runtime).chunks(), media_type="text/event-stream")
+            return StreamingResponse(
+                _Stream(body, request_id, generation, self._runtime).chunks(), media_type="text/event-stream"
+            )
         return await self._whole(request, body, request_id, generation)
 
     async def _whole(
@@ -149,12 +151,16 @@ class _Face:
 
     async def drop_cache(self, request: Request) -> Response:
         try:
-            tiers = msgspec.json.decode(await _read_body(request) or b'{"tiers":["l1","l2"]}', type=dict[str, list[str]])
+            tiers = msgspec.json.decode(
+                await _read_body(request) or b'{"tiers":["l1","l2"]}', type=dict[str, list[str]]
+            )
         except msgspec.DecodeError as error:
             raise InvalidRequest(f'expected {{"tiers": ["l1", "l2"]}}: {error}') from None
         unknown = set(tiers.get("tiers", [])) - {"l1", "l2"}
         if unknown or set(tiers) != {"tiers"}:
-            raise InvalidRequest(f'tiers: expected {{"tiers": ["l1", "l2"]}}, got {sorted(unknown or tiers)}', param="tiers")
+            raise InvalidRequest(
+                f'tiers: expected {{"tiers": ["l1", "l2"]}}, got {sorted(unknown or tiers)}', param="tiers"
+            )
         return JSONResponse(await self._runtime.drop_cache(frozenset(tiers["tiers"])))
 
 

@@ -5,9 +5,29 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from stratakv.wire import WorkerLoad
-from workers.engine.engine import RequestUsage
+from workers.engine.requests import RequestUsage
 
-_TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
+_TTFT_BUCKETS = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
+    20.0,
+    40.0,
+    80.0,
+)
 _TIME_BUCKETS = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0)
 
 
@@ -30,11 +50,15 @@ class WorkerMetrics:
         self._prefill = histogram("request_prefill_time_seconds", "Prefill of a request", _TIME_BUCKETS)
         self._decode = histogram("request_decode_time_seconds", "Decode of a request", _TIME_BUCKETS)
         self._generated = counter("generation_tokens", "Tokens generated")
-        self._by_source = counter("prompt_tokens_by_source", "Prompt tokens by where their KV came from", [*label, "source"])
+        self._by_source = counter(
+            "prompt_tokens_by_source", "Prompt tokens by where their KV came from", [*label, "source"]
+        )
         self._ended = counter("request_success", "Requests ended, by reason", [*label, "finished_reason"])
         self._running = Gauge("stratakv_num_requests_running", "Requests in the batch", label, registry=self.registry)
         self._waiting = Gauge("stratakv_num_requests_waiting", "Requests queued", label, registry=self.registry)
-        self._kv_usage = Gauge("stratakv_kv_cache_usage_perc", "Share of L1 in use, 0 to 1", label, registry=self.registry)
+        self._kv_usage = Gauge(
+            "stratakv_kv_cache_usage_perc", "Share of L1 in use, 0 to 1", label, registry=self.registry
+        )
         self._pool_errors = counter("pool_errors", "Loads and saves that failed, by kind", [*label, "kind"])
 
     def time_to_first_token(self, seconds: float) -> None:

@@ -6,7 +6,7 @@ Each is an exponential mean; safe to update from several threads, since a lost u
 from __future__ import annotations
 
 from workers.engine.connector import Tier
-from workers.engine.engine import RequestUsage
+from workers.engine.requests import RequestUsage
 
 SMOOTHING = 0.2
 PREFILL_TOKENS_MIN = 64

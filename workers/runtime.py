@@ -37,7 +37,13 @@ class Runtime:
     """A worker's state and the one way to start a request."""
 
     def __init__(
-        self, info: WorkerInfo, dtype: str, engine: Engine, tiers: Tiers | None, tokenizer: Any, rates: Rates,
+        self,
+        info: WorkerInfo,
+        dtype: str,
+        engine: Engine,
+        tiers: Tiers | None,
+        tokenizer: Any,
+        rates: Rates,
         metrics: WorkerMetrics,
     ) -> None:
         self.info = info

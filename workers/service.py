@@ -12,12 +12,12 @@ import socket
 
 import torch
 import uvicorn
+from stratakv.pool.meta_client import MetaClient
 
 from stratakv.errors import SetupError
 from stratakv.keys import NamespaceScope
 from stratakv.log import EventLogger
 from stratakv.models import model_identity, resolve
-from stratakv.pool.meta_client import MetaClient
 from stratakv.process import port_taken, require_loopback
 from stratakv.settings import Settings, WorkerSettings
 from stratakv.text import load_tokenizer
@@ -45,7 +45,9 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     meta = MetaClient(settings.meta)
     runtime, engine, tiers = await asyncio.to_thread(_build, settings, meta, asyncio.get_running_loop())
     server = uvicorn.Server(
-        uvicorn.Config(create_app(runtime), log_level="warning", lifespan="off", access_log=False, timeout_graceful_shutdown=5)
+        uvicorn.Config(
+            create_app(runtime), log_level="warning", lifespan="off", access_log=False, timeout_graceful_shutdown=5
+        )
     )
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     engine.start()
@@ -53,7 +55,9 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         async with asyncio.TaskGroup() as tasks:
             http = tasks.create_task(_serve_http(server, listener), name="http")
             await warm_up(runtime, engine)
-            log.info("ready", worker=runtime.info.worker, url=runtime.info.url, model=runtime.info.model, role=worker.role)
+            log.info(
+                "ready", worker=runtime.info.worker, url=runtime.info.url, model=runtime.info.model, role=worker.role
+            )
             registration = tasks.create_task(stay_registered(runtime, meta), name="registration")
             await stop.wait()
             await _drain(runtime)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from stratakv.schema import upgrade
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from stratakv import models
 from stratakv.postgres import EmbeddedPostgres
-from stratakv.schema import upgrade
 from tests.integration.fleet.processes import Fleet, ServiceProcess, Worker
 from tests.support import eventually
 

@@ -52,7 +52,9 @@ class ServiceProcess:
             return self.process.wait(STOP_S_MAX)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            raise AssertionError(f"{self.module} did not end on SIGTERM:\n{self.log_file.read_text()[-2000:]}") from None
+            raise AssertionError(
+                f"{self.module} did not end on SIGTERM:\n{self.log_file.read_text()[-2000:]}"
+            ) from None
 
 
 @dataclass
@@ -67,7 +69,9 @@ class Worker:
             return json.load(response)
 
     def post(self, path: str, body: object) -> Any:
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request, timeout=120) as response:
             return json.load(response)
 

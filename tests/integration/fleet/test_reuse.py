@@ -17,8 +17,12 @@ OUTPUT_TOKENS = 24
 def prompt_of(tokenizer: PreTrainedTokenizerBase, num_tokens: int, seed: int) -> list[int]:
     """A prompt of exactly so many tokens that nobody else uses."""
     rng = random.Random(seed)
-    nouns = "router cable camera thermostat speaker garden kitchen customer update night morning battery light door".split()
-    text = " ".join(f"Entry {number}: the {rng.choice(nouns)} and the {rng.choice(nouns)}." for number in range(num_tokens))
+    nouns = (
+        ["router", "cable", "camera", "thermostat", "speaker", "garden", "kitchen", "customer", "update", "night", "morning", "battery", "light", "door"]
+    )
+    text = " ".join(
+        f"Entry {number}: the {rng.choice(nouns)} and the {rng.choice(nouns)}." for number in range(num_tokens)
+    )
     return list(tokenizer.encode(text))[:num_tokens]
 
 
@@ -107,7 +111,9 @@ def test_the_next_turn_hits_what_was_generated(pool: Pool, tokenizer: PreTrained
 
 def test_stop_strings_end_the_answer_before_them(pool: Pool, tokenizer: PreTrainedTokenizerBase) -> None:
     prompt = prompt_of(tokenizer, 50, seed=10)
-    whole = pool.alone.post("/v1/completions", {"prompt": prompt, "max_tokens": 40, "temperature": 0, "ignore_eos": True})
+    whole = pool.alone.post(
+        "/v1/completions", {"prompt": prompt, "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+    )
     text = whole["choices"][0]["text"]
     stop = text[10:14]
 

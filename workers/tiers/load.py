@@ -1,0 +1,201 @@
+"""Loading a prefix from L2 and the pool into L1, layer by layer, while the engine computes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field
+
+from stratakv.errors import StrataError
+from stratakv.keys import BlockKey
+from stratakv.log import EventLogger
+from stratakv.pool.dmp_client import ConnectionCache, DmpConnection
+from stratakv.pool.errors import PageError, TransferCancelled, TransportError
+from stratakv.pool.pages import PageReader, ReadPages
+from stratakv.pool.transport import Cancellation
+from stratakv.wire import Place, Segment
+from workers.engine.connector import KVLoadError, Tier
+from workers.tiers.window import Window
+
+log = EventLogger("workers.tiers.load")
+
+
+@dataclass(frozen=True, slots=True)
+class FoundPage:
+    """One block's page, as a lookup found it."""
+
+    key: BlockKey
+    place: Place
+    segment: Segment
+    tier: Tier
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOutcome:
+    """What a finished load has to tell."""
+
+    num_good_blocks: int
+    bad_page: FoundPage | None
+    """The page that was not what the index says."""
+    seconds: float
+
+
+@dataclass(slots=True)
+class _Run:
+    """Consecutive pages of a load that lie on one daemon."""
+
+    first: int
+    connection: DmpConnection
+    pages: ReadPages
+
+
+@dataclass(slots=True)
+class LayerLoad:
+    """A running load of consecutive blocks (a LoadJob). `num_layers` of every page, in order of layers.
+
+    A page that is bad, or a daemon that fails, cuts the load short: the blocks before it are still loaded whole, and then
+    `wait_layer` says how many they are.
+    """
+
+    pages: Sequence[FoundPage]
+    window: Window
+    num_layers: int
+    deadline: float
+    on_finished: Callable[[LoadOutcome], None]
+    _condition: threading.Condition = field(default_factory=threading.Condition)
+    _num_ready_layers: int = 0
+    _num_good: int = 0
+    _ended: bool = False
+    _error: str = ""
+    _bad_page: FoundPage | None = None
+    _cancellation: Cancellation = field(default_factory=Cancellation)
+    _future: Future[None] | None = None
+
+    def start(self, executor: Executor, reader: PageReader, connections: ConnectionCache) -> None:
+        """Begin on one of the executor's threads."""
+        self._num_good = len(self.pages)
+        self._future = executor.submit(self._run, reader, connections)
+
+    def wait_layer(self, layer: int) -> None:
+        """Return when the layer of every block is in L1 and verified. Raises KVLoadError."""
+        with self._condition:
+            in_time = self._condition.wait_for(
+                lambda: self._ended or (not self._error and self._num_ready_layers > layer),
+                max(0.0, self.deadline - time.monotonic()),
+            )
+        if not in_time:
+            self.cancel()
+            raise KVLoadError("the pool did not deliver in time", 0)
+        if self._error:
+            raise KVLoadError(self._error, self._num_good)
+
+    def cancel(self) -> None:
+        """Stop; on return nothing writes into L1 any more."""
+        self._cancellation.cancel()
+        if self._future is not None and not self._future.cancel():
+            self._future.result()
+
+    def _cut(self, num_good: int, error: str, bad_page: FoundPage | None = None) -> None:
+        self._num_good = min(self._num_good, num_good)
+        self._error = self._error or error
+        self._bad_page = self._bad_page or bad_page
+
+    def _run(self, reader: PageReader, connections: ConnectionCache) -> None:
+        started = time.monotonic()
+        try:
+            runs = self._open_runs(reader, connections)
+            layer = 0
+            while layer < self.num_layers and self._num_good:
+                layer = self._read_from(layer, runs, connections)
+        except TransferCancelled:
+            self._cut(0, "the load was cancelled")
+        except Exception as error:
+            log.exception("load_failed")
+            self._cut(0, f"the load failed: {error}")
+        finally:
+            with self._condition:
+                self._ended = True
+                self._condition.notify_all()
+            self.on_finished(LoadOutcome(self._num_good, self._bad_page, time.monotonic() - started))
+
+    def _open_runs(self, reader: PageReader, connections: ConnectionCache) -> list[_Run]:
+        """Connect, and read and check all headers; the load ends before the first page that has none."""
+        runs: list[_Run] = []
+        for first, stop in _by_segment(self.pages):
+            pages = self.pages[first:stop]
+            try:
+                connection = connections.get(pages[0].segment, deadline=self.deadline)
+                found = reader.read_headers(
+                    connection,
+                    [page.place for page in pages],
+                    [page.key for page in pages],
+                    deadline=self.deadline,
+                    cancellation=self._cancellation,
+                )
+            except TransferCancelled:
+                raise
+            except StrataError as error:
+                self._cut(first, error.message)
+                return runs
+            if found.failures:
+                bad = min(found.failures)
+                self._cut(first + bad, str(found.failures[bad]), pages[bad])
+                runs.append(_Run(first, connection, found.take(range(bad))))
+                return runs
+            runs.append(_Run(first, connection, found))
+        return runs
+
+    def _read_from(self, layer: int, runs: Sequence[_Run], connections: ConnectionCache) -> int:
+        """Load layers from `layer` on, run by run; the layer to go on with after something was cut off."""
+        layers = range(layer, self.num_layers if len(runs) == 1 else layer + 1)
+        for run in runs:
+            count = min(len(run.pages), self._num_good - run.first)
+            if count <= 0:
+                continue
+            pages = run.pages if count == len(run.pages) else run.pages.take(range(count))
+            if not self._read_run(run, pages, layers, connections, publish=len(runs) == 1):
+                return self._num_ready_layers
+        if len(runs) > 1:
+            self._publish(layer)
+        return layers.stop
+
+    def _read_run(
+        self, run: _Run, pages: ReadPages, layers: range, connections: ConnectionCache, *, publish: bool
+    ) -> bool:
+        destinations = [self.window.parts(layer)[run.first : run.first + len(pages)] for layer in layers]
+        try:
+            pages.read_layers(
+                layers,
+                destinations,
+                deadline=self.deadline,
+                on_layer=self._publish if publish else None,
+                cancellation=self._cancellation,
+            )
+        except PageError as error:
+            bad = run.first + error.index
+            self._cut(bad, str(error), self.pages[bad])
+            return False
+        except TransportError as error:
+            connections.drop(run.connection, error.message)
+            self._cut(run.first, error.message)
+            return False
+        return True
+
+    def _publish(self, layer: int) -> None:
+        self.window.publish(layer)
+        with self._condition:
+            self._num_ready_layers = layer + 1
+            self._condition.notify_all()
+
+
+def _by_segment(pages: Sequence[FoundPage]) -> list[tuple[int, int]]:
+    """Index ranges of consecutive pages on the same segment."""
+    runs: list[tuple[int, int]] = []
+    for index, page in enumerate(pages):
+        if runs and pages[index - 1].segment == page.segment:
+            runs[-1] = (runs[-1][0], index + 1)
+        else:
+            runs.append((index, index + 1))
+    return runs

@@ -1,0 +1,210 @@
+"""Writing new blocks down to the pool, layer by layer, behind the engine's back."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from stratakv.pool.meta_client import MetaClient
+
+from stratakv.errors import StrataError
+from stratakv.keys import BlockKey, Namespace, pack_keys
+from stratakv.layout import KVLayout
+from stratakv.log import EventLogger
+from stratakv.pool.dmp_client import ConnectionCache, DmpConnection
+from stratakv.pool.errors import TransportError
+from stratakv.pool.pages import PageWriter
+from stratakv.wire import PUT_ID_BYTES, Done, Extent, PutEnd, PutGrant, PutRevoke, PutStart, Segment
+from workers.tiers.window import Window
+
+log = EventLogger("workers.tiers.save")
+
+PUT_TIMEOUT_S = 60.0
+"""Room is granted for so long; also the longest a save waits for the engine's layers."""
+CONNECT_S_MAX = 2.0
+
+ReplyT = TypeVar("ReplyT")
+
+
+class SaveAborted(StrataError):
+    """The step that was to fill the blocks failed."""
+
+    code = "save_aborted"
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Pages that can be found now."""
+
+    segment: Segment
+    keys: Sequence[BlockKey]
+    extents: Sequence[Extent]
+
+
+@dataclass(slots=True)
+class BlockSave:
+    """The write-down of the blocks that one step fills (a SaveJob)."""
+
+    keys: Sequence[BlockKey]
+    open_window: Callable[[Sequence[int]], Window]
+    on_released: Callable[[], None]
+    """L1's blocks are not needed any more."""
+    published: Future[None] = field(default_factory=Future)
+    """Done when the blocks can be found, or never will be by this save."""
+    _condition: threading.Condition = field(default_factory=threading.Condition)
+    _num_layers_done: int = 0
+    _aborted: bool = False
+    _released: bool = False
+
+    def release_l1(self) -> None:
+        """Say once that L1's blocks are not needed any more."""
+        if not self._released:
+            self._released = True
+            self.on_released()
+
+    def layer_done(self, layer: int) -> None:
+        with self._condition:
+            self._num_layers_done = layer + 1
+            self._condition.notify_all()
+
+    def abort(self) -> None:
+        with self._condition:
+            self._aborted = True
+            self._condition.notify_all()
+
+    def wait_layer(self, layer: int, deadline: float) -> None:
+        """Raises SaveAborted if the step failed or takes too long."""
+        with self._condition:
+            self._condition.wait_for(
+                lambda: self._aborted or self._num_layers_done > layer, max(0.0, deadline - time.monotonic())
+            )
+            if self._aborted or self._num_layers_done <= layer:
+                raise SaveAborted("the step that was to fill these blocks failed")
+
+
+class Saver:
+    """Runs saves one after another on a thread of its own. At most `saves_max` wait; more are not taken."""
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        namespace: Namespace,
+        meta: MetaClient,
+        connections: ConnectionCache,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        worker: str,
+        prefer_node: str | None,
+        saves_max: int,
+        on_written: Callable[[Written], None],
+        on_failed: Callable[[str], None],
+    ) -> None:
+        self._layout = layout
+        self._namespace = namespace
+        self._writer = PageWriter(layout, namespace)
+        self._meta = meta
+        self._connections = connections
+        self._loop = loop
+        self._worker = worker
+        self._prefer_node = prefer_node
+        self._room = threading.BoundedSemaphore(saves_max)
+        self._on_written = on_written
+        self._on_failed = on_failed
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-save")
+
+    def take(self, save: BlockSave) -> bool:
+        """Queue a save; False if too many wait already."""
+        if not self._room.acquire(blocking=False):
+            self._on_failed("queue_full")
+            return False
+        self._thread.submit(self._run, save)
+        return True
+
+    def close(self) -> None:
+        """Finish what is queued."""
+        self._thread.shutdown()
+
+    def _run(self, save: BlockSave) -> None:
+        try:
+            self._save(save)
+        except SaveAborted:
+            log.debug("save_aborted", blocks=len(save.keys))
+        except StrataError as error:
+            log.info("save_failed", blocks=len(save.keys), error=error.message)
+            self._on_failed(error.code)
+        except Exception:
+            log.exception("save_failed", blocks=len(save.keys))
+            self._on_failed("bug")
+        finally:
+            save.release_l1()
+            save.published.set_result(None)
+            self._room.release()
+
+    def _save(self, save: BlockSave) -> None:
+        deadline = time.monotonic() + PUT_TIMEOUT_S
+        put_id = os.urandom(PUT_ID_BYTES)
+        request = PutStart(
+            put_id=put_id,
+            namespace=self._namespace,
+            keys=pack_keys(save.keys),
+            page_bytes=self._layout.page_bytes,
+            block_size=self._layout.page_tokens,
+            prefer_node=self._prefer_node,
+            worker=self._worker,
+            timeout_s=PUT_TIMEOUT_S,
+        )
+        grant = self._wait(self._meta.call(request, PutGrant))
+        if grant.segment is None or not grant.wanted:
+            return
+        try:
+            written = self._write(save, put_id, grant.segment, grant.wanted, deadline)
+            save.release_l1()
+            self._wait(self._meta.call(PutEnd(put_id, grant.segment.epoch, list(written.extents)), Done))
+        except Exception:
+            self._revoke(put_id)
+            raise
+        self._on_written(written)
+
+    def _write(
+        self, save: BlockSave, put_id: bytes, segment: Segment, wanted: Sequence[int], deadline: float
+    ) -> Written:
+        keys = [save.keys[index] for index in wanted]
+        window = save.open_window(wanted)
+        connection = self._connections.get(segment, deadline=min(deadline, time.monotonic() + CONNECT_S_MAX))
+        try:
+            extents = connection.allocate(put_id, len(keys), self._layout.page_bytes, PUT_TIMEOUT_S, deadline=deadline)
+            pages = self._writer.begin(connection, put_id, extents, keys)
+            for layer in range(len(self._layout.layers)):
+                save.wait_layer(layer, deadline)
+                window.fetch(layer)
+                pages.write_layer(layer, window.parts(layer), deadline=deadline)
+            pages.write_headers(deadline=deadline)
+        except TransportError as error:
+            self._connections.drop(connection, error.message)
+            raise
+        except StrataError:
+            self._release(connection, put_id)
+            raise
+        connection.transport.put_closed(put_id)
+        return Written(segment, keys, extents)
+
+    def _release(self, connection: DmpConnection, put_id: bytes) -> None:
+        try:
+            connection.release(put_id, deadline=time.monotonic() + CONNECT_S_MAX)
+        except TransportError as error:
+            self._connections.drop(connection, error.message)
+
+    def _revoke(self, put_id: bytes) -> None:
+        try:
+            self._wait(self._meta.call(PutRevoke(put_id), Done))
+        except StrataError as error:
+            log.debug("revoke_failed", error=error.message)
+
+    def _wait(self, call: Coroutine[Any, Any, ReplyT]) -> ReplyT:
+        return asyncio.run_coroutine_threadsafe(call, self._loop).result(PUT_TIMEOUT_S)

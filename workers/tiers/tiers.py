@@ -1,0 +1,248 @@
+"""The tiers below L1, as one worker sees them: L2, then the pool. The engine's KVConnector.
+
+`lookup`, `wait_saved` and `drop_l2` run on the event loop; `save` comes from the engine's thread. Loads and saves have threads
+of their own. Nothing here fails a request: what cannot be found, loaded or saved is computed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from stratakv.pool.meta_client import MetaClient
+
+from stratakv.errors import StrataError
+from stratakv.keys import BlockKey, Namespace, pack_keys
+from stratakv.layout import KVLayout
+from stratakv.log import EventLogger
+from stratakv.pool.dmp_client import ConnectionCache
+from stratakv.pool.pages import PageReader
+from stratakv.settings import WorkerSettings
+from stratakv.wire import Done, Match, MatchPrefix, Place, ReleaseLease, ReportCorrupt, WorkerInfo
+from workers.engine.connector import SaveJob, Tier
+from workers.engine.kv_cache import KVCache
+from workers.metrics import WorkerMetrics
+from workers.rates import Rates
+from workers.tiers.l2 import L2Table
+from workers.tiers.load import FoundPage, LayerLoad, LoadOutcome
+from workers.tiers.save import BlockSave, Saver, Written
+from workers.tiers.window import open_window
+
+log = EventLogger("workers.tiers")
+
+L2_ENTRIES_MAX = 1_000_000
+SAVES_WAITING_MAX = 128
+LOAD_THREADS = 2
+LEASE_S = 30.0
+LOOKUP_S_MAX = 0.5
+"""A lookup that takes longer counts as a miss."""
+
+
+@dataclass(slots=True)
+class PoolHit:
+    """A prefix that L2 and the pool hold (an ExternalHit)."""
+
+    start_block: int
+    pages: Sequence[FoundPage]
+    start_load: Callable[[Sequence[FoundPage], Sequence[int]], LayerLoad]
+    give_back: Callable[[], None]
+
+    @property
+    def tiers(self) -> Sequence[Tier]:
+        return [page.tier for page in self.pages]
+
+    def load(self, first_block: int, l1_blocks: Sequence[int]) -> LayerLoad:
+        first = first_block - self.start_block
+        return self.start_load(self.pages[first : first + len(l1_blocks)], l1_blocks)
+
+    def release(self) -> None:
+        self.give_back()
+
+
+class Tiers:
+    """L2 and the pool for one worker."""
+
+    def __init__(
+        self,
+        info: WorkerInfo,
+        layout: KVLayout,
+        settings: WorkerSettings,
+        meta: MetaClient,
+        l1: KVCache,
+        rates: Rates,
+        metrics: WorkerMetrics,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self._layout = layout
+        self._namespace = Namespace(info.namespace)
+        self._node = info.node
+        self._load_timeout_s = settings.load_timeout_s
+        self._meta = meta
+        self._l1 = l1
+        self._rates = rates
+        self._metrics = metrics
+        self._loop = loop
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._l2 = L2Table(L2_ENTRIES_MAX)
+        self._connections = ConnectionCache()
+        self._reader = PageReader(layout, self._namespace)
+        self._load_threads = ThreadPoolExecutor(LOAD_THREADS, thread_name_prefix="kv-load")
+        self._in_flight: dict[BlockKey, Future[None]] = {}
+        self._saver = Saver(
+            layout,
+            self._namespace,
+            meta,
+            self._connections,
+            loop,
+            worker=info.worker,
+            prefer_node=info.node,
+            saves_max=SAVES_WAITING_MAX,
+            on_written=lambda written: self._on_loop(self._remember, written),
+            on_failed=metrics.pool_error,
+        )
+
+    async def close(self) -> None:
+        """Finish queued saves and let go of all segments."""
+        await asyncio.to_thread(self._saver.close)
+        await asyncio.to_thread(self._load_threads.shutdown)
+        self._connections.close()
+
+    async def lookup(self, keys: Sequence[BlockKey], l1_blocks: int) -> PoolHit | None:
+        """What lies below L1 of this prefix, beyond its first `l1_blocks` blocks; None if nothing is worth loading."""
+        beyond = keys[l1_blocks:]
+        segment, local = self._l2.match(beyond)
+        pages = [FoundPage(key, place, segment, Tier.L2) for key, place in zip(beyond, local, strict=False) if segment]
+        pooled, lease_id = await self._match_pool(beyond[len(pages) :])
+        pages += pooled
+        released = False
+
+        def give_back() -> None:
+            nonlocal released
+            if not released and lease_id:
+                released = True
+                self._on_loop(self._spawn_release, lease_id)
+
+        if not pages or not self._worth_loading(pages):
+            give_back()
+            return None
+        return PoolHit(l1_blocks, pages, self._start_load, give_back)
+
+    async def _match_pool(self, keys: Sequence[BlockKey]) -> tuple[list[FoundPage], int]:
+        if not keys or not self._meta.available:
+            return [], 0
+        try:
+            match = await self._meta.call(
+                MatchPrefix(self._namespace, pack_keys(keys), LEASE_S), Match, timeout_s=LOOKUP_S_MAX
+            )
+        except StrataError as error:
+            log.debug("lookup_failed", error=error.message)
+            self._metrics.pool_error(error.code)
+            return [], 0
+        segments = {segment.node: segment for segment in match.segments}
+        pages = [
+            FoundPage(key, place, segments[place.node], Tier.POOL)
+            for key, place in zip(keys, match.places, strict=False)
+        ]
+        return pages, match.lease_id
+
+    def _worth_loading(self, pages: Sequence[FoundPage]) -> bool:
+        by_tier = {tier: sum(page.tier is tier for page in pages) for tier in (Tier.L2, Tier.POOL)}
+        return all(
+            self._rates.worth_loading(tier, count * self._layout.page_bytes, count * self._layout.page_tokens)
+            for tier, count in by_tier.items()
+            if count
+        )
+
+    def _start_load(self, pages: Sequence[FoundPage], l1_blocks: Sequence[int]) -> LayerLoad:
+        load = LayerLoad(
+            pages=pages,
+            window=open_window(self._l1.k, self._l1.v, l1_blocks),
+            num_layers=len(self._layout.layers),
+            deadline=time.monotonic() + self._load_timeout_s,
+            on_finished=lambda outcome: self._on_loop(self._load_finished, pages, outcome),
+        )
+        load.start(self._load_threads, self._reader, self._connections)
+        return load
+
+    def _load_finished(self, pages: Sequence[FoundPage], outcome: LoadOutcome) -> None:
+        good = pages[: outcome.num_good_blocks]
+        tiers = {page.tier for page in good}
+        if len(tiers) == 1:
+            self._rates.observe_load(tiers.pop(), len(good) * self._layout.data_bytes, outcome.seconds)
+        local = [(page.key, page.place) for page in good if page.segment.node == self._node]
+        if local:
+            self._l2.add(next(page.segment for page in good if page.segment.node == self._node), local)
+        if outcome.bad_page is not None:
+            self._metrics.pool_error("bad_page")
+            log.warning("bad_page", node=outcome.bad_page.place.node, offset=outcome.bad_page.place.offset)
+            self._l2.forget(outcome.bad_page.key)
+            self._spawn(ReportCorrupt(self._namespace, outcome.bad_page.key, outcome.bad_page.place))
+
+    def save(
+        self, keys: Sequence[BlockKey], l1_blocks: Sequence[int], on_finished: Callable[[], None]
+    ) -> SaveJob | None:
+        """Begin to write down blocks that the coming step will fill; None while the pool is away or too far behind."""
+        if not keys or not self._meta.available:
+            return None
+        save = BlockSave(
+            keys,
+            lambda wanted: open_window(self._l1.k, self._l1.v, [l1_blocks[index] for index in wanted]),
+            on_finished,
+        )
+        for key in keys:
+            self._in_flight[key] = save.published
+        save.published.add_done_callback(lambda published: self._on_loop(self._landed, keys, published))
+        if not self._saver.take(save):
+            save.published.set_result(None)
+            return None
+        return save
+
+    def _landed(self, keys: Sequence[BlockKey], published: Future[None]) -> None:
+        for key in keys:
+            if self._in_flight.get(key) is published:
+                del self._in_flight[key]
+
+    def _remember(self, written: Written) -> None:
+        if written.segment.node == self._node:
+            places = (Place(written.segment.node, e.offset, e.generation) for e in written.extents)
+            self._l2.add(written.segment, zip(written.keys, places, strict=True))
+
+    async def wait_saved(self, keys: Sequence[BlockKey], timeout_s: float) -> bool:
+        """Whether all these blocks can be found in the pool, once the saves under way have ended."""
+        under_way = {id(f): asyncio.wrap_future(f) for key in keys if (f := self._in_flight.get(key)) is not None}
+        if under_way:
+            await asyncio.wait(under_way.values(), timeout=timeout_s)
+        if not self._meta.available:
+            return False
+        try:
+            match = await self._meta.call(MatchPrefix(self._namespace, pack_keys(keys)), Match, timeout_s=LOOKUP_S_MAX)
+        except StrataError as error:
+            log.debug("lookup_failed", error=error.message)
+            return False
+        return match.num_blocks == len(keys)
+
+    def drop_l2(self) -> int:
+        """Forget the table; how many pages it knew."""
+        return self._l2.clear()
+
+    def _spawn_release(self, lease_id: int) -> None:
+        self._spawn(ReleaseLease(lease_id))
+
+    def _spawn(self, request: ReleaseLease | ReportCorrupt) -> None:
+        task = self._loop.create_task(self._tell(request))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _tell(self, request: ReleaseLease | ReportCorrupt) -> None:
+        try:
+            await self._meta.call(request, Done)
+        except StrataError as error:
+            log.debug("not_told", request=type(request).__name__, error=error.message)
+
+    def _on_loop(self, call: Callable[..., None], *args: object) -> None:
+        """Run on the event loop, from any thread; nothing is left to do once the loop has closed."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(call, *args)
