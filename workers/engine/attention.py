@@ -1,25 +1,23 @@
 """Causal grouped-query attention of a step's tokens over the paged cache.
 
-Each sequence's part of the step attends to two kinds of keys: those that were in the cache before (no mask is needed) and
-the part's own (causal). Runs of consecutive blocks are read in place, as views; the results over several runs are merged
-by their log-sum-exp. Query heads are folded onto their KV head, so that a key is read once for all of them.
+Keys that were in the cache before a step need no mask; a prompt chunk's own keys are causal. Runs of consecutive blocks are
+read in place, as views, and the results over several runs are merged by their log-sum-exp. Query heads are folded onto
+their KV head, so that a key is read once for all of them; decoding sequences that share a prefix read it once together.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from workers.engine.block_table import Run
+from workers.engine.flash import Partial, flash, merge
 
 MAX_RUNS_IN_PLACE = 6
 """A sequence scattered over more runs than this is gathered first: one copy is cheaper than many small products."""
-
-Partial = tuple[torch.Tensor, torch.Tensor]
-"""Output [kv_heads, group, rows, head_dim] and log-sum-exp [kv_heads, group, rows] over some of the keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,100 +31,121 @@ class AttentionPart:
     num_rows: int
     context: tuple[Run, ...]
 
-    @property
-    def stop_row(self) -> int:
-        return self.first_row + self.num_rows
+
+class AttentionPlan:
+    """How the parts of one step are attended to; made once, used in every layer."""
+
+    def __init__(self, parts: Sequence[AttentionPart], device: torch.device) -> None:
+        num_decodes = next((i for i, part in enumerate(parts) if part.num_rows > 1), len(parts))
+        self._decodes = _DecodeRows(parts[:num_decodes], device) if num_decodes else None
+        self._chunks = [(part, _Context(part.context, device)) for part in parts[num_decodes:]]
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
+    ) -> torch.Tensor:
+        """Attention output [num_tokens, num_heads × head_dim].
+
+        `q` [num_tokens, num_heads, head_dim], `k` and `v` [num_tokens, kv_heads, head_dim] are the step's, already written
+        to the caches [slots, kv_heads, head_dim].
+        """
+        grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[2])
+        by_head = k_cache.transpose(0, 1).unsqueeze(0), v_cache.transpose(0, 1).unsqueeze(0)
+        outputs = [self._decodes.attend(grouped, *by_head)] if self._decodes is not None else []
+        for part, context in self._chunks:
+            rows = slice(part.first_row, part.first_row + part.num_rows)
+            outputs.append(_attend_chunk(grouped[rows], k[rows], v[rows], context, *by_head))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-class PreparedPart:
-    """A part and, if its context is too scattered to be read in place, the slots to gather."""
+class _Context:
+    """Cached tokens of one sequence: runs that are read in place, or the slots to gather if there are too many."""
 
-    __slots__ = ("part", "slots")
+    def __init__(self, runs: Sequence[Run], device: torch.device) -> None:
+        self._runs = runs
+        self._slots: torch.Tensor | None = None
+        if len(runs) > MAX_RUNS_IN_PLACE:
+            self._slots = torch.cat([torch.arange(run.start, run.stop, device=device) for run in runs])
 
-    def __init__(self, part: AttentionPart, device: torch.device) -> None:
-        self.part = part
-        self.slots: torch.Tensor | None = None
-        if len(part.context) > MAX_RUNS_IN_PLACE:
-            self.slots = torch.cat([torch.arange(run.start, run.stop, device=device) for run in part.context])
+    def views(self, cache: torch.Tensor) -> list[torch.Tensor]:
+        """Parts of `cache` [1, kv_heads, slots, head_dim], together the context."""
+        if self._slots is not None:
+            return [cache[:, :, self._slots]]
+        return [cache.narrow(2, run.start, run.length) for run in self._runs]
 
-    def context(self, cache: torch.Tensor) -> list[torch.Tensor]:
-        """The context's keys or values as [1, kv_heads, num_tokens, head_dim] views of `cache` [slots, heads, dim]."""
-        if self.slots is not None:
-            return [cache[self.slots].transpose(0, 1).unsqueeze(0)]
-        return [cache[run.start : run.stop].transpose(0, 1).unsqueeze(0) for run in self.part.context]
+    def partials(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> list[Partial]:
+        """Unmasked attention of `q` [1, kv_heads, rows, head_dim] to each view."""
+        views = zip(self.views(k_cache), self.views(v_cache), strict=True)
+        return [flash(q, keys, values, causal=False) for keys, values in views]
 
 
-def attend(
-    q: torch.Tensor,
+class _DecodeRows:
+    """The leading rows of a step, one per decoding sequence."""
+
+    def __init__(self, parts: Sequence[AttentionPart], device: torch.device) -> None:
+        self._num_rows = len(parts)
+        runs = [list(part.context) for part in parts]
+        self._shared = [(torch.tensor(rows, device=device), run) for rows, run in _split_shared(runs)]
+        self._own = [_Context(own, device) for own in runs]
+
+    def attend(self, grouped: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
+        queries = grouped[: self._num_rows]
+        own = [
+            merge(context.partials(query, k_cache, v_cache))
+            for context, query in zip(self._own, queries.unsqueeze(1), strict=True)
+        ]
+        out = torch.cat([partial[0] for partial in own])
+        if self._shared:
+            lse = torch.cat([partial[1] for partial in own])
+            for rows, run in self._shared:
+                keys, values = k_cache.narrow(2, run.start, run.length), v_cache.narrow(2, run.start, run.length)
+                shared = _attend_unmasked(queries[rows], keys, values)
+                out[rows], lse[rows] = merge([(out[rows], lse[rows]), shared])
+        return out.view(self._num_rows, -1)
+
+
+def _split_shared(runs: list[list[Run]]) -> list[tuple[list[int], Run]]:
+    """Cut the first run that several rows share off each of their lists; the rows, and what was cut."""
+    by_start: defaultdict[int, list[int]] = defaultdict(list)
+    for row, own in enumerate(runs):
+        by_start[own[0].start].append(row)
+    cut = []
+    for start, rows in by_start.items():
+        if len(rows) < 2:
+            continue
+        shared = Run(start, min(runs[row][0].length for row in rows))
+        for row in rows:
+            first, *others = runs[row]
+            rest = [Run(shared.stop, first.stop - shared.stop)] if first.stop > shared.stop else []
+            runs[row] = rest + others
+        cut.append((rows, shared))
+    return cut
+
+
+def _attend_unmasked(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Partial:
+    """`queries` [rows, kv_heads, group, head_dim] over the same keys; results by row."""
+    rows, kv_heads, group, head_dim = queries.shape
+    folded = queries.permute(1, 2, 0, 3).reshape(1, kv_heads, group * rows, head_dim)
+    out, lse = flash(folded, keys, values, causal=False)
+    return out.view(kv_heads, group, rows, head_dim).permute(2, 0, 1, 3), lse.view(kv_heads, group, rows).permute(
+        2, 0, 1
+    )
+
+
+def _attend_chunk(
+    grouped: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    parts: Sequence[PreparedPart],
-) -> torch.Tensor:
-    """Attention output [num_tokens, num_heads × head_dim].
-
-    `q` [num_tokens, num_heads, head_dim], `k` and `v` [num_tokens, kv_heads, head_dim] are the step's, already written to
-    the caches [slots, kv_heads, head_dim].
-    """
-    outputs = [_attend_part(prepared, q, k, v, k_cache, v_cache) for prepared in parts]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-
-def _attend_part(
-    prepared: PreparedPart,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    context: _Context,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
 ) -> torch.Tensor:
-    part = prepared.part
-    rows, kv_heads, head_dim = part.num_rows, k.shape[1], k.shape[2]
-    # [kv_heads, group, rows, head_dim]
-    queries = q[part.first_row : part.stop_row].view(rows, kv_heads, -1, head_dim).permute(1, 2, 0, 3)
-    partials = []
-    if part.context:
-        folded = queries.reshape(1, kv_heads, -1, head_dim)
-        for keys, values in zip(prepared.context(k_cache), prepared.context(v_cache), strict=True):
-            out, lse = _flash(folded, keys, values, causal=False)
-            partials.append((out.view(queries.shape), lse.view(queries.shape[:3])))
-    if rows > 1:
-        own = slice(part.first_row, part.stop_row)
-        partials.append(
-            _flash(queries, _per_query_head(k[own], queries), _per_query_head(v[own], queries), causal=True)
-        )
-    merged = partials[0][0] if len(partials) == 1 else _merge(partials)
-    return merged.permute(2, 0, 1, 3).reshape(rows, -1)
-
-
-def _per_query_head(heads: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-    """[rows, kv_heads, head_dim] seen as [kv_heads, group, rows, head_dim] without copying."""
-    return heads.transpose(0, 1).unsqueeze(1).expand(queries.shape)
-
-
-def _merge(partials: Sequence[Partial]) -> torch.Tensor:
-    """Attention over the union of disjoint keys from the attention over each."""
-    out, lse = partials[0][0].float(), partials[0][1]
-    for other, other_lse in partials[1:]:
-        out = torch.lerp(out, other.float(), torch.sigmoid(other_lse - lse).unsqueeze(-1))
-        lse = torch.logaddexp(lse, other_lse)
-    return out.to(partials[0][0].dtype)
-
-
-def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool) -> Partial:
-    """Attention with log-sum-exp; q, k, v [batch, heads, tokens, head_dim]."""
-    if q.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
-        return out, lse
-    return _exact(q, k, v, causal=causal)
-
-
-def _exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool) -> Partial:
-    """The same in plain operations, for devices without a kernel that returns the log-sum-exp."""
-    scores = torch.matmul(q, k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
-    if causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(mask, float("-inf"))
-    lse = torch.logsumexp(scores, dim=-1)
-    return torch.matmul(functional.softmax(scores, dim=-1).to(v.dtype), v), lse
+    """A prompt chunk: unmasked over its context, causal over its own keys. [rows, num_heads × head_dim]."""
+    queries = grouped.permute(1, 2, 0, 3)  # [kv_heads, group, rows, head_dim]
+    own_keys, own_values = (heads.transpose(0, 1).unsqueeze(1).expand(queries.shape) for heads in (k, v))
+    folded = queries.reshape(1, queries.shape[0], -1, queries.shape[3])
+    before = [
+        (out.view(queries.shape), lse.view(queries.shape[:3]))
+        for out, lse in context.partials(folded, k_cache, v_cache)
+    ]
+    merged, _ = merge([*before, flash(queries, own_keys, own_values, causal=True)])
+    return merged.permute(2, 0, 1, 3).reshape(grouped.shape[0], -1)

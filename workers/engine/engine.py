@@ -62,15 +62,10 @@ class Engine:
         new_seed: Callable[[], int] = lambda: secrets.randbits(63),
     ) -> None:
         """Load the model. Raises SetupError if it cannot be run."""
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
         self.config = config
-        self.model = Model(config.model_dir, config.dtype, config.torch_device, config.max_model_len)
-        self.kv_cache = KVCache(self.model.facts, config.num_blocks, config.block_size, config.torch_device)
         self._connector = connector
         self._clock = clock
         self._new_seed = new_seed
-        self._scheduler = Scheduler(config, self.kv_cache)
         self._stats = StatsKeeper()
         self._lock = threading.Condition()
         self._posted: deque[Callable[[], None]] = deque()
@@ -79,18 +74,27 @@ class Engine:
         self._num_arriving = 0
         self._stopping = False
         self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._started = False
+        loaded: Future[tuple[Model, KVCache]] = Future()
+        self._thread = threading.Thread(target=self._run, args=(loaded,), name="engine", daemon=True)
+        self._thread.start()
+        self.model, self.kv_cache = loaded.result()
+        self._scheduler = Scheduler(config, self.kv_cache)
 
     # --- any thread ---------------------------------------------------------------------------------------------------
 
     def attach(self, connector: KVConnector | None) -> None:
         """Set the lower tiers, which may themselves need `kv_cache`. Before `start` only."""
-        if self._thread.is_alive():
-            raise StrataError("The engine is running; its connector cannot be changed.")
-        self._connector = connector
+        with self._lock:
+            if self._started:
+                raise StrataError("The engine is running; its connector cannot be changed.")
+            self._connector = connector
 
     def start(self) -> None:
-        self._thread.start()
+        """Begin to serve; requests submitted before wait for it."""
+        with self._lock:
+            self._started = True
+            self._lock.notify()
 
     def submit(self, request: EngineRequest, on_event: OnEvent) -> None:
         """Queue a request, whose `external` is released by the engine from then on.
@@ -187,7 +191,16 @@ class Engine:
 
     # --- engine thread ------------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
+    def _run(self, loaded: Future[tuple[Model, KVCache]]) -> None:
+        # All of torch's work stays on this thread: each thread that computes has a pool of OpenMP workers of its own, and
+        # two pools on the same cores double the time of small operations.
+        try:
+            loaded.set_result(self._load())
+        except BaseException as error:
+            loaded.set_exception(error)
+            return
+        with self._lock:
+            self._lock.wait_for(lambda: self._started or self._stopping)
         try:
             self._runner = StepRunner(self.model, self.kv_cache, self._connector, self._release_later)
             while self._await_work():
@@ -196,6 +209,13 @@ class Engine:
             _log.exception("engine_failed")
             self._failure = error
         self._end_all()
+
+    def _load(self) -> tuple[Model, KVCache]:
+        config = self.config
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        model = Model(config.model_dir, config.dtype, config.torch_device, config.max_model_len)
+        return model, KVCache(model.facts, config.num_blocks, config.block_size, config.torch_device)
 
     def _await_work(self) -> bool:
         """Do what was posted; wait while there is nothing to compute. False when the engine is to stop."""

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
-from workers.engine.attention import AttentionPart, PreparedPart, attend
+from workers.engine.attention import AttentionPart, AttentionPlan
 from workers.engine.block_table import Run
 from workers.engine.config import EngineDtype
 from workers.engine.linear import Linear
@@ -113,7 +113,7 @@ class Model:
         tokens = torch.tensor(batch.token_ids, device=self._device)
         cos, sin = self._rope.at(torch.tensor(batch.positions, device=self._device))
         writer = _SlotWriter(batch.writes, self._device)
-        parts = [PreparedPart(part, self._device) for part in batch.parts]
+        plan = AttentionPlan(batch.parts, self._device)
         hidden = functional.embedding(tokens, self._embedding).float()
         for index, layer in enumerate(self._layers):
             q, k, v = self._project(layer, hidden, cos, sin)
@@ -122,7 +122,7 @@ class Model:
             writer.write(v, v_cache)
             hooks.after_write(index)
             hooks.before_attention(index)
-            hidden += layer.output(attend(q, k, v, k_cache, v_cache, parts))
+            hidden += layer.output(plan.attend(q, k, v, k_cache, v_cache))
             hidden += self._mlp(layer, hidden)
         rows = hidden[torch.tensor(batch.logit_rows, device=self._device)]
         logits: torch.Tensor = self._head(self._normalise(rows, self._norm))

@@ -162,7 +162,9 @@ class StepRunner:
             writes += sequence.table.slot_runs(start, stop)
             token_ids += sequence.token_ids[start:stop]
             positions += range(start, stop)
-        return ForwardBatch(token_ids, positions, writes, attention, [part.stop_row - 1 for part in attention])
+        return ForwardBatch(
+            token_ids, positions, writes, attention, [part.first_row + part.num_rows - 1 for part in attention]
+        )
 
     def _settle(self, transfers: _Transfers, sampled: Sample | None) -> PartOutcome:
         if transfers.load_error is not None:
