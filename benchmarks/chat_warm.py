@@ -1,8 +1,8 @@
 """chat_warm: time to first token of one conversation's next turn, nothing cached against everything in the pool.
 
 A conversation has about 3,000 tokens of history and a new message of about 50. Cold: its prefix is nowhere. Warm: the
-workers hold nothing (L1 and L2 are dropped), the history's blocks lie in the segment of another host's daemon. A REST client measures from
-sending the request to the first byte of the first token. Both sides run on the same processes, interleaved.
+workers hold nothing (L1 and L2 are dropped), the history's blocks lie in the segment of the other worker's daemon. A REST
+client measures from sending the request to the first token. Both sides run on the same processes, interleaved.
 """
 
 from __future__ import annotations

@@ -21,7 +21,16 @@ from typing import Any
 
 START_S_MAX = 300.0
 STOP_S_MAX = 60.0
-_WORDS = ["the", "of", "and", "to", "in", "is", "was", "for", "on", "that", "with", "as", "it", "be", "at", "by", "this", "had", "not", "are", "but", "from", "or", "have", "an", "they", "which", "one", "you", "were", "all", "her", "she", "there", "would", "their", "we", "him", "been", "has", "when", "who", "will", "no", "more", "if", "out", "so", "up", "said", "what", "its", "about", "than", "into", "them", "can", "only", "other", "time", "new", "some", "could", "these", "two", "may", "first", "then", "do", "any", "like", "my", "now", "over", "such", "our", "man", "me", "even", "most", "made", "after", "also", "did", "many", "off", "before", "must", "well", "back", "through", "years", "much", "where", "your", "way", "down", "should", "because", "long", "each", "just", "state", "those", "people", "too", "mr", "how", "little", "good", "world", "make", "very", "year", "still", "see", "own", "work", "men", "day", "get", "here", "old", "life", "both", "between", "being", "under", "three", "never", "know", "same", "last", "another", "while", "us", "might", "great", "go", "come", "since", "against", "right", "came", "take"]
+_COMMON = (
+    "the of and to in is was for on that with as it be at by this had not are but from or have an they "
+    "which one you were all her she there would their we him been has when who will no more if out so up "
+    "said what its about than into them can only other time new some could these two may first then do "
+    "any like my now over such our man me even most made after also did many off before must well back "
+    "through years much where your way down should because long each just state those people too mr how "
+    "little good world make very year still see own work men day get here old life both between being "
+    "under three never know same last another while us might great go come since against right came take "
+)
+_WORDS = tuple(word for word in _COMMON.split(" ") if word)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,29 +29,21 @@ class Finished:
 
 
 class Generation:
-    """Carries engine events into the event loop and turns tokens into text.
+    """Turns engine events into text, in order.
 
-    Queued events are bounded by max_tokens, which the engine holds. `cancel` may be called at any time and more than once.
+    What is queued is bounded by max_tokens. `cancel` may be called at any time and more than once.
     """
 
-    def __init__(
-        self,
-        prompt_keys: Sequence[BlockKey],
-        detokenizer: Detokenizer,
-        cancel: Callable[[], None],
-        on_first_token: Callable[[], None],
-    ) -> None:
+    def __init__(self, prompt_keys: Sequence[BlockKey], detokenizer: Detokenizer, cancel: Callable[[], None]) -> None:
         self.prompt_keys = prompt_keys
         self._detokenizer = detokenizer
         self._cancel = cancel
-        self._on_first_token: Callable[[], None] | None = on_first_token
-        self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[EngineEvent] = asyncio.Queue()
         self._ended = False
 
-    def on_event(self, event: EngineEvent) -> None:
-        """Called from the engine's thread."""
-        self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
+    def take(self, event: EngineEvent) -> None:
+        """The engine's next event, on the event loop."""
+        self._queue.put_nowait(event)
 
     def cancel(self) -> None:
         """Stop the request unless it has ended."""
@@ -67,9 +59,6 @@ class Generation:
             if isinstance(event, TokenEvent):
                 if stopped:
                     continue
-                if self._on_first_token is not None:
-                    self._on_first_token()
-                    self._on_first_token = None
                 text = self._detokenizer.push([event.token_id])
                 stopped = self._detokenizer.stopped
                 if stopped:

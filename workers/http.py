@@ -100,9 +100,7 @@ class _Face:
             "token_ids": token_ids,
             "finish_reason": finished.reason,
         }
-        handover = None
-        if body.transfer.do_remote_decode:
-            handover = await self._handover(generation)
+        handover = await _handover(body, generation, self._runtime)
         return JSONResponse(
             {
                 "id": request_id,
@@ -114,16 +112,6 @@ class _Face:
                 "kv_transfer_params": handover,
             }
         )
-
-    async def _handover(self, generation: Generation) -> dict[str, Any]:
-        info = self._runtime.info
-        findable = await self._runtime.wait_saved(generation.prompt_keys, HANDOVER_WAIT_S)
-        return {
-            "do_remote_prefill": findable,
-            "remote_engine_id": info.worker,
-            "remote_epoch": info.epoch.hex(),
-            "num_tokens": len(generation.prompt_keys) * info.block_size,
-        }
 
     async def models(self, request: Request) -> Response:
         info = self._runtime.info
@@ -170,6 +158,7 @@ class _Stream:
     def __init__(self, body: CompletionRequest, request_id: str, generation: Generation, runtime: Runtime) -> None:
         self._body = body
         self._generation = generation
+        self._runtime = runtime
         self._head = {
             "id": request_id,
             "object": "text_completion",
@@ -188,7 +177,8 @@ class _Stream:
                     yield self._chunk(choices=[choice])
                     continue
                 choice = {"index": 0, "text": "", "token_ids": [], "finish_reason": event.reason}
-                yield self._chunk(choices=[choice])
+                handover = await _handover(self._body, self._generation, self._runtime)
+                yield self._chunk(choices=[choice], **({"kv_transfer_params": handover} if handover else {}))
                 if self._body.stream_options and self._body.stream_options.include_usage:
                     yield self._chunk(choices=[], usage=usage_body(event.usage))
                 yield b"data: [DONE]\n\n"
@@ -196,6 +186,19 @@ class _Stream:
             yield b"data: " + _json({"error": error.openai_body()}) + b"\n\n"
         finally:
             self._generation.cancel()
+
+
+async def _handover(body: CompletionRequest, generation: Generation, runtime: Runtime) -> dict[str, Any] | None:
+    """For a prefill worker: what the decode worker must be told, once the prompt's blocks can be found."""
+    if not body.transfer.do_remote_decode:
+        return None
+    info = runtime.info
+    return {
+        "do_remote_prefill": await runtime.wait_saved(generation.prompt_keys, HANDOVER_WAIT_S),
+        "remote_engine_id": info.worker,
+        "remote_epoch": info.epoch.hex(),
+        "num_tokens": len(generation.prompt_keys) * info.block_size,
+    }
 
 
 async def _read_body(request: Request) -> bytes:

@@ -25,7 +25,7 @@ class Rates:
         self.decode_step_s = 0.0
         self._load_bytes_per_s: dict[Tier, float] = {}
 
-    def observe_prefill(self, usage: RequestUsage) -> None:
+    def observe(self, usage: RequestUsage) -> None:
         """Learn from one finished request."""
         computed = usage.tokens_by_tier.get(Tier.COMPUTED, 0)
         if computed >= PREFILL_TOKENS_MIN and computed == usage.prompt_tokens and usage.prefill_time_s > 0:

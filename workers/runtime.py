@@ -10,27 +10,22 @@ import asyncio
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
-from stratakv.errors import ContextTooLong, Overloaded, Unavailable
+from stratakv.errors import ContextTooLong, StrataError, Unavailable
 from stratakv.keys import BlockKey, block_keys
 from stratakv.log import EventLogger
 from stratakv.text import Detokenizer
 from stratakv.wire import WorkerInfo, WorkerLoad
 from workers.api import CompletionRequest
-from workers.engine.engine import Engine, EngineRequest
+from workers.engine.engine import Engine
+from workers.engine.requests import EngineEvent, EngineRequest, FinishedEvent, OnEvent
 from workers.generation import Generation
 from workers.metrics import WorkerMetrics
 from workers.rates import Rates
 from workers.tiers.tiers import Tiers
 
 log = EventLogger("workers.runtime")
-
-
-class Tokenizer(Protocol):
-    """The part of a Hugging Face tokenizer that a worker uses."""
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
 
 class Runtime:
@@ -50,27 +45,40 @@ class Runtime:
         self.dtype = dtype
         self.metrics = metrics
         self.draining = False
-        self.warm = False
+        self._warm = False
         self._engine = engine
         self._tiers = tiers
         self._tokenizer = tokenizer
         self._rates = rates
         self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._tokens_to_prefill = 0
         self._tokenize = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
 
     @property
     def healthy(self) -> bool:
-        return self._engine.healthy
+        return self._engine.failure is None
 
     @property
     def in_flight(self) -> int:
         """Requests accepted and not ended."""
         return self._in_flight
 
+    def open(self) -> None:
+        """Let requests in; what is computed from now on is worth keeping."""
+        self._warm = True
+        if self._tiers is not None:
+            self._tiers.open()
+
+    async def wait_idle(self) -> None:
+        """Until nothing is in flight."""
+        await self._idle.wait()
+
     def not_ready_reasons(self) -> list[str]:
         """Why no request should be sent here; empty when ready."""
         reasons = []
-        if not self.warm:
+        if not self._warm:
             reasons.append("warming up")
         if self.draining:
             reasons.append("draining")
@@ -98,12 +106,8 @@ class Runtime:
             external = await self._tiers.lookup(keys, self._engine.num_cached_blocks(keys))
         detokenizer = Detokenizer(self._tokenizer, body.stop_strings)
         detokenizer.push(resumed)
-        generation = Generation(
-            keys[: len(prompt) // self.info.block_size],
-            detokenizer,
-            cancel=lambda: self._engine.cancel(request_id),
-            on_first_token=lambda: self.metrics.time_to_first_token(time.monotonic() - arrived),
-        )
+        num_prompt_keys = len(prompt) // self.info.block_size
+        generation = Generation(keys[:num_prompt_keys], detokenizer, lambda: self._engine.cancel(request_id))
         request = EngineRequest(
             request_id=request_id,
             token_ids=prompt,
@@ -114,28 +118,40 @@ class Runtime:
             deadline=None if body.timeout_s is None else arrived + body.timeout_s,
         )
         try:
-            self._engine.submit(request, self._counted(generation))
-        except Overloaded:
+            self._engine.submit(request, self._observed(generation, arrived, len(prompt)))
+        except StrataError:
             if external is not None:
                 external.release()
             raise
         self._in_flight += 1
+        self._idle.clear()
+        self._tokens_to_prefill += len(prompt)
         return generation
 
-    def _counted(self, generation: Generation) -> Any:
+    def _observed(self, generation: Generation, arrived: float, num_prompt_tokens: int) -> OnEvent:
+        """The engine's listener: passes events on to the generation and counts them here."""
         loop = asyncio.get_running_loop()
+        prefilling = True
 
-        def on_event(event: Any) -> None:
-            generation.on_event(event)
-            if hasattr(event, "usage"):
-                loop.call_soon_threadsafe(self._ended, event)
+        def observe(event: EngineEvent) -> None:
+            nonlocal prefilling
+            if prefilling:
+                prefilling = False
+                self._tokens_to_prefill -= num_prompt_tokens
+                if not isinstance(event, FinishedEvent):
+                    self.metrics.time_to_first_token(time.monotonic() - arrived)
+            if isinstance(event, FinishedEvent):
+                self._in_flight -= 1
+                if not self._in_flight:
+                    self._idle.set()
+                self._rates.observe(event.usage)
+                self.metrics.request_ended(event.reason.value, event.usage)
+            generation.take(event)
+
+        def on_event(event: EngineEvent) -> None:
+            loop.call_soon_threadsafe(observe, event)
 
         return on_event
-
-    def _ended(self, event: Any) -> None:
-        self._in_flight -= 1
-        self._rates.observe_prefill(event.usage)
-        self.metrics.request_ended(event.reason.value, event.usage)
 
     async def _token_ids(self, prompt: list[int] | str) -> list[int]:
         if isinstance(prompt, list):
@@ -163,7 +179,7 @@ class Runtime:
         return WorkerLoad(
             running=stats.running,
             waiting=stats.waiting,
-            waiting_tokens=stats.waiting_tokens,
+            waiting_tokens=self._tokens_to_prefill,
             l1_blocks_total=stats.blocks_total,
             l1_blocks_free=stats.blocks_free,
             prefill_tokens_per_s=self._rates.prefill_tokens_per_s,

@@ -10,7 +10,6 @@ import contextlib
 import os
 import socket
 
-import torch
 import uvicorn
 from stratakv.pool.meta_client import MetaClient
 
@@ -22,7 +21,8 @@ from stratakv.process import port_taken, require_loopback
 from stratakv.settings import Settings, WorkerSettings
 from stratakv.text import load_tokenizer
 from stratakv.wire import EPOCH_BYTES, WorkerInfo
-from workers.engine.engine import Engine, EngineConfig
+from workers.engine.config import EngineConfig, EngineDtype
+from workers.engine.engine import Engine
 from workers.http import create_app
 from workers.metrics import WorkerMetrics
 from workers.rates import Rates
@@ -43,7 +43,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     require_loopback(worker.host, "worker.host", "node authentication is not configured")
     listener = _bind(worker)
     meta = MetaClient(settings.meta)
-    runtime, engine, tiers = await asyncio.to_thread(_build, settings, meta, asyncio.get_running_loop())
+    runtime, engine, tiers, rates = await asyncio.to_thread(_build, settings, meta, asyncio.get_running_loop())
     server = uvicorn.Server(
         uvicorn.Config(
             create_app(runtime), log_level="warning", lifespan="off", access_log=False, timeout_graceful_shutdown=5
@@ -54,7 +54,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     try:
         async with asyncio.TaskGroup() as tasks:
             http = tasks.create_task(_serve_http(server, listener), name="http")
-            await warm_up(runtime, engine)
+            await warm_up(engine, rates)
+            runtime.open()
             log.info(
                 "ready", worker=runtime.info.worker, url=runtime.info.url, model=runtime.info.model, role=worker.role
             )
@@ -91,25 +92,24 @@ async def _serve_http(server: uvicorn.Server, listener: socket.socket) -> None:
 
 def _build(
     settings: Settings, meta: MetaClient, loop: asyncio.AbstractEventLoop
-) -> tuple[Runtime, Engine, Tiers | None]:
+) -> tuple[Runtime, Engine, Tiers | None, Rates]:
     worker = settings.worker
-    if worker.threads:
-        torch.set_num_threads(worker.threads)
     directory = resolve(settings.model.name, settings.model.cache_dir)
     identity = model_identity(directory)
     engine = Engine(
         EngineConfig(
             model_dir=directory,
-            dtype=worker.dtype,
-            device=worker.device,
+            dtype=_dtype(worker.dtype),
+            device=None if worker.device == "auto" else worker.device,
             block_size=worker.block_size,
-            l1_tokens=worker.l1_tokens,
+            num_blocks=-(-worker.l1_tokens // worker.block_size),
+            num_threads=worker.threads or None,
             max_running=worker.max_running,
             max_waiting=worker.max_waiting,
             max_batched_tokens=worker.max_batched_tokens,
         )
     )
-    facts = engine.facts
+    facts = engine.model.facts
     layout = facts.kv_layout(worker.block_size)
     namespace = NamespaceScope(
         model_revision=identity.revision,
@@ -132,8 +132,15 @@ def _build(
     metrics = WorkerMetrics(info.model)
     rates = Rates()
     tiers = Tiers(info, layout, worker, meta, engine.kv_cache, rates, metrics, loop) if worker.pool_enabled else None
-    engine.connector = tiers
-    return Runtime(info, facts.dtype, engine, tiers, load_tokenizer(directory), rates, metrics), engine, tiers
+    engine.attach(tiers)
+    return Runtime(info, facts.dtype, engine, tiers, load_tokenizer(directory), rates, metrics), engine, tiers, rates
+
+
+def _dtype(name: str) -> EngineDtype:
+    try:
+        return EngineDtype(name)
+    except ValueError:
+        raise SetupError(f"worker.dtype = {name!r}: expected one of {', '.join(EngineDtype)}") from None
 
 
 def _served_name(name: str) -> str:
@@ -147,8 +154,7 @@ def _served_name(name: str) -> str:
 async def _drain(runtime: Runtime) -> None:
     """Refuse new requests and wait for those in flight."""
     runtime.draining = True
-    deadline = asyncio.get_running_loop().time() + DRAIN_S_MAX
-    while runtime.in_flight and asyncio.get_running_loop().time() < deadline:
-        await asyncio.sleep(0.05)
-    if runtime.in_flight:
+    try:
+        await asyncio.wait_for(runtime.wait_idle(), DRAIN_S_MAX)
+    except TimeoutError:
         log.warning("drain_incomplete", in_flight=runtime.in_flight)

@@ -86,6 +86,7 @@ class Tiers:
         self._metrics = metrics
         self._loop = loop
         self._tasks: set[asyncio.Task[None]] = set()
+        self._is_open = False
         self._l2 = L2Table(L2_ENTRIES_MAX)
         self._connections = ConnectionCache()
         self._reader = PageReader(layout, self._namespace)
@@ -103,6 +104,10 @@ class Tiers:
             on_written=lambda written: self._on_loop(self._remember, written),
             on_failed=metrics.pool_error,
         )
+
+    def open(self) -> None:
+        """Begin to save; the warm-up's blocks are not worth keeping."""
+        self._is_open = True
 
     async def close(self) -> None:
         """Finish queued saves and let go of all segments."""
@@ -185,7 +190,7 @@ class Tiers:
         self, keys: Sequence[BlockKey], l1_blocks: Sequence[int], on_finished: Callable[[], None]
     ) -> SaveJob | None:
         """Begin to write down blocks that the coming step will fill; None while the pool is away or too far behind."""
-        if not keys or not self._meta.available:
+        if not keys or not self._is_open or not self._meta.available:
             return None
         save = BlockSave(
             keys,

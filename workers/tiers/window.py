@@ -29,7 +29,7 @@ class Window(Protocol):
 
 
 def _parts(k: torch.Tensor, v: torch.Tensor, rows: Sequence[int]) -> Parts:
-    k_bytes, v_bytes = (memoryview(t.view(torch.uint8).reshape(-1).numpy()) for t in (k, v))
+    k_bytes, v_bytes = (t.view(torch.uint8).reshape(-1).numpy().data for t in (k, v))
     size = len(k_bytes) // k.shape[0]
     return [(k_bytes[row * size : (row + 1) * size], v_bytes[row * size : (row + 1) * size]) for row in rows]
 

@@ -17,9 +17,22 @@ OUTPUT_TOKENS = 24
 def prompt_of(tokenizer: PreTrainedTokenizerBase, num_tokens: int, seed: int) -> list[int]:
     """A prompt of exactly so many tokens that nobody else uses."""
     rng = random.Random(seed)
-    nouns = (
-        ["router", "cable", "camera", "thermostat", "speaker", "garden", "kitchen", "customer", "update", "night", "morning", "battery", "light", "door"]
-    )
+    nouns = [
+        "router",
+        "cable",
+        "camera",
+        "thermostat",
+        "speaker",
+        "garden",
+        "kitchen",
+        "customer",
+        "update",
+        "night",
+        "morning",
+        "battery",
+        "light",
+        "door",
+    ]
     text = " ".join(
         f"Entry {number}: the {rng.choice(nouns)} and the {rng.choice(nouns)}." for number in range(num_tokens)
     )
