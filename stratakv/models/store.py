@@ -53,11 +53,12 @@ def resolve(name: str, cache_dir: Path) -> Path:
 
 def list_models(cache_dir: Path) -> list[str]:
     """Names that `resolve` finds in the cache directory, sorted."""
-    directories = (path for path in (cache_dir / "models").glob("*") if _is_model(path))
+    directories = (path for path in (cache_dir.expanduser() / "models").glob("*") if _is_model(path))
     return sorted(_name(path) for path in directories)
 
 
 def _directory(name: str, cache_dir: Path) -> Path:
+    cache_dir = cache_dir.expanduser()
     if _is_path(name):
         return Path(name).expanduser()
     if name == DEFAULT_MODEL:
