@@ -1,0 +1,165 @@
+"""Pages and segments together: the one place where the index, the segments' room and the journal change in step.
+
+A page that leaves the index is first taken out durably, then ordered free (`NodeOrders.free`) once nobody holds a lease on
+it, again and again until the daemon reports it freed. Called by `puts`, `reclaim` and the server's dispatch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meta_server.index import BlockIndex, ExtentArray
+from meta_server.journal import Journal
+from meta_server.nodes import Node, NodeTable
+from meta_server.records import (
+    EXTENT_BYTES,
+    CommittedRun,
+    OpenRemoval,
+    Removal,
+    extent_list,
+    pack_extents,
+    pack_sizes,
+    unpack_extents,
+    unpack_sizes,
+)
+from meta_server.slots import SlotArray
+from stratakv.keys import KEY_BYTES
+from stratakv.wire import Extent, Segment
+
+
+@dataclass(frozen=True, slots=True)
+class _HeldBack:
+    """A page that left the index while readers held a lease on it."""
+
+    segment: int
+    removal_id: int
+    extent: Extent
+    page_bytes: int
+
+
+class Catalog:
+    """Every committed page, on every segment."""
+
+    def __init__(self, index: BlockIndex, nodes: NodeTable, journal: Journal, last_removal_id: int = 0) -> None:
+        self.index = index
+        self.nodes = nodes
+        self._journal = journal
+        self._last_removal_id = last_removal_id
+        self._unfreed: Counter[int] = Counter()
+        """Removal → pages the daemon has not freed."""
+        self._held_back: dict[int, _HeldBack] = {}
+
+    def add_segment(self, segment: Segment, *, quiet_s: float = 0.0) -> Node:
+        """A daemon's new epoch; the caller has voided the one before."""
+        node = self.nodes.add(segment, quiet_s=quiet_s)
+        self.index.set_available(node.index, False)
+        return node
+
+    def set_reachable(self, node: Node, reachable: bool) -> None:
+        """Whether the node's pages may be found."""
+        node.reachable = reachable
+        self.index.set_available(node.index, reachable)
+
+    def void_segment(self, node: Node) -> None:
+        """The node's epoch is over: its pages are gone, and its memory is no concern of ours any more."""
+        self.index.set_available(node.index, False)
+        self.index.remove(self.index.in_segment(node.index))
+        for slot in [slot for slot, held in self._held_back.items() if held.segment == node.index]:
+            del self._held_back[slot]
+        for removal_id, _ in node.freeing.values():
+            self._unfreed.pop(removal_id, None)
+        self.nodes.retire(node)
+
+    def insert(self, node: Node, namespace: bytes, keys: bytes, extents: ExtentArray, page_bytes: int) -> None:
+        """Make committed pages visible.
+
+        Where a key is there already, the older page stays if it can be reached and gives way if not.
+        """
+        self.remove(self.index.unreachable(namespace, keys), "replaced")
+        surplus = self.index.insert(namespace, keys, node.index, extents, page_bytes)
+        node.committed_bytes += (len(extents) - len(surplus)) * page_bytes
+        if len(surplus):
+            sizes = np.full(len(surplus), page_bytes, np.int64)
+            self._take_out(node, surplus, sizes, "surplus", pinned={})
+
+    def remove(self, slots: SlotArray, reason: str) -> int:
+        """Take pages out of the index, and see to it that they are freed; how many."""
+        removed = self.index.remove(slots)
+        for segment in np.unique(removed.segments).tolist():
+            node = self.nodes.at(segment)
+            assert node is not None, "the index holds pages of a segment that is no more"
+            mine = removed.segments == segment
+            extents, sizes = removed.extents[mine], removed.page_bytes[mine]
+            node.committed_bytes -= int(sizes.sum())
+            pinned_slots = removed.slots[mine & removed.pinned].tolist()
+            pinned_at = np.flatnonzero(removed.pinned[mine]).tolist()
+            self._take_out(node, extents, sizes, reason, dict(zip(pinned_at, pinned_slots, strict=True)))
+        return len(removed)
+
+    def unpinned(self, slots: Iterable[SlotArray]) -> None:
+        """Nobody reads these pages any more that had left the index before."""
+        for slot in (int(slot) for array in slots for slot in array):
+            held = self._held_back.pop(slot, None)
+            node = self.nodes.at(held.segment) if held is not None else None
+            if held is not None and node is not None:
+                node.order_free(held.removal_id, [held.extent], [held.page_bytes])
+
+    def freed(self, node: Node, extents: Iterable[Extent]) -> None:
+        """The daemon reports that it has these back."""
+        for removal_id in node.freed(extents):
+            self._count_freed(removal_id)
+
+    def restore(self, runs: Iterable[CommittedRun], removals: Iterable[OpenRemoval], nodes: dict[bytes, Node]) -> None:
+        """Fill the index from the snapshot: `runs` oldest first, without the removed pages."""
+        gone: dict[bytes, set[bytes]] = {}
+        for removal in removals:
+            gone.setdefault(removal.epoch, set()).update(_records(removal.extents))
+            if not removal.freed:
+                self._resume(nodes[removal.epoch], removal)
+        for run in runs:
+            keys, extents = run.keys, unpack_extents(run.extents)
+            if removed := gone.get(run.epoch):
+                kept = [i for i, record in enumerate(_records(run.extents)) if record not in removed]
+                keys = b"".join(keys[i * KEY_BYTES : (i + 1) * KEY_BYTES] for i in kept)
+                extents = extents[kept]
+            if keys:
+                self.insert(nodes[run.epoch], run.namespace, keys, extents, run.page_bytes)
+
+    def _resume(self, node: Node, removal: OpenRemoval) -> None:
+        extents, sizes = extent_list(unpack_extents(removal.extents)), unpack_sizes(removal.page_bytes)
+        self._unfreed[removal.id] = len(extents)
+        node.freeing_bytes += int(sizes.sum())
+        node.order_free(removal.id, extents, sizes.tolist())
+
+    def _take_out(
+        self, node: Node, extents: ExtentArray, sizes: NDArray[np.int64], reason: str, pinned: dict[int, int]
+    ) -> None:
+        """`pinned`: position → slot of those that readers hold a lease on."""
+        self._last_removal_id += 1
+        removal_id = self._last_removal_id
+        self._unfreed[removal_id] = len(extents)
+        node.freeing_bytes += int(sizes.sum())
+        pages = list(zip(extent_list(extents), sizes.tolist(), strict=True))
+        for position, slot in pinned.items():
+            extent, size = pages[position]
+            self._held_back[slot] = _HeldBack(node.index, removal_id, extent, size)
+        free = [page for position, page in enumerate(pages) if position not in pinned]
+        removal = Removal(removal_id, node.segment.epoch, pack_extents(extents), pack_sizes(sizes), reason)
+        self._journal.remove(
+            removal, lambda: node.order_free(removal_id, [page[0] for page in free], [page[1] for page in free])
+        )
+
+    def _count_freed(self, removal_id: int) -> None:
+        self._unfreed[removal_id] -= 1
+        if self._unfreed[removal_id] <= 0:
+            del self._unfreed[removal_id]
+            self._journal.finish_removal(removal_id)
+
+
+def _records(packed: bytes) -> list[bytes]:
+    return [packed[i : i + EXTENT_BYTES] for i in range(0, len(packed), EXTENT_BYTES)]

@@ -1,0 +1,229 @@
+"""What each request does: one method per message, on the catalog, the puts, the leases and the workers. No sockets here.
+
+A handler returns its reply, or an awaitable of it where PostgreSQL is asked or must have written first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import numpy as np
+
+from meta_server.catalog import Catalog
+from meta_server.index import BlockIndex
+from meta_server.journal import Journal
+from meta_server.leases import LeaseTable
+from meta_server.nodes import Node, NodeTable
+from meta_server.presence import Clock
+from meta_server.puts import PutTable
+from meta_server.reclaim import Reclaimer
+from meta_server.records import Snapshot
+from meta_server.slots import SlotArray
+from meta_server.store import STATEMENT_TIMEOUT_S, Store
+from meta_server.validate import check_keys, check_put, check_put_id, check_segment, check_worker
+from meta_server.workers import WorkerTable
+from stratakv import wire
+from stratakv.errors import InvalidRequest, Unavailable
+from stratakv.keys import KEY_BYTES
+from stratakv.pool.meta_errors import ProtocolMismatch, StaleEpoch
+from stratakv.settings import MetaSettings
+from stratakv.version import version
+
+Answer = wire.Message | Awaitable[wire.Message]
+
+
+class Handlers:
+    """The meta server's state and what requests do to it."""
+
+    def __init__(self, store: Store, snapshot: Snapshot, settings: MetaSettings, clock: Clock) -> None:
+        self._settings = settings
+        self._store = store
+        self.journal = Journal(store)
+        self._nodes = NodeTable(clock, settings.heartbeat_s, snapshot.dead_epochs)
+        self._workers = WorkerTable(clock, settings.heartbeat_s)
+        self._catalog = Catalog(BlockIndex(), self._nodes, self.journal, snapshot.last_removal_id)
+        self._index = self._catalog.index
+        self._leases = LeaseTable(self._index, clock, leases_max=settings.leases_max, lease_s_max=settings.lease_s_max)
+        self._reclaimer = Reclaimer(self._catalog, clock, high=settings.reclaim_high, low=settings.reclaim_low)
+        self._puts = PutTable(self._catalog, self.journal, store, clock, settings, self._reclaimer.make_room)
+        self._epoch = secrets.token_bytes(wire.EPOCH_BYTES)
+        self._lookups = self._lookup_hits = 0
+        self._restore(snapshot)
+        self.by_message: dict[type[wire.Message], Callable[[Any], Answer]] = {
+            wire.Hello: self.hello,
+            wire.RegisterNode: self.register_node,
+            wire.HeartbeatNode: self.heartbeat_node,
+            wire.RegisterWorker: self.register_worker,
+            wire.HeartbeatWorker: self.heartbeat_worker,
+            wire.ListWorkers: lambda _: wire.Workers(self._workers.states()),
+            wire.ListNodes: lambda _: wire.Nodes(self._nodes.states()),
+            wire.MatchPrefix: self.match_prefix,
+            wire.ReleaseLease: self.release_lease,
+            wire.PutStart: self.put_start,
+            wire.PutEnd: self.put_end,
+            wire.PutRevoke: self.put_revoke,
+            wire.ReportCorrupt: self.report_corrupt,
+            wire.Flush: self.flush,
+            wire.GetStats: self.stats,
+        }
+
+    def tick(self) -> None:
+        """Time has passed: leases and puts end, the silent are gone, full segments are reclaimed."""
+        self._catalog.unpinned(self._leases.expire())
+        self._puts.expire()
+        for node in self._nodes:
+            if node.reachable and not node.pulse.alive:
+                self._catalog.set_reachable(node, False)
+            self._reclaimer.check(node)
+
+    def hello(self, request: wire.Hello) -> wire.Welcome:
+        if request.protocol != wire.PROTOCOL_VERSION:
+            raise ProtocolMismatch(
+                f"{request.role} {request.name} speaks protocol {request.protocol}, "
+                f"this meta server (version {version()}) speaks {wire.PROTOCOL_VERSION}"
+            )
+        return wire.Welcome(protocol=wire.PROTOCOL_VERSION, server_version=version(), epoch=self._epoch)
+
+    def register_node(self, request: wire.RegisterNode) -> Answer:
+        segment = request.segment
+        check_segment(segment)
+        self._nodes.check_epoch(segment)
+        node = self._nodes.get(segment.node)
+        if node is not None and node.segment.epoch != segment.epoch:
+            self._puts.void_node(node)
+            self._catalog.void_segment(node)
+            node = None
+        if node is not None and segment.size_bytes != node.segment.size_bytes:
+            raise InvalidRequest("a segment's size cannot change within an epoch", param="size_bytes")
+        if node is None:
+            node = self._catalog.add_segment(segment)
+        node.segment = segment
+        return self._written(self.journal.register_segment(segment), lambda: self._announce(segment))
+
+    def heartbeat_node(self, request: wire.HeartbeatNode) -> Answer:
+        node = self._nodes.of_epoch(request.node, request.epoch)
+        if node is None:
+            return wire.NodeOrders(known=False)
+        self._beat(node)
+        self._catalog.freed(node, request.freed)
+        node.report_used(request.used_bytes)
+        if request.undecided_puts:
+            return self._decide(node, request.undecided_puts)
+        return wire.NodeOrders(known=True, free=self._reclaimer.orders(node))
+
+    def register_worker(self, request: wire.RegisterWorker) -> wire.Registered:
+        check_worker(request.info)
+        self._workers.register(request.info)
+        self.journal.register_worker(request.info)
+        return wire.Registered(heartbeat_s=self._settings.heartbeat_s)
+
+    def heartbeat_worker(self, request: wire.HeartbeatWorker) -> wire.WorkerOrders:
+        return wire.WorkerOrders(known=self._workers.heartbeat(request))
+
+    def match_prefix(self, request: wire.MatchPrefix) -> wire.Match:
+        check_keys(request.namespace, request.keys)
+        slots = self._index.match(request.namespace, request.keys)
+        self._lookups += 1
+        self._lookup_hits += len(slots) > 0
+        if not len(slots) or request.lease_s == 0:
+            return wire.Match(num_blocks=len(slots))
+        lease_id = self._leases.grant(slots, request.lease_s)
+        self._index.touch(slots)
+        places, segments = self._places(slots)
+        return wire.Match(num_blocks=len(slots), places=places, segments=segments, lease_id=lease_id)
+
+    def release_lease(self, request: wire.ReleaseLease) -> wire.Done:
+        self._catalog.unpinned(self._leases.release(request.lease_id))
+        return wire.Done()
+
+    def put_start(self, request: wire.PutStart) -> wire.PutGrant:
+        check_put(request)
+        return self._puts.start(request)
+
+    async def put_end(self, request: wire.PutEnd) -> wire.Done:
+        check_put_id(request.put_id)
+        await self._puts.end(request)
+        return wire.Done()
+
+    async def put_revoke(self, request: wire.PutRevoke) -> wire.Done:
+        check_put_id(request.put_id)
+        await self._puts.revoke(request.put_id)
+        return wire.Done()
+
+    def report_corrupt(self, request: wire.ReportCorrupt) -> wire.Done:
+        """Out of the index at once; durably soon (a restart in between only brings the page back to be found corrupt)."""
+        check_keys(request.namespace, request.key)
+        node = self._nodes.get(request.place.node)
+        if node is not None and len(request.key) == KEY_BYTES:
+            place = request.place
+            slots = self._index.at(request.namespace, request.key, node.index, place.offset, place.generation)
+            self._catalog.remove(slots, "corrupt")
+        return wire.Done()
+
+    def flush(self, request: wire.Flush) -> Answer:
+        if request.namespace:
+            check_keys(request.namespace, b"")
+        slots = [self._index.unpinned(node.index, request.namespace) for node in self._nodes]
+        num_blocks = self._catalog.remove(np.concatenate(slots), "flushed") if slots else 0
+        written = asyncio.get_running_loop().create_future()
+        self.journal.when_written(lambda: written.done() or written.set_result(None))
+        return self._written(written, lambda: wire.Flushed(num_blocks=num_blocks))
+
+    def stats(self, _: wire.GetStats) -> wire.Stats:
+        return wire.Stats(
+            blocks=self._index.num_blocks,
+            bytes_committed=self._index.bytes_committed,
+            puts_pending=len(self._puts),
+            leases=len(self._leases),
+            nodes=len(self._nodes.states()),
+            workers=len(self._workers.states()),
+            lookups=self._lookups,
+            lookup_hits=self._lookup_hits,
+            evictions=self._reclaimer.evictions,
+        )
+
+    def _restore(self, snapshot: Snapshot) -> None:
+        """Readers may hold leases of an earlier start, so nothing restored is freed for one longest lease."""
+        quiet_s = self._settings.lease_s_max
+        nodes = {s.epoch: self._catalog.add_segment(s, quiet_s=quiet_s) for s in snapshot.segments}
+        self._catalog.restore(snapshot.runs, snapshot.removals, nodes)
+        self._puts.restore(snapshot.pending, nodes, snapshot.decided)
+
+    def _announce(self, segment: wire.Segment) -> wire.Registered:
+        node = self._nodes.of_epoch(segment.node, segment.epoch)
+        if node is None:
+            raise StaleEpoch(f"{segment.node}: a newer start has registered meanwhile")
+        self._beat(node)
+        return wire.Registered(heartbeat_s=self._settings.heartbeat_s)
+
+    def _beat(self, node: Node) -> None:
+        node.pulse.beat()
+        if not node.reachable:
+            self._catalog.set_reachable(node, True)
+
+    async def _decide(self, node: Node, put_ids: list[bytes]) -> wire.NodeOrders:
+        committed, void = await self._puts.outcomes(put_ids)
+        orders = self._reclaimer.orders(node)
+        return wire.NodeOrders(known=True, free=orders, committed_puts=committed, void_puts=void)
+
+    async def _written(self, written: asyncio.Future[None], reply: Callable[[], wire.Message]) -> wire.Message:
+        try:
+            await asyncio.wait_for(written, STATEMENT_TIMEOUT_S)
+        except TimeoutError:
+            raise Unavailable("the metadata database does not answer; try again") from None
+        return reply()
+
+    def _places(self, slots: SlotArray) -> tuple[list[wire.Place], list[wire.Segment]]:
+        indexes, offsets, generations = self._index.places(slots)
+        segments = {index: self._segment_of(index) for index in set(indexes)}
+        names = {index: segment.node for index, segment in segments.items()}
+        places = [wire.Place(names[i], o, g) for i, o, g in zip(indexes, offsets, generations, strict=True)]
+        return places, list(segments.values())
+
+    def _segment_of(self, index: int) -> wire.Segment:
+        node = self._nodes.at(index)
+        assert node is not None, "the index holds pages of a segment that is no more"
+        return node.segment

@@ -1,0 +1,233 @@
+"""The block index in memory: which committed pages there are, where they lie, which are coldest.
+
+Per namespace, a key's 60-bit fingerprint leads to a slot, whose full key is compared on every hit; keys whose fingerprints
+collide go to a small table of their own. Recency is exact: each touch stamps pages with a growing tick, a prefix's later
+blocks just colder than its earlier ones, so that reclaiming takes leaves before what they hang on.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meta_server.slots import KEY_WORDS, NO_SEGMENT, SlotArray, SlotTable
+from stratakv.keys import KEY_BYTES
+
+ExtentArray = NDArray[np.int64]
+"""[pages, 2]: offset and generation."""
+_ABSENT = -1
+_FINGERPRINT_SHIFT = np.uint64(4)
+"""60 bits make the smallest two-digit Python int."""
+
+
+@dataclass(slots=True)
+class _Names:
+    """The keys of one namespace."""
+
+    id: int
+    namespace: bytes
+    by_fingerprint: dict[int, int] = field(default_factory=dict)
+    collided: dict[bytes, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """Pages that left the index, one array element each."""
+
+    slots: SlotArray
+    segments: NDArray[np.int32]
+    extents: ExtentArray
+    page_bytes: NDArray[np.int64]
+    pinned: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+
+class BlockIndex:
+    """Every committed page of every live segment; one place per key."""
+
+    def __init__(self) -> None:
+        self._table = SlotTable()
+        self._names: dict[bytes, _Names] = {}
+        self._names_by_id: dict[int, _Names] = {}
+        self._next_names_id = 0
+        self._tick = 0
+        self._available = np.zeros(16, np.bool_)
+        self.num_blocks = 0
+        self.bytes_committed = 0
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of the index, without the allocator's overhead."""
+        dicts = sum(sys.getsizeof(n.by_fingerprint) + sys.getsizeof(n.collided) for n in self._names.values())
+        return self._table.size_bytes + dicts + self.num_blocks * 2 * sys.getsizeof(1 << 59)
+
+    def set_available(self, segment: int, available: bool) -> None:
+        """Whether the pages of a segment may be found (its daemon is alive)."""
+        while segment >= len(self._available):
+            self._available = np.concatenate([self._available, np.zeros_like(self._available)])
+        self._available[segment] = available
+
+    def match(self, namespace: bytes, keys: bytes) -> SlotArray:
+        """Slots of the leading keys that are there and can be reached now."""
+        slots = self._find(namespace, keys)
+        missed = np.flatnonzero(slots == _ABSENT)
+        return slots[: missed[0]] if len(missed) else slots
+
+    def absent(self, namespace: bytes, keys: bytes) -> list[int]:
+        """Positions of the keys that are not there or cannot be reached now."""
+        return [int(i) for i in np.flatnonzero(self._find(namespace, keys) == _ABSENT)]
+
+    def touch(self, slots: SlotArray) -> None:
+        """The pages were asked for just now, in this order."""
+        self._tick += len(slots)
+        self._table.tick[slots] = self._tick - np.arange(len(slots))
+
+    def pin(self, slots: SlotArray) -> None:
+        """Keep the pages from being reclaimed until `unpin`."""
+        self._table.pin(slots)
+
+    def unpin(self, slots: SlotArray) -> SlotArray:
+        """Undo one `pin`; the slots whose pages left the index meanwhile and that nobody reads any more."""
+        return self._table.unpin(slots)
+
+    def places(self, slots: SlotArray) -> tuple[list[int], list[int], list[int]]:
+        """Segment, offset and generation of each slot."""
+        table = self._table
+        return table.segment[slots].tolist(), table.offset[slots].tolist(), table.generation[slots].tolist()
+
+    def insert(self, namespace: bytes, keys: bytes, segment: int, extents: ExtentArray, page_bytes: int) -> ExtentArray:
+        """Add pages of absent keys; the extents of those that were there already (surplus, to be freed).
+
+        A place on a segment that cannot be reached must have been removed before (`unreachable`).
+        """
+        found = self._find(namespace, keys, reachable_only=False)
+        new = np.flatnonzero(found == _ABSENT)
+        rows = _words(keys)
+        names = self._names_of(namespace)
+        slots, table = self._table.allocate(len(new)), self._table
+        table.key[slots] = rows[new]
+        table.offset[slots], table.generation[slots] = extents[new, 0], extents[new, 1]
+        table.page_bytes[slots], table.segment[slots], table.namespace[slots] = page_bytes, segment, names.id
+        fingerprints = _fingerprints(rows)
+        doubles: list[int] = []
+        for i, slot in zip(new.tolist(), slots.tolist(), strict=True):
+            if not self._enter(names, fingerprints[i], keys[i * KEY_BYTES : (i + 1) * KEY_BYTES], slot):
+                doubles.append(i)
+                table.release(np.array([slot], np.int64))
+        kept = slots[table.segment[slots] != NO_SEGMENT]
+        self.touch(kept)
+        self.num_blocks += len(kept)
+        self.bytes_committed += page_bytes * len(kept)
+        surplus = np.concatenate([np.flatnonzero(found != _ABSENT), np.array(doubles, np.int64)])
+        return extents[surplus]
+
+    def unreachable(self, namespace: bytes, keys: bytes) -> SlotArray:
+        """Slots of those keys that are there but on a segment that cannot be reached."""
+        found = self._find(namespace, keys, reachable_only=False)
+        there = np.unique(found[found != _ABSENT])
+        return there[~self._available[self._table.segment[there]]]
+
+    def at(self, namespace: bytes, key: bytes, segment: int, offset: int, generation: int) -> SlotArray:
+        """The slot of a key, if it lies exactly there; else none."""
+        slots = self._find(namespace, key, reachable_only=False)
+        slots, table = slots[slots != _ABSENT], self._table
+        same = (table.segment[slots] == segment) & (table.offset[slots] == offset)
+        return slots[same & (table.generation[slots] == generation)]
+
+    def in_segment(self, segment: int) -> SlotArray:
+        """All pages of a segment."""
+        return self._table.live_in(segment)
+
+    def unpinned(self, segment: int, namespace: bytes = b"") -> SlotArray:
+        """Pages of a segment (of one namespace or of all) that nobody holds a lease on."""
+        table = self._table
+        slots = table.live_in(segment)
+        slots = slots[table.pins[slots] == 0]
+        if namespace:
+            names = self._names.get(namespace)
+            slots = slots[table.namespace[slots] == names.id] if names else slots[:0]
+        return slots
+
+    def coldest(self, segment: int, size_bytes: int) -> SlotArray:
+        """The least recently used unpinned pages of a segment that together free `size_bytes`, or all there are."""
+        slots = self.unpinned(segment)
+        slots = slots[np.argsort(self._table.tick[slots])]
+        enough = int(np.searchsorted(np.cumsum(self._table.page_bytes[slots]), size_bytes)) + 1
+        return slots[:enough] if size_bytes > 0 else slots[:0]
+
+    def remove(self, slots: SlotArray) -> Removed:
+        """Take pages out; nothing finds them from here on."""
+        table = self._table
+        removed = Removed(
+            slots=slots,
+            segments=table.segment[slots],
+            extents=np.stack([table.offset[slots], table.generation[slots]], axis=1),
+            page_bytes=table.page_bytes[slots],
+            pinned=table.pins[slots] > 0,
+        )
+        fingerprints, names_ids = _fingerprints(table.key[slots]), table.namespace[slots].tolist()
+        for slot, fingerprint, names_id in zip(slots.tolist(), fingerprints, names_ids, strict=True):
+            names = self._names_by_id[names_id]
+            if names.by_fingerprint.get(fingerprint) == slot:
+                del names.by_fingerprint[fingerprint]
+            else:
+                del names.collided[table.key[slot].tobytes()]
+        for names_id in set(names_ids):
+            self._forget_if_empty(self._names_by_id[names_id])
+        table.release(slots)
+        self.num_blocks -= len(slots)
+        self.bytes_committed -= int(removed.page_bytes.sum())
+        return removed
+
+    def _find(self, namespace: bytes, keys: bytes, *, reachable_only: bool = True) -> SlotArray:
+        names = self._names.get(namespace)
+        rows = _words(keys)
+        if names is None:
+            return np.full(len(rows), _ABSENT, np.int64)
+        lookup = names.by_fingerprint.get
+        slots = np.array([lookup(f, _ABSENT) for f in _fingerprints(rows)], np.int64)
+        hits = np.flatnonzero(slots != _ABSENT)
+        slots[hits[(self._table.key[slots[hits]] != rows[hits]).any(axis=1)]] = _ABSENT
+        if names.collided:
+            for i in np.flatnonzero(slots == _ABSENT).tolist():
+                slots[i] = names.collided.get(keys[i * KEY_BYTES : (i + 1) * KEY_BYTES], _ABSENT)
+        if reachable_only:
+            hits = np.flatnonzero(slots != _ABSENT)
+            slots[hits[~self._available[self._table.segment[slots[hits]]]]] = _ABSENT
+        return slots
+
+    def _enter(self, names: _Names, fingerprint: int, key: bytes, slot: int) -> bool:
+        """False if the key is there already (twice in one insert)."""
+        holder = names.by_fingerprint.setdefault(fingerprint, slot)
+        if holder == slot:
+            return True
+        if key in names.collided or self._table.key[holder].tobytes() == key:
+            return False
+        names.collided[key] = slot
+        return True
+
+    def _names_of(self, namespace: bytes) -> _Names:
+        names = self._names.get(namespace)
+        if names is None:
+            names = _Names(self._next_names_id, namespace)
+            self._next_names_id += 1
+            self._names[namespace] = self._names_by_id[names.id] = names
+        return names
+
+    def _forget_if_empty(self, names: _Names) -> None:
+        if not names.by_fingerprint and not names.collided:
+            del self._names[names.namespace], self._names_by_id[names.id]
+
+
+def _words(keys: bytes) -> NDArray[np.uint64]:
+    return np.frombuffer(keys, np.uint64).reshape(-1, KEY_WORDS)
+
+
+def _fingerprints(rows: NDArray[np.uint64]) -> list[int]:
+    fingerprints: list[int] = (rows[:, 0] >> _FINGERPRINT_SHIFT).tolist()
+    return fingerprints

@@ -1,0 +1,43 @@
+"""Keeps room on every segment: above the high water mark the coldest pages nobody reads go, down to the low one."""
+
+from __future__ import annotations
+
+from meta_server.catalog import Catalog
+from meta_server.nodes import Node
+from meta_server.presence import Clock
+from stratakv.log import EventLogger
+from stratakv.wire import Extent
+
+_log = EventLogger("meta_server.reclaim")
+
+
+class Reclaimer:
+    """Called now and then for every node, and at once when a put finds no room."""
+
+    def __init__(self, catalog: Catalog, clock: Clock, *, high: float, low: float) -> None:
+        self._catalog = catalog
+        self._clock = clock
+        self._high = high
+        self._low = low
+        self.evictions = 0
+
+    def orders(self, node: Node) -> list[Extent]:
+        """What the node's daemon shall free now."""
+        return node.orders() if self._clock() >= node.free_from else []
+
+    def check(self, node: Node) -> None:
+        """Reclaim if the segment is above the high water mark."""
+        if node.staying_bytes > self._high * node.segment.size_bytes:
+            self.make_room(node, 0)
+
+    def make_room(self, node: Node, size_bytes: int) -> None:
+        """Order cold pages free, so that `size_bytes` fit and the segment is down to the low water mark."""
+        if not node.reachable or self._clock() < node.free_from:
+            return
+        size = node.segment.size_bytes
+        target = min(int(self._low * size), size - min(size_bytes, size))
+        excess = node.staying_bytes - target
+        slots = self._catalog.index.coldest(node.index, excess)
+        if len(slots):
+            self.evictions += self._catalog.remove(slots, "evicted")
+            _log.debug("pages_evicted", node=node.segment.node, pages=len(slots))

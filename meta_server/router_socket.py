@@ -1,0 +1,94 @@
+"""The ROUTER socket on the event loop: frames in, frames out, nothing of what they mean.
+
+Read straight from zmq's file descriptor, which costs a third of a round trip less than `zmq.asyncio`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import zmq
+
+from stratakv.errors import SetupError
+from stratakv.process import port_taken
+from stratakv.wire import MESSAGE_BYTES_MAX
+
+READS_PER_TURN_MAX = 64
+"""Messages taken before other tasks of the loop get their turn."""
+REPLIES_QUEUED_MAX = 1000
+"""Per client; replies to one that does not read are dropped beyond it."""
+REQUEST_ID_BYTES = 8
+
+OnMessage = Callable[[bytes, bytes, bytes], None]
+"""Client, request id, payload."""
+
+
+class RouterSocket:
+    """A bound ROUTER; malformed messages are dropped and counted."""
+
+    def __init__(self, on_message: OnMessage) -> None:
+        self._on_message = on_message
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._loop = asyncio.get_running_loop()
+        self._closed = False
+        self._reading = False
+        self.dropped = 0
+
+    def bind(self, host: str, port: int) -> int:
+        """Listen; the port (a free one for 0). Raises SetupError."""
+        self._socket.setsockopt(zmq.LINGER, 200)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MESSAGE_BYTES_MAX)
+        self._socket.setsockopt(zmq.SNDHWM, REPLIES_QUEUED_MAX)
+        self._socket.setsockopt(zmq.RCVHWM, REPLIES_QUEUED_MAX)
+        self._socket.setsockopt(zmq.IPV6, int(":" in host))
+        where = f"[{host}]" if ":" in host else host
+        try:
+            self._socket.bind(f"tcp://{where}:{port or '*'}")
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EADDRINUSE:
+                raise port_taken(host, port, "meta.native_port") from None
+            raise SetupError(f"meta.host: cannot listen on {host}:{port}: {error}") from None
+        self._loop.add_reader(self._socket.getsockopt(zmq.FD), self._read)
+        self._loop.call_soon(self._read)
+        endpoint = self._socket.getsockopt(zmq.LAST_ENDPOINT)
+        assert isinstance(endpoint, bytes)
+        return int(endpoint.rstrip(b"\0").rpartition(b":")[2])
+
+    def send(self, client: bytes, request_id: bytes, payload: bytes) -> None:
+        """Queue a reply; dropped if the client is gone or does not read."""
+        if self._closed:
+            return
+        try:
+            self._socket.send_multipart((client, request_id, payload), zmq.NOBLOCK)
+        except zmq.ZMQError:
+            self.dropped += 1
+        if not self._reading:
+            # Sending may take the edge that announces a message to read.
+            self._loop.call_soon(self._read)
+
+    def close(self) -> None:
+        """Stop reading; queued replies get a moment to leave."""
+        self._closed = True
+        self._loop.remove_reader(self._socket.getsockopt(zmq.FD))
+        self._socket.close()
+        self._context.term()
+
+    def _read(self) -> None:
+        if self._closed:
+            return
+        self._reading = True
+        try:
+            for _ in range(READS_PER_TURN_MAX):
+                try:
+                    frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                except zmq.Again:
+                    return
+                if len(frames) == 3 and len(frames[1]) == REQUEST_ID_BYTES:
+                    self._on_message(*frames)
+                else:
+                    self.dropped += 1
+        finally:
+            self._reading = False
+        self._loop.call_soon(self._read)

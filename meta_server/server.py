@@ -1,0 +1,148 @@
+"""The meta server's process: opens the store, rebuilds the index, answers messages until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from meta_server.errors import failure_of
+from meta_server.fill import Filler
+from meta_server.handlers import Handlers
+from meta_server.router_socket import RouterSocket
+from meta_server.store import Store
+from stratakv import migrate, wire
+from stratakv.errors import InvalidRequest, Overloaded, SetupError, StrataError
+from stratakv.log import EventLogger
+from stratakv.process import require_loopback
+from stratakv.settings import MetaSettings, Settings
+
+REQUESTS_WAITING_MAX = 20_000
+"""Requests that wait for PostgreSQL at once."""
+TICK_S_MAX = 0.25
+DRAIN_S = 5.0
+"""After the signal to stop: longest wait for what is under way."""
+
+Ready = Callable[[str], None]
+"""Called with the endpoint once requests are answered."""
+_log = EventLogger("meta_server")
+
+
+async def serve(settings: Settings, stop: asyncio.Event, ready: Ready | None = None) -> None:
+    """Run until `stop` is set. Raises SetupError if it cannot start, or if another meta server takes over the database."""
+    meta = settings.meta
+    require_loopback(meta.host, "meta.host", "node authentication is not configured")
+    if not settings.database.url:
+        raise SetupError("database.url is not set", hint="set STRATAKV_DATABASE_URL to the PostgreSQL of the metadata")
+    await asyncio.to_thread(migrate.check, settings.database.url)
+    store = Store(migrate.driver_url(settings.database.url), settings.database)
+    try:
+        await store.open()
+        began = time.monotonic()
+        server = MetaServer(Handlers(store, await store.load(), meta, time.monotonic), meta)
+        _log.info("index_rebuilt", blocks=server.num_blocks, seconds=round(time.monotonic() - began, 3))
+        await server.run(Filler(store), stop, ready)
+    except* SetupError as group:
+        raise _first(group) from None
+    finally:
+        await store.close()
+
+
+class MetaServer:
+    """Socket, handlers and background tasks."""
+
+    def __init__(self, handlers: Handlers, settings: MetaSettings) -> None:
+        self._handlers = handlers
+        self._settings = settings
+        self._socket = RouterSocket(self._on_message)
+        self._waiting: set[asyncio.Task[None]] = set()
+
+    @property
+    def num_blocks(self) -> int:
+        return self._handlers.stats(wire.GetStats()).blocks
+
+    async def run(self, filler: Filler, stop: asyncio.Event, ready: Ready | None) -> None:
+        """Serve until `stop`, then let what is under way finish."""
+        port = self._socket.bind(self._settings.host, self._settings.native_port)
+        endpoint = f"tcp://{self._settings.host}:{port}"
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                background = [
+                    tasks.create_task(work()) for work in (self._handlers.journal.run, filler.run, self._tick)
+                ]
+                _log.info("ready", endpoint=endpoint)
+                if ready is not None:
+                    ready(endpoint)
+                await stop.wait()
+                await self._drain()
+                for task in background:
+                    task.cancel()
+        finally:
+            self._socket.close()
+
+    async def _drain(self) -> None:
+        try:
+            async with asyncio.timeout(DRAIN_S):
+                while self._waiting:
+                    await asyncio.wait(self._waiting)
+                await self._handlers.journal.drain()
+        except TimeoutError:
+            _log.warning("drain_cut_short", requests=len(self._waiting))
+
+    async def _tick(self) -> None:
+        while True:
+            self._handlers.tick()
+            await asyncio.sleep(min(TICK_S_MAX, self._settings.heartbeat_s / 2))
+
+    def _on_message(self, client: bytes, request_id: bytes, payload: bytes) -> None:
+        def reply(message: wire.Message) -> None:
+            self._socket.send(client, request_id, wire.encode(message))
+
+        try:
+            request = wire.decode_request(payload)
+        except msgspec.MsgspecError as error:
+            reply(failure_of(InvalidRequest(f"malformed request: {error}")))
+            return
+        try:
+            answer = self._handlers.by_message[type(request)](request)
+        except StrataError as error:
+            reply(failure_of(error))
+        except Exception:
+            _log.exception("request_failed", request=type(request).__name__)
+            reply(failure_of(StrataError("internal error")))
+        else:
+            if inspect.isawaitable(answer):
+                self._answer_later(answer, reply)
+            else:
+                reply(answer)
+
+    def _answer_later(self, answer: Awaitable[wire.Message], reply: Callable[[wire.Message], None]) -> None:
+        if len(self._waiting) >= REQUESTS_WAITING_MAX:
+            if inspect.iscoroutine(answer):
+                answer.close()
+            reply(failure_of(Overloaded("too many requests wait for the metadata database")))
+            return
+        task = asyncio.get_running_loop().create_task(_reply_when_done(answer, reply))
+        self._waiting.add(task)
+        task.add_done_callback(self._waiting.discard)
+
+
+async def _reply_when_done(answer: Awaitable[wire.Message], reply: Callable[[wire.Message], None]) -> None:
+    try:
+        reply(await answer)
+    except StrataError as error:
+        reply(failure_of(error))
+    except Exception:
+        _log.exception("request_failed")
+        reply(failure_of(StrataError("internal error")))
+
+
+def _first(group: BaseExceptionGroup[SetupError]) -> SetupError:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, SetupError)
+    return error

@@ -1,0 +1,79 @@
+"""Columns of the block index: one row (slot) per committed page, in numpy arrays of about 70 bytes a row.
+
+A slot that readers hold a lease on is pinned; if its page leaves the index meanwhile, the slot is reused only after the
+last unpin, so that a lease never speaks of a page it was not given for. Used by `index` only.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+SlotArray = NDArray[np.int64]
+KEY_WORDS = 4
+"""A 32-byte key as 64-bit words."""
+NO_SEGMENT = -1
+_ROWS_AT_START = 1024
+_GROWTH = 1.25
+
+
+class SlotTable:
+    """Rows of equal kind with a free list; a row is live while `segment` is not NO_SEGMENT."""
+
+    def __init__(self) -> None:
+        self.key = np.zeros((_ROWS_AT_START, KEY_WORDS), np.uint64)
+        self.offset = np.zeros(_ROWS_AT_START, np.int64)
+        self.generation = np.zeros(_ROWS_AT_START, np.int64)
+        self.tick = np.zeros(_ROWS_AT_START, np.int64)
+        self.page_bytes = np.zeros(_ROWS_AT_START, np.int64)
+        self.segment = np.full(_ROWS_AT_START, NO_SEGMENT, np.int32)
+        self.namespace = np.zeros(_ROWS_AT_START, np.int32)
+        self.pins = np.zeros(_ROWS_AT_START, np.int32)
+        self._num_used = 0
+        self._free: list[int] = []
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of the columns."""
+        return sum(column.nbytes for column in self._columns().values())
+
+    def allocate(self, count: int) -> SlotArray:
+        """Slots for `count` new rows; the caller fills every column but `pins`."""
+        reused = [self._free.pop() for _ in range(min(count, len(self._free)))]
+        fresh = range(self._num_used, self._num_used + count - len(reused))
+        self._num_used = fresh.stop
+        self._grow_to(self._num_used)
+        return np.array([*reused, *fresh], np.int64)
+
+    def release(self, slots: SlotArray) -> None:
+        """The rows are live no longer; unpinned ones are reused from now on, pinned ones after their last unpin."""
+        self.segment[slots] = NO_SEGMENT
+        self._free.extend(slots[self.pins[slots] == 0].tolist())
+
+    def pin(self, slots: SlotArray) -> None:
+        np.add.at(self.pins, slots, 1)
+
+    def unpin(self, slots: SlotArray) -> SlotArray:
+        """Undo one `pin`; the slots of pages that left the index meanwhile and that nobody reads any more."""
+        np.subtract.at(self.pins, slots, 1)
+        assert (self.pins[slots] >= 0).all(), "a slot was unpinned more often than pinned"
+        gone = np.unique(slots[(self.pins[slots] == 0) & (self.segment[slots] == NO_SEGMENT)])
+        self._free.extend(gone.tolist())
+        return gone
+
+    def live_in(self, segment: int) -> SlotArray:
+        """All live slots of one segment."""
+        return np.flatnonzero(self.segment[: self._num_used] == segment)
+
+    def _columns(self) -> dict[str, NDArray[np.generic]]:
+        return {name: column for name, column in vars(self).items() if isinstance(column, np.ndarray)}
+
+    def _grow_to(self, rows: int) -> None:
+        if rows <= len(self.segment):
+            return
+        capacity = max(rows, int(len(self.segment) * _GROWTH))
+        for name, column in self._columns().items():
+            fill = NO_SEGMENT if name == "segment" else 0
+            grown = np.full((capacity, *column.shape[1:]), fill, column.dtype)
+            grown[: len(column)] = column
+            setattr(self, name, grown)

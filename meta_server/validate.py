@@ -1,0 +1,73 @@
+"""Checks on what clients send, before anything is done with it: lengths, ranges, names that PostgreSQL can hold."""
+
+from __future__ import annotations
+
+from stratakv.errors import InvalidRequest
+from stratakv.keys import KEY_BYTES, NAMESPACE_BYTES
+from stratakv.wire import EPOCH_BYTES, PUT_ID_BYTES, PutStart, Segment, WorkerInfo
+
+KEYS_MAX = 131_072
+"""In one request: two million tokens of 16-token blocks."""
+NAME_CHARS_MAX = 200
+PAGE_BYTES_MAX = 1 << 40
+SIZE_BYTES_MAX = 1 << 60
+INT32_MAX = (1 << 31) - 1
+
+
+def check_segment(segment: Segment) -> None:
+    """Raises InvalidRequest."""
+    _check_name("node", segment.node)
+    _check_length("epoch", segment.epoch, EPOCH_BYTES)
+    _check_name("host", segment.host)
+    _check_name("socket_name", segment.socket_name, empty=True)
+    _check_range("port", segment.port, 0, 65_535)
+    _check_range("size_bytes", segment.size_bytes, 1, SIZE_BYTES_MAX)
+
+
+def check_worker(info: WorkerInfo) -> None:
+    """Raises InvalidRequest."""
+    _check_name("worker", info.worker)
+    _check_length("epoch", info.epoch, EPOCH_BYTES)
+    _check_name("url", info.url)
+    _check_name("model", info.model)
+    _check_length("namespace", info.namespace, NAMESPACE_BYTES)
+    _check_range("block_size", info.block_size, 1, INT32_MAX)
+    _check_range("max_model_len", info.max_model_len, 1, INT32_MAX)
+    if info.node is not None:
+        _check_name("node", info.node)
+
+
+def check_keys(namespace: bytes, keys: bytes) -> None:
+    """Raises InvalidRequest."""
+    _check_length("namespace", namespace, NAMESPACE_BYTES)
+    if len(keys) % KEY_BYTES or len(keys) > KEYS_MAX * KEY_BYTES:
+        raise InvalidRequest(f"keys must be at most {KEYS_MAX} times {KEY_BYTES} bytes, got {len(keys)}", param="keys")
+
+
+def check_put(request: PutStart) -> None:
+    """Raises InvalidRequest."""
+    check_put_id(request.put_id)
+    check_keys(request.namespace, request.keys)
+    _check_range("page_bytes", request.page_bytes, 1, PAGE_BYTES_MAX)
+    _check_range("block_size", request.block_size, 1, INT32_MAX)
+    _check_name("worker", request.worker, empty=True)
+
+
+def check_put_id(put_id: bytes) -> None:
+    """Raises InvalidRequest."""
+    _check_length("put_id", put_id, PUT_ID_BYTES)
+
+
+def _check_name(field: str, value: str, *, empty: bool = False) -> None:
+    if len(value) > NAME_CHARS_MAX or (not value and not empty) or "\0" in value:
+        raise InvalidRequest(f"{field} must have 1 to {NAME_CHARS_MAX} characters", param=field)
+
+
+def _check_length(field: str, value: bytes, size_bytes: int) -> None:
+    if len(value) != size_bytes:
+        raise InvalidRequest(f"{field} must have {size_bytes} bytes, got {len(value)}", param=field)
+
+
+def _check_range(field: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise InvalidRequest(f"{field} must be between {low} and {high}, got {value}", param=field)

@@ -1,0 +1,1 @@
+"""Alembic revisions of the metadata schema; run by `stratakv.migrate`."""

@@ -1,0 +1,1 @@
+"""One file per revision, expand → migrate → contract: each can run under the release before it."""
