@@ -183,7 +183,7 @@ def parse_flags(prog: str, description: str, sections: Sequence[str], argv: Sequ
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with settings")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="any setting")
     seen: dict[str, Option] = {}
-    for option in options(sections):
+    for option in (option for section in sections for option in options([section])):
         flag = option.flag if option.flag not in seen else f"--{option.section}-{option.key}".replace("_", "-")
         seen[flag] = option
         shown = show_value(option, option.default)

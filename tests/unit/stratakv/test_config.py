@@ -104,6 +104,12 @@ def test_a_process_takes_flags_of_its_sections_and_any_other_by_set(monkeypatch:
     assert (settings.worker.role, settings.meta.native_port) == (WorkerRole.DECODE, 7)
 
 
+def test_a_flag_that_two_sections_have_belongs_to_the_first_one_named() -> None:
+    argv = ["--host", "127.0.0.2", "--meta-host", "127.0.0.3"]
+    settings = parse_flags("x", "", ("dmp", "meta"), argv)
+    assert (settings.dmp.host, settings.meta.host) == ("127.0.0.2", "127.0.0.3")
+
+
 def test_an_unknown_flag_ends_the_process_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parse_flags("x", "", ("worker",), ["--rule", "decode"])
