@@ -168,9 +168,7 @@ class Handlers:
             check_keys(request.namespace, b"")
         slots = [self._index.unpinned(node.index, request.namespace) for node in self._nodes]
         num_blocks = self._catalog.remove(np.concatenate(slots), "flushed") if slots else 0
-        written = asyncio.get_running_loop().create_future()
-        self.journal.when_written(lambda: written.done() or written.set_result(None))
-        return self._written(written, lambda: wire.Flushed(num_blocks=num_blocks))
+        return self._written(self.journal.all_written(), lambda: wire.Flushed(num_blocks=num_blocks))
 
     def stats(self, _: wire.GetStats) -> wire.Stats:
         return wire.Stats(

@@ -124,20 +124,23 @@ class BlockIndex:
         self.num_blocks += len(kept)
         self.bytes_committed += page_bytes * len(kept)
         surplus = np.concatenate([np.flatnonzero(found != _ABSENT), np.array(doubles, np.int64)])
-        return extents[surplus]
+        rejected: ExtentArray = extents[surplus]
+        return rejected
 
     def unreachable(self, namespace: bytes, keys: bytes) -> SlotArray:
         """Slots of those keys that are there but on a segment that cannot be reached."""
         found = self._find(namespace, keys, reachable_only=False)
         there = np.unique(found[found != _ABSENT])
-        return there[~self._available[self._table.segment[there]]]
+        away: SlotArray = there[~self._available[self._table.segment[there]]]
+        return away
 
     def at(self, namespace: bytes, key: bytes, segment: int, offset: int, generation: int) -> SlotArray:
         """The slot of a key, if it lies exactly there; else none."""
         slots = self._find(namespace, key, reachable_only=False)
         slots, table = slots[slots != _ABSENT], self._table
         same = (table.segment[slots] == segment) & (table.offset[slots] == offset)
-        return slots[same & (table.generation[slots] == generation)]
+        exact: SlotArray = slots[same & (table.generation[slots] == generation)]
+        return exact
 
     def in_segment(self, segment: int) -> SlotArray:
         """All pages of a segment."""
@@ -147,7 +150,7 @@ class BlockIndex:
         """Pages of a segment (of one namespace or of all) that nobody holds a lease on."""
         table = self._table
         slots = table.live_in(segment)
-        slots = slots[table.pins[slots] == 0]
+        slots = np.extract(table.pins[slots] == 0, slots)
         if namespace:
             names = self._names.get(namespace)
             slots = slots[table.namespace[slots] == names.id] if names else slots[:0]

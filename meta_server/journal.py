@@ -46,9 +46,7 @@ class Journal:
 
     def register_segment(self, segment: Segment) -> asyncio.Future[None]:
         self._next.segments.append(segment)
-        written = asyncio.get_running_loop().create_future()
-        self.when_written(lambda: written.done() or written.set_result(None))
-        return written
+        return self.all_written()
 
     def register_worker(self, info: WorkerInfo) -> None:
         self._next.workers.append(
@@ -88,23 +86,29 @@ class Journal:
         self._callbacks.append(callback)
         self._wake.set()
 
+    def all_written(self) -> asyncio.Future[None]:
+        """Done once everything handed in so far is written."""
+        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def set_written() -> None:
+            if not written.done():
+                written.set_result(None)
+
+        self.when_written(set_written)
+        return written
+
     async def run(self) -> None:
         """Write until cancelled."""
         failures = 0
         while True:
             await self._wake.wait()
-            failures = 0 if await self._write_next() else failures + 1
+            failures = 0 if await self.write_next() else failures + 1
             if failures:
                 # Jitter: several services reconnect to a PostgreSQL that was restarted.
                 await asyncio.sleep(random.uniform(RETRY_S_MIN, min(RETRY_S_MAX, RETRY_S_MIN * 2**failures)))
 
-    async def drain(self) -> None:
-        """Return when all changes handed in so far are written."""
-        written = asyncio.Event()
-        self.when_written(written.set)
-        await written.wait()
-
-    async def _write_next(self) -> bool:
+    async def write_next(self) -> bool:
+        """Write what has gathered; False if the database does not answer."""
         self._wake.clear()
         batch, self._next = self._next, WriteBatch()
         callbacks, self._callbacks = self._callbacks, []

@@ -50,7 +50,7 @@ class RouterSocket:
             if error.errno == zmq.EADDRINUSE:
                 raise port_taken(host, port, "meta.native_port") from None
             raise SetupError(f"meta.host: cannot listen on {host}:{port}: {error}") from None
-        self._loop.add_reader(self._socket.getsockopt(zmq.FD), self._read)
+        self._loop.add_reader(self._socket.fileno(), self._read)
         self._loop.call_soon(self._read)
         endpoint = self._socket.getsockopt(zmq.LAST_ENDPOINT)
         assert isinstance(endpoint, bytes)
@@ -71,7 +71,7 @@ class RouterSocket:
     def close(self) -> None:
         """Stop reading; queued replies get a moment to leave."""
         self._closed = True
-        self._loop.remove_reader(self._socket.getsockopt(zmq.FD))
+        self._loop.remove_reader(self._socket.fileno())
         self._socket.close()
         self._context.term()
 

@@ -88,7 +88,7 @@ class MetaServer:
             async with asyncio.timeout(DRAIN_S):
                 while self._waiting:
                     await asyncio.wait(self._waiting)
-                await self._handlers.journal.drain()
+                await self._handlers.journal.all_written()
         except TimeoutError:
             _log.warning("drain_cut_short", requests=len(self._waiting))
 

@@ -1,7 +1,6 @@
 """Client of the meta server: many calls at once over one DEALER socket, each with its own deadline.
 
     client = MetaClient(settings.meta, role="worker", name="decode-0")
-    await client.start()
     match = await client.call(MatchPrefix(namespace, keys, lease_s=5.0), Match)
 
 A call that gets no answer in time costs its caller that time once: from then on `available` is False and calls fail at
@@ -56,6 +55,8 @@ class MetaClient:
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
         self._probe: asyncio.Task[None] | None = None
+        self._starting = asyncio.Lock()
+        self._closed = False
         self.available = False
         """False from a call that timed out (or before the first greeting) until the server answers again."""
         self.welcome: Welcome | None = None
@@ -71,16 +72,25 @@ class MetaClient:
         await self.close()
 
     async def start(self) -> bool:
-        """Connect and greet; whether the server answered (if not, it is greeted on). Raises ProtocolMismatch."""
-        self._open()
-        try:
-            await self._greet()
-        except Unavailable:
-            self._lost()
+        """Connect and greet; whether the server answered (if not, it is greeted on). The first call does so by itself.
+
+        Raises ProtocolMismatch.
+        """
+        async with self._starting:
+            if self._socket is None and not self._closed:
+                self._open()
+                try:
+                    await self._greet()
+                except (Unavailable, ProtocolMismatch):
+                    self._lost()
+        if self.mismatch is not None:
+            raise self.mismatch
         return self.available
 
     async def close(self) -> None:
         """Fail what is in progress, and disconnect."""
+        self._closed = True
+        self.available = False
         if self._probe is not None:
             self._probe.cancel()
             await asyncio.gather(self._probe, return_exceptions=True)
@@ -97,6 +107,8 @@ class MetaClient:
         was asked may have been done), else what the server said: the classes of `stratakv.pool.meta_errors` and
         `stratakv.errors`.
         """
+        if self.welcome is None and self._probe is None:
+            await self.start()
         if not self.available:
             raise self.mismatch or Unavailable(f"the meta server at {self.endpoint} does not answer")
         limit_s = self._timeout_s if timeout_s is None else min(timeout_s, self._timeout_s)
@@ -149,11 +161,11 @@ class MetaClient:
         while not self.available:
             began = asyncio.get_running_loop().time()
             try:
+                await self._greet()
+            except (Unavailable, ProtocolMismatch) as error:
+                _log.debug("meta_server_silent", endpoint=self.endpoint, error=error.message)
                 # A new socket: what the old one still holds for a dead server must not reach its successor late.
                 self._open()
-                await self._greet()
-            except (Unavailable, ProtocolMismatch, zmq.ZMQError) as error:
-                _log.debug("meta_server_silent", endpoint=self.endpoint, error=str(error))
                 await asyncio.sleep(max(0.0, began + PROBE_S - asyncio.get_running_loop().time()))
         _log.info("meta_server_back", endpoint=self.endpoint)
 
@@ -171,17 +183,17 @@ class MetaClient:
             self._socket.setsockopt(option, value)
         self._socket.connect(self.endpoint)
         loop = asyncio.get_running_loop()
-        loop.add_reader(self._socket.getsockopt(zmq.FD), self._read)
+        loop.add_reader(self._socket.fileno(), self._read)
 
     def _close_socket(self) -> None:
         if self._socket is not None:
-            asyncio.get_running_loop().remove_reader(self._socket.getsockopt(zmq.FD))
+            asyncio.get_running_loop().remove_reader(self._socket.fileno())
             self._socket.close()
             self._socket = None
 
     def _send(self, frames: tuple[bytes, bytes]) -> None:
         if self._socket is None:
-            raise Unavailable("the client is not started")
+            raise Unavailable("the client is closed")
         try:
             self._socket.send_multipart(frames, zmq.NOBLOCK)
         except zmq.Again:
