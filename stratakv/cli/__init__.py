@@ -30,7 +30,7 @@ app.command("chat")(chat.chat)
 app.add_typer(model.app, name="model")
 app.command("status")(status.status)
 app.add_typer(config.app, name="config")
-app.command("bench", context_settings=bench.PASS_ON)(bench.bench)
+app.command("bench", context_settings=serve.PASS_ON)(bench.bench)
 app.command("version")(version.version)
 
 

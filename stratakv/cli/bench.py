@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-import pkgutil
 import runpy
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from stratakv.cli.serve import HELP_FLAGS
 from stratakv.errors import SetupError
 
 PACKAGE = "benchmarks"
-PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+_RUNNABLE = 'if __name__ == "__main__":'
 
 
 def bench(
@@ -22,8 +23,8 @@ def bench(
 ) -> None:
     """Run a benchmark; its last line of output is one JSON object if --json follows its name."""
     known = _names()
-    if name is None:
-        print("\n".join(known))
+    if name is None or name in HELP_FLAGS:
+        print(context.get_help() if name else "\n".join(known))
         return
     module = name.replace("-", "_")
     if module not in known:
@@ -36,5 +37,6 @@ def _names() -> list[str]:
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.submodule_search_locations is None:
         return []
-    found = pkgutil.iter_modules(spec.submodule_search_locations)
-    return sorted(module.name for module in found if not module.name.startswith("_") and not module.ispkg)
+    directories = [Path(place) for place in spec.submodule_search_locations]
+    modules = [path for directory in directories for path in directory.glob("*.py")]
+    return sorted(path.stem for path in modules if _RUNNABLE in path.read_text())

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from stratakv import sqlfunctions
 from stratakv.cli.options import (
     ConfigOption,
     DatabaseOption,
@@ -16,13 +15,15 @@ from stratakv.cli.options import (
     print_json,
     read_settings,
 )
-from stratakv.migrate import masked_url
 
 
 def install(
     database: DatabaseOption = None, config: ConfigOption = None, sets: SetOption = None, as_json: JsonOption = False
 ) -> None:
     """Put infer() and its kin into a database; brings older versions up to date."""
+    from stratakv import sqlfunctions
+    from stratakv.migrate import masked_url
+
     settings = read_settings(config, sets)
     url = database_url(database or settings.sql.backend_url, settings)
     done = sqlfunctions.install(url, sqlfunctions.ListenerAddress.from_settings(settings.sql))
@@ -46,6 +47,9 @@ def uninstall(
     ] = False,
 ) -> None:
     """Take infer() and its kin out of a database."""
+    from stratakv import sqlfunctions
+    from stratakv.migrate import masked_url
+
     settings = read_settings(config, sets)
     url = database_url(database or settings.sql.backend_url, settings)
     sqlfunctions.uninstall(url, cascade=cascade)

@@ -1,4 +1,7 @@
-"""`stratakv migrate`: the schema of the metadata."""
+"""`stratakv migrate`: the schema of the metadata.
+
+alembic takes a third of a second to import, so only the commands that run do it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from stratakv import migrate as migrations
 from stratakv.cli.options import ConfigOption, DatabaseOption, JsonOption, database_url, print_json, read_settings
 
 app = typer.Typer(help="The metadata's schema: upgrade, downgrade, current, history, check.", no_args_is_help=True)
@@ -24,6 +26,8 @@ def upgrade(
     sql: SqlOption = False,
 ) -> None:
     """Bring the database to a revision, by default the newest."""
+    from stratakv import migrate as migrations
+
     if sql:
         print(migrations.upgrade_sql(revision))
         return
@@ -40,6 +44,8 @@ def downgrade(
     sql: SqlOption = False,
 ) -> None:
     """Take the database back to a revision."""
+    from stratakv import migrate as migrations
+
     if sql:
         print(migrations.downgrade_sql(revision))
         return
@@ -51,6 +57,8 @@ def downgrade(
 @app.command()
 def current(database: DatabaseOption = None, config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """The database's revision and the one this release needs."""
+    from stratakv import migrate as migrations
+
     at, needed = migrations.current(database_url(database, read_settings(config))), migrations.head()
     if as_json:
         print_json({"current": at, "head": needed})
@@ -61,6 +69,8 @@ def current(database: DatabaseOption = None, config: ConfigOption = None, as_jso
 @app.command()
 def history(database: DatabaseOption = None, config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """All revisions, oldest first; the database's own is marked if one is named."""
+    from stratakv import migrate as migrations
+
     url = database or read_settings(config).database.url
     revisions = migrations.history(url)
     if as_json:
@@ -81,5 +91,7 @@ def history(database: DatabaseOption = None, config: ConfigOption = None, as_jso
 @app.command()
 def check(database: DatabaseOption = None, config: ConfigOption = None) -> None:
     """Exit 0 if the database is at the revision that this release needs, else 2."""
+    from stratakv import migrate as migrations
+
     migrations.check(database_url(database, read_settings(config)))
     print(f"the database is at revision {migrations.head()}")

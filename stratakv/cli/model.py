@@ -9,8 +9,6 @@ from rich.console import Console
 from rich.table import Table
 
 from stratakv.cli.options import ConfigOption, JsonOption, SetOption, print_json, read_settings
-from stratakv.cli.progress import pull_with_progress
-from stratakv.models import list_models, resolve
 
 app = typer.Typer(help="Models: pull, list.", no_args_is_help=True)
 
@@ -23,6 +21,8 @@ def pull_model(
     as_json: JsonOption = False,
 ) -> None:
     """Fetch a model into the cache directory; does nothing if it is there."""
+    from stratakv.models.progress import pull_with_progress
+
     settings = read_settings(config, sets)
     wanted = name or settings.model.name
     directory = pull_with_progress(wanted, settings.model.cache_dir)
@@ -35,6 +35,8 @@ def pull_model(
 @app.command("list")
 def list_pulled(config: ConfigOption = None, sets: SetOption = None, as_json: JsonOption = False) -> None:
     """Models in the cache directory."""
+    from stratakv.models import list_models, resolve
+
     settings = read_settings(config, sets)
     cache_dir = settings.model.cache_dir.expanduser()
     found = {name: resolve(name, cache_dir) for name in list_models(cache_dir)}

@@ -9,7 +9,16 @@ from typing import Annotated
 
 import typer
 
-PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+from stratakv.errors import SetupError
+
+PASS_ON = {
+    "allow_extra_args": True,
+    "ignore_unknown_options": True,
+    "allow_interspersed_args": False,
+    "help_option_names": [],
+}
+"""Everything after the first word is for the program that is run, --help too."""
+HELP_FLAGS = ("-h", "--help")
 
 
 class ServiceName(enum.StrEnum):
@@ -30,7 +39,15 @@ _MODULES = {
 
 
 def serve(
-    context: typer.Context, service: Annotated[ServiceName, typer.Argument(help="Which service to run.")]
+    context: typer.Context,
+    service: Annotated[
+        str | None, typer.Argument(metavar="dbnode|meta|dmp|worker", help="Which service to run.")
+    ] = None,
 ) -> None:
     """Run one service. What follows its name is passed on: `stratakv serve worker --help`."""
-    os.execv(sys.executable, [sys.executable, "-m", _MODULES[service], *context.args])
+    if service is None or service in HELP_FLAGS:
+        print(context.get_help())
+        return
+    if service not in set(ServiceName):
+        raise SetupError(f"There is no service {service!r}.", hint=f"There are: {', '.join(ServiceName)}.")
+    os.execv(sys.executable, [sys.executable, "-m", _MODULES[ServiceName(service)], *context.args])

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 from urllib.parse import unquote, urlsplit
 
-import psycopg
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from stratakv.cli.options import ConfigOption, SetOption, read_settings
 from stratakv.errors import SetupError, Unavailable
-from stratakv.postgres import METADATA_DATABASE, SUPERUSER, find_binaries
 from stratakv.settings import Settings
+
+if TYPE_CHECKING:
+    import psycopg
 
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -29,6 +30,8 @@ def sql(
     sets: SetOption = None,
 ) -> None:
     """Open psql on the DB node; further arguments are psql's."""
+    from psycopg.conninfo import make_conninfo
+
     settings = read_settings(config, sets)
     connection = _connection(settings, user, dbname)
     psql = _find_psql(settings)
@@ -38,13 +41,15 @@ def sql(
     password = connection.pop("password", None)
     if password is not None:
         os.environ["PGPASSWORD"] = password
-    text = psycopg.conninfo.make_conninfo(**connection)
+    text = make_conninfo(**connection)
     arguments = ["--dbname", text, *(["--command", command] if command is not None else []), *context.args]
     os.execv(psql, [psql, *arguments])
 
 
 def _connection(settings: Settings, user: str | None, dbname: str | None) -> dict[str, str]:
     """Connection parameters: the DB node's address with the backend's role, database and password."""
+    from stratakv.postgres import METADATA_DATABASE, SUPERUSER
+
     backend = urlsplit(settings.sql.backend_url or settings.database.url or "")
     found = {
         "host": settings.sql.host,
@@ -58,6 +63,8 @@ def _connection(settings: Settings, user: str | None, dbname: str | None) -> dic
 
 
 def _find_psql(settings: Settings) -> str | None:
+    from stratakv.postgres import find_binaries
+
     on_path = shutil.which("psql")
     if on_path:
         return on_path
@@ -69,6 +76,8 @@ def _find_psql(settings: Settings) -> str | None:
 
 def _prompt(connection: dict[str, str], command: str | None) -> None:
     """A prompt for machines without psql: one statement a line."""
+    import psycopg
+
     console = Console()
     try:
         with psycopg.connect(**connection, autocommit=True) as session:  # type: ignore[arg-type]
@@ -89,6 +98,8 @@ def _prompt(connection: dict[str, str], command: str | None) -> None:
 
 
 def _run(session: psycopg.Connection[tuple[object, ...]], statement: str, console: Console) -> None:
+    import psycopg
+
     try:
         cursor = session.execute(statement.encode())
     except psycopg.OperationalError:

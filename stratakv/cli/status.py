@@ -6,7 +6,6 @@ import asyncio
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import aiohttp
 import msgspec
 import typer
 from rich.console import Console
@@ -14,7 +13,6 @@ from rich.table import Table
 
 from stratakv.cli.options import ConfigOption, JsonOption, SetOption, print_json, read_settings
 from stratakv.errors import StrataError
-from stratakv.pool.meta_client import MetaClient
 from stratakv.settings import Settings
 from stratakv.wire import GetStats, ListNodes, ListWorkers, Nodes, NodeState, Stats, Workers, WorkerState
 
@@ -53,6 +51,8 @@ async def _ask(settings: Settings) -> Report:
 
 
 async def _ask_db_node(settings: Settings, report: Report) -> None:
+    import aiohttp
+
     url = f"http://{settings.rest.host}:{settings.rest.port}"
     report.db_node = {"url": url, "sql": f"{settings.sql.host}:{settings.sql.port}"}
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=TIMEOUT_S)) as session:
@@ -65,6 +65,8 @@ async def _ask_db_node(settings: Settings, report: Report) -> None:
 
 
 async def _ask_meta_server(settings: Settings, report: Report) -> None:
+    from stratakv.pool.meta_client import MetaClient
+
     meta = MetaClient(settings.meta)
     try:
         report.stats = await meta.call(GetStats(), Stats)

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from stratakv.models import pull
+from stratakv.models.store import pull
 
 _BYTES_FROM = 10_000
 """Smaller totals count tensors or steps, larger ones bytes."""
@@ -30,7 +30,7 @@ def pull_with_progress(name: str, cache_dir: Path) -> Path:
         def report(stage: str, done: int, total: int) -> None:
             nonlocal shown_stage
             if stage != shown_stage:  # the time left starts anew with each stage
-                progress.reset(task, description=f"{name}: {stage}", total=None)
+                progress.reset(task, description=f"{name}: {stage}", total=None, amount="")
                 shown_stage = stage
             progress.update(task, completed=done, total=total or None, amount=_amount(done, total))
 
