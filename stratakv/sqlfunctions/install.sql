@@ -44,7 +44,7 @@ BEGIN
             dblink_error_message,dblink_exec,dblink_fetch,dblink_get_connections,dblink_get_notify,dblink_get_result,
             dblink_open,dblink_send_query}'::name[])
           AND (p.proacl IS NULL OR pg_catalog.cardinality(p.proacl) <> 1
-               OR p.proacl[1] <> pg_catalog.makeaclitem(p.proowner, p.proowner, 'EXECUTE', false))
+               OR NOT p.proacl[1] = pg_catalog.makeaclitem(p.proowner, p.proowner, 'EXECUTE', false))
     ) THEN
         RETURN false;
     END IF;

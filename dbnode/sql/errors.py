@@ -1,0 +1,63 @@
+"""Errors of the PostgreSQL face.
+
+StrataError
+├── ProtocolViolation       bytes that are no PostgreSQL protocol; the connection is closed
+│   └── DirectTls           a TLS handshake without SSLRequest; closed without an answer
+├── PasswordlessLogin       PostgreSQL let a session in without asking for credentials
+├── TooManyClients          the limit on connections is reached
+└── BackendUnreachable      PostgreSQL does not answer
+"""
+
+from __future__ import annotations
+
+from stratakv.errors import InvalidRequest, Overloaded, PermissionDenied, Unavailable
+
+
+class ProtocolViolation(InvalidRequest):
+    """The bytes are not PostgreSQL's protocol."""
+
+    sqlstate = "08P01"
+
+
+class MessageTooLong(ProtocolViolation):
+    """A message exceeds a limit of ours; it was read over."""
+
+    sqlstate = "54000"
+
+
+class DirectTls(ProtocolViolation):
+    """The client starts with a TLS handshake."""
+
+
+class PasswordlessLogin(PermissionDenied):
+    """PostgreSQL trusts the gateway's host, so anybody could be anyone."""
+
+    sqlstate = "28000"
+
+
+class TooManyClients(Overloaded):
+    """No more client connections are taken."""
+
+    sqlstate = "53300"
+
+
+class BackendUnreachable(Unavailable):
+    """The PostgreSQL behind the gateway cannot be connected to."""
+
+    sqlstate = "08006"
+
+
+class BackendLost(BackendUnreachable):
+    """PostgreSQL closed the connection of this session."""
+
+
+class StartupTimeout(InvalidRequest):
+    """The client did not finish logging in."""
+
+    sqlstate = "08006"
+
+
+class AdminShutdown(Unavailable):
+    """The DB node ends this session."""
+
+    sqlstate = "57P01"

@@ -1,0 +1,336 @@
+"""One connection of the private listener: login, then one command at a time.
+
+A call is polled: every answer comes within HOLD_S, so that PostgreSQL can look for a cancel or a timeout in between. A call
+that is not polled again is nobody's any more and is stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import secrets
+import socket
+import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
+
+from dbnode.sql.binding import SessionBinding
+from dbnode.sql.commands import Bind, Infer, Poll, SetEncoding, Status, answer_reply, parse_command, reply
+from dbnode.sql.errors import MessageTooLong, ProtocolViolation
+from dbnode.sql.messages import (
+    Kind,
+    MessageReader,
+    Severity,
+    cstring,
+    error_response,
+    int32,
+    message,
+    parameter_status,
+    ready_for_query,
+)
+from dbnode.sql.scram import MECHANISM, ScramFailed, ScramServer
+from dbnode.sql.service import InferCall
+from dbnode.sql.startup import StartupKind, StartupReader
+from stratakv.errors import Cancelled, ContextTooLong, Overloaded, PermissionDenied, StrataError, Unavailable
+from stratakv.log import EventLogger
+
+if TYPE_CHECKING:
+    from dbnode.sql.listener import Listener
+
+log = EventLogger(__name__)
+
+HOLD_S = 0.15
+"""Longest wait before `wait` is answered."""
+ABANDON_S = 0.2
+"""A call that is not polled for so long is stopped …"""
+ABANDON_SURE_S = 0.05
+"""… after another look so much later: the poll may lie unread in a busy process."""
+LOGIN_TIMEOUT_S = 10.0
+_LOGIN_MESSAGE_BYTES_MAX = 4096
+_NONCE_BYTES = 18
+_PEER_CREDENTIALS = struct.Struct("3i")
+_SERVER_VERSION = "15.0"
+_AUTH_OK, _AUTH_SASL, _AUTH_SASL_CONTINUE, _AUTH_SASL_FINAL = 0, 10, 11, 12
+
+
+class _Phase(enum.Enum):
+    STARTUP = enum.auto()
+    SCRAM_FIRST = enum.auto()
+    SCRAM_FINAL = enum.auto()
+    READY = enum.auto()
+
+
+class ListenerConnection(asyncio.Protocol):
+    """dblink's connection of one PostgreSQL session."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self._loop = asyncio.get_running_loop()
+        self._phase = _Phase.STARTUP
+        self._startup = StartupReader()
+        self._messages = MessageReader(_LOGIN_MESSAGE_BYTES_MAX)
+        self._scram = ScramServer(listener.verifier, secrets.token_urlsafe(_NONCE_BYTES))
+        self._name = f"direct-{listener.next_number()}"
+        self._binding: SessionBinding | None = None
+        self._call: asyncio.Task[str] | None = None
+        self._call_pid: int | None = None
+        self._is_asked = False
+        """PostgreSQL waits for our answer now."""
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def calling_pid(self) -> int | None:
+        """Backend whose call runs here."""
+        return self._call_pid if self._call is not None else None
+
+    # Connection
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        listener = self._listener
+        self._set_timer(LOGIN_TIMEOUT_S, self.close)
+        peer = transport.get_extra_info("socket")
+        if peer.family == socket.AF_UNIX:
+            credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+            uid = _PEER_CREDENTIALS.unpack(credentials)[1]
+            if uid != listener.postgres_uid:
+                log.warning("listener_peer_refused", uid=uid, expected_uid=listener.postgres_uid)
+                self._refuse(PermissionDenied("this socket is for PostgreSQL only"))
+                return
+        else:
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if len(listener.connections) >= listener.limits.connections_max:
+            self._refuse(Overloaded("the DB node takes no more connections"))
+            return
+        listener.connections.add(self)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._listener.connections.discard(self)
+        self._drop_call()
+        if self._binding is not None and self._binding.caller is self:
+            self._binding.caller = None
+
+    def close(self) -> None:
+        """End the connection; a call that runs is stopped."""
+        self._drop_call()
+        self._transport.close()
+
+    def _refuse(self, error: StrataError) -> None:
+        self._transport.write(error_response(error, Severity.FATAL))
+        self.close()
+
+    def data_received(self, data: bytes) -> None:
+        if self._transport.is_closing():
+            return
+        try:
+            if self._phase is _Phase.STARTUP:
+                self._startup.feed(data)
+                self._read_startup()
+            else:
+                self._messages.feed(data)
+            if self._phase is not _Phase.STARTUP:
+                self._read_messages()
+        except (ProtocolViolation, ScramFailed) as error:
+            log.warning("listener_connection_refused", reason=error.message)
+            self._refuse(error)
+
+    def _read_startup(self) -> None:
+        while self._phase is _Phase.STARTUP and (packet := self._startup.next_packet()) is not None:
+            if packet.kind is StartupKind.SESSION:
+                self._phase = _Phase.SCRAM_FIRST
+                mechanisms = cstring(MECHANISM) + b"\0"
+                self._transport.write(message(b"R", int32(_AUTH_SASL) + mechanisms))
+                self._messages.feed(self._startup.take_rest())
+            elif packet.kind is StartupKind.CANCEL:
+                raise ProtocolViolation("nothing can be cancelled here")
+            else:
+                self._transport.write(b"N")
+
+    def _read_messages(self) -> None:
+        while not self._transport.is_closing():
+            try:
+                parsed = self._messages.next_message()
+            except MessageTooLong:
+                self._answer_error(_prompt_too_long(self._listener.limits.prompt_bytes_max))
+                continue
+            if parsed is None:
+                return
+            kind, payload = parsed
+            if kind == Kind.TERMINATE:
+                self.close()
+            elif self._phase is _Phase.READY:
+                self._on_query(kind, payload)
+            else:
+                self._on_password(kind, payload)
+
+    # Login
+
+    def _on_password(self, kind: int, payload: bytes) -> None:
+        if kind != Kind.PASSWORD:
+            raise ProtocolViolation("expected an answer to the authentication request")
+        if self._phase is _Phase.SCRAM_FIRST:
+            mechanism, _, rest = payload.partition(b"\0")
+            if mechanism != MECHANISM.encode():
+                raise ScramFailed(f"expected {MECHANISM}")
+            server_first = self._scram.first(rest[4:])
+            self._phase = _Phase.SCRAM_FINAL
+            self._transport.write(message(b"R", int32(_AUTH_SASL_CONTINUE) + server_first))
+            return
+        server_final = self._scram.final(payload)
+        self._phase = _Phase.READY
+        self._set_timer(None)
+        self._messages = MessageReader(self._listener.limits.command_bytes_max, skip_too_long=True)
+        self._transport.write(
+            message(b"R", int32(_AUTH_SASL_FINAL) + server_final)
+            + message(b"R", int32(_AUTH_OK))
+            + parameter_status("server_version", _SERVER_VERSION)
+            + parameter_status("server_encoding", "UTF8")
+            + parameter_status("client_encoding", "UTF8")
+            + parameter_status("standard_conforming_strings", "on")
+            + ready_for_query()
+        )
+
+    # Commands
+
+    def _on_query(self, kind: int, payload: bytes) -> None:
+        if kind != Kind.QUERY or not payload.endswith(b"\0"):
+            raise ProtocolViolation("only simple queries are known here")
+        try:
+            command = parse_command(payload[:-1])
+            match command:
+                case Infer():
+                    self._start_call(command)
+                case Poll():
+                    self._on_poll()
+                case Bind():
+                    self._binding = self._listener.registry.redeem(command.nonce, command.pid, self)
+                    self._transport.write(reply(Status.OK))
+                case SetEncoding():
+                    self._transport.write(message(b"C", cstring("SET")) + ready_for_query())
+        except ProtocolViolation:
+            raise
+        except StrataError as error:
+            self._answer_error(error)
+
+    def _start_call(self, command: Infer) -> None:
+        self._drop_call()
+        listener = self._listener
+        if listener.draining:
+            raise Unavailable("the DB node is shutting down", hint="Run the statement again.")
+        if len(command.prompt.encode()) > listener.limits.prompt_bytes_max:
+            raise _prompt_too_long(listener.limits.prompt_bytes_max)
+        if listener.is_full:
+            raise Overloaded(
+                f"{listener.limits.calls_max} infer() calls are in progress, which is the limit",
+                hint="Run fewer statements at a time, or raise sql.calls_waiting_max.",
+            )
+        call = InferCall(
+            prompt=command.prompt,
+            model=command.model,
+            options=command.options,
+            role=command.role,
+            database=command.database,
+            session=self._binding.name if self._binding is not None else self._name,
+            deadline=self._deadline(command.options.get("timeout_ms")),
+        )
+        task = self._loop.create_task(_run(listener, call))
+        listener.tasks.add(task)
+        task.add_done_callback(listener.tasks.discard)
+        task.add_done_callback(self._on_done)
+        self._call, self._call_pid = task, command.pid
+        self._ask()
+
+    def _deadline(self, timeout_ms: object) -> float | None:
+        """Of the option; whoever runs the call refuses one of the wrong type."""
+        if not isinstance(timeout_ms, int | float) or isinstance(timeout_ms, bool) or timeout_ms <= 0:
+            return None
+        return self._loop.time() + timeout_ms / 1000
+
+    def _on_poll(self) -> None:
+        if self._call is None:
+            self._transport.write(reply(Status.GONE))
+        else:
+            self._ask()
+
+    def _ask(self) -> None:
+        assert self._call is not None
+        if self._call.done():
+            self._answer(self._call)
+        else:
+            self._is_asked = True
+            self._set_timer(HOLD_S, self._answer_wait)
+
+    def _on_done(self, task: asyncio.Task[str]) -> None:
+        if task is self._call and self._is_asked:
+            self._answer(task)
+        elif task is not self._call and not task.cancelled():
+            task.exception()  # nobody waits for it any more
+
+    def _answer(self, task: asyncio.Task[str]) -> None:
+        self._call = None
+        if task.cancelled():
+            self._answer_error(Cancelled("the inference was cancelled"))
+        elif (error := task.exception()) is not None:
+            self._answer_error(error if isinstance(error, StrataError) else StrataError("internal error"))
+        else:
+            self._is_asked = False
+            self._set_timer(None)
+            self._transport.write(answer_reply(task.result()))
+
+    def _answer_error(self, error: StrataError) -> None:
+        self._is_asked = False
+        self._set_timer(None)
+        self._transport.write(reply(Status.ERROR, error=error))
+
+    def _answer_wait(self) -> None:
+        self._is_asked = False
+        self._transport.write(reply(Status.WAIT))
+        self._set_timer(ABANDON_S, self._suspect)
+
+    def _suspect(self) -> None:
+        self._set_timer(ABANDON_SURE_S, self._drop_call)
+
+    def _drop_call(self) -> None:
+        self._set_timer(None)
+        self._is_asked = False
+        task, self._call = self._call, None
+        if task is not None:
+            task.cancel()
+
+    def _set_timer(self, delay_s: float | None, action: Callable[[], None] | None = None) -> None:
+        """At most one timer runs."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None if delay_s is None or action is None else self._loop.call_later(delay_s, action)
+
+    # What the gateway does with a bound session
+
+    def interrupt(self) -> None:
+        """The client sent a cancel: stop the call, and let PostgreSQL look for its cancel at once."""
+        if self._call is not None:
+            self._call.cancel()
+            if self._is_asked:
+                self._answer_wait()
+
+    def statement_ended(self) -> None:
+        """Nobody waits for the call any more."""
+        if self._call is not None and not self._is_asked:
+            self._drop_call()
+
+
+async def _run(listener: Listener, call: InferCall) -> str:
+    try:
+        return await listener.service.infer_text(call)
+    except StrataError:
+        raise
+    except Exception:
+        log.exception("infer_failed", session=call.session, database=call.database)
+        raise
+
+
+def _prompt_too_long(bytes_max: int) -> StrataError:
+    return ContextTooLong(
+        f"the prompt is longer than {bytes_max} bytes",
+        hint="Shorten it, or raise sql.prompt_bytes_max.",
+        param="prompt",
+    )

@@ -1,0 +1,202 @@
+"""Messages of PostgreSQL's protocol 3, made and walked. Free of I/O; used by the relay and by the private listener.
+
+https://www.postgresql.org/docs/current/protocol-message-formats.html
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from collections.abc import Sequence
+
+from dbnode.sql.errors import MessageTooLong, ProtocolViolation
+from stratakv.errors import StrataError
+
+HEADER_BYTES = 5
+"""Kind and length; the length counts itself but not the kind."""
+TRANSACTION_IDLE = ord("I")
+_INT32 = struct.Struct("!i")
+_INT16 = struct.Struct("!h")
+_HEADER = struct.Struct("!ci")
+_TEXT_OID = 25
+
+
+class Kind(enum.IntEnum):
+    """First byte of the messages that we look at."""
+
+    AUTHENTICATION = ord("R")
+    BACKEND_KEY_DATA = ord("K")
+    COPY_IN_RESPONSE = ord("G")
+    ERROR_RESPONSE = ord("E")
+    FUNCTION_CALL = ord("F")
+    NOTICE_RESPONSE = ord("N")
+    NOTIFICATION_RESPONSE = ord("A")
+    PARAMETER_STATUS = ord("S")
+    PARSE = ord("P")
+    PASSWORD = ord("p")
+    QUERY = ord("Q")
+    READY_FOR_QUERY = ord("Z")
+    SYNC = ord("S")
+    TERMINATE = ord("X")
+
+
+class Severity(enum.StrEnum):
+    """How an ErrorResponse ends: the statement or the session."""
+
+    ERROR = "ERROR"
+    FATAL = "FATAL"
+
+
+class MessageWalker:
+    """Finds message boundaries in a stream that is cut anywhere, and reports the messages of watched kinds.
+
+    Keeps at most one header. The stream must start at a boundary.
+    """
+
+    __slots__ = ("_partial", "_skip_bytes", "_watched", "last_kind", "transaction_status")
+
+    def __init__(self, watched: frozenset[int]) -> None:
+        self._watched = watched
+        self._skip_bytes = 0
+        self._partial = b""
+        self.last_kind = 0
+        """Of the last message whose header has been seen."""
+        self.transaction_status = 0
+        """Of the last ReadyForQuery."""
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether the next byte starts a message."""
+        return self._skip_bytes == 0 and not self._partial
+
+    def feed(self, data: bytes) -> list[int]:
+        """Kinds of the watched messages whose header ends in `data`. Raises ProtocolViolation."""
+        if self._partial:
+            data = self._partial + data
+            self._partial = b""
+        position, end, last_kind = self._skip_bytes, len(data), self.last_kind
+        watched, length_at = self._watched, _INT32.unpack_from
+        found = []
+        while position + HEADER_BYTES <= end:
+            kind = data[position]
+            length = length_at(data, position + 1)[0]
+            if length < _INT32.size:
+                raise ProtocolViolation("invalid message length")
+            if kind in watched:
+                if kind == Kind.READY_FOR_QUERY:
+                    if position + HEADER_BYTES == end:
+                        break  # the status is still to come
+                    self.transaction_status = data[position + HEADER_BYTES]
+                found.append(kind)
+            last_kind = kind
+            position += length + 1
+        self.last_kind = last_kind
+        if position < end:
+            self._partial = data[position:]
+            self._skip_bytes = 0
+        else:
+            self._skip_bytes = position - end
+        return found
+
+
+class MessageReader:
+    """Cuts a stream into whole messages of a bounded size.
+
+    With `skip_too_long` a longer message is read to its end without being kept, and told then.
+    """
+
+    __slots__ = ("_buffer", "_bytes_max", "_skip_bytes", "_skip_too_long", "_skipping")
+
+    def __init__(self, bytes_max: int, *, skip_too_long: bool = False) -> None:
+        self._buffer = bytearray()
+        self._bytes_max = bytes_max
+        self._skip_too_long = skip_too_long
+        self._skip_bytes = 0
+        self._skipping = False
+
+    def feed(self, data: bytes) -> None:
+        skipped = min(self._skip_bytes, len(data))
+        self._skip_bytes -= skipped
+        self._buffer += data[skipped:]
+
+    def next_message(self) -> tuple[int, bytes] | None:
+        """Kind and payload, or None until more is fed. Raises ProtocolViolation, MessageTooLong."""
+        if self._skipping:
+            if self._skip_bytes:
+                return None
+            self._skipping = False
+            raise MessageTooLong(f"the message is longer than {self._bytes_max} bytes")
+        if len(self._buffer) < HEADER_BYTES:
+            return None
+        length = _INT32.unpack_from(self._buffer, 1)[0]
+        if length < _INT32.size or (length > self._bytes_max and not self._skip_too_long):
+            raise ProtocolViolation("invalid message length")
+        if length > self._bytes_max:
+            self._start_skipping(length + 1)
+            return self.next_message()
+        if len(self._buffer) <= length:
+            return None
+        kind, payload = self._buffer[0], bytes(self._buffer[HEADER_BYTES : length + 1])
+        del self._buffer[: length + 1]
+        return kind, payload
+
+    def _start_skipping(self, size_bytes: int) -> None:
+        there = min(size_bytes, len(self._buffer))
+        del self._buffer[:there]
+        self._skip_bytes = size_bytes - there
+        self._skipping = True
+
+    def take_rest(self) -> bytes:
+        """What follows the last message; the reader is empty then."""
+        rest = bytes(self._buffer)
+        self._buffer.clear()
+        return rest
+
+
+def message(kind: bytes, payload: bytes = b"") -> bytes:
+    """One message, with its header."""
+    return _HEADER.pack(kind, len(payload) + _INT32.size) + payload
+
+
+def int16(value: int) -> bytes:
+    return _INT16.pack(value)
+
+
+def int32(value: int) -> bytes:
+    return _INT32.pack(value)
+
+
+def cstring(text: str) -> bytes:
+    """Text as the protocol ends it; a NUL within would cut it short."""
+    return text.replace("\0", "").encode() + b"\0"
+
+
+def error_response(error: StrataError, severity: Severity) -> bytes:
+    """The error as libpq shows it."""
+    fields = {"S": severity.value, "V": severity.value, "C": error.sqlstate, "M": error.message}
+    if error.hint:
+        fields["H"] = error.hint
+    return message(b"E", b"".join(name.encode() + cstring(text) for name, text in fields.items()) + b"\0")
+
+
+def ready_for_query() -> bytes:
+    """ReadyForQuery outside a transaction."""
+    return message(b"Z", b"I")
+
+
+def parameter_status(name: str, value: str) -> bytes:
+    return message(b"S", cstring(name) + cstring(value))
+
+
+def text_row(columns: Sequence[tuple[str, str | None]]) -> bytes:
+    """The whole answer to a simple query: one row of text columns."""
+    description, row = int16(len(columns)), int16(len(columns))
+    for name, value in columns:
+        description += cstring(name) + struct.pack("!ihihih", 0, 0, _TEXT_OID, -1, -1, 0)
+        if value is None:
+            row += int32(-1)
+        else:
+            encoded = value.encode()
+            row += int32(len(encoded)) + encoded
+    complete = message(b"C", cstring("SELECT 1"))
+    return message(b"T", description) + message(b"D", row) + complete + ready_for_query()

@@ -1,0 +1,32 @@
+"""What the SQL face asks of the DB node: the answer to one prompt. Implemented by `dbnode.inference`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class InferCall:
+    """One infer() of a statement, as the function's definer body reports it."""
+
+    prompt: str = field(repr=False)
+    model: str | None
+    options: Mapping[str, Any]
+    """The jsonb object as it was given: whoever runs the call checks names and types."""
+    role: str
+    """The PostgreSQL role that called: SET ROLE if there was one, else the session's user."""
+    database: str
+    session: str
+    """Names the gateway's session, or the connection if the call came from a session that is not the gateway's."""
+    deadline: float | None
+    """On the event loop's clock."""
+
+
+class InferenceService(Protocol):
+    """Runs calls. Cancelling the task stops the work."""
+
+    async def infer_text(self, call: InferCall) -> str:
+        """The answer. Raises StrataError."""
+        ...

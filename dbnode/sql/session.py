@@ -1,0 +1,342 @@
+"""One client and its one backend connection: bytes go through as they are, both ways.
+
+After login only message boundaries are followed, to know when the session is idle. What is written to one side while its
+buffer is full stops the reading of the other. Made by `Relay`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import re
+from typing import TYPE_CHECKING, cast
+
+from dbnode.sql.bind_exchange import BindExchange
+from dbnode.sql.binding import SessionBinding
+from dbnode.sql.errors import AdminShutdown, BackendLost, PasswordlessLogin, ProtocolViolation, StartupTimeout
+from dbnode.sql.login import LoginReader
+from dbnode.sql.messages import TRANSACTION_IDLE, Kind, MessageWalker, Severity, error_response, message
+from dbnode.sql.startup import CancelKey, StartupPacket
+from stratakv.errors import StrataError
+from stratakv.log import EventLogger
+
+if TYPE_CHECKING:
+    from dbnode.sql.relay import Relay
+
+log = EventLogger(__name__)
+
+BUFFER_BYTES_MAX = 256 * 1024
+"""Unsent bytes at which the other side is no longer read."""
+LINGER_S = 10.0
+"""A closed side gets so long to take what is still unsent."""
+_INFER = re.compile(rb"infer", re.IGNORECASE)
+_CLIENT_WATCHED = frozenset({Kind.QUERY, Kind.SYNC, Kind.FUNCTION_CALL, Kind.TERMINATE})
+_BACKEND_WATCHED = frozenset({Kind.READY_FOR_QUERY, Kind.COPY_IN_RESPONSE})
+_SETTLED = frozenset({0, Kind.PASSWORD, Kind.QUERY, Kind.SYNC, Kind.FUNCTION_CALL})
+"""Kinds of a client's last message after which nothing is half said."""
+
+
+class Phase(enum.Enum):
+    """Where a session is."""
+
+    CONNECTING = enum.auto()
+    LOGIN = enum.auto()
+    OPEN = enum.auto()
+    BINDING = enum.auto()
+    REPLICATION = enum.auto()
+    CLOSED = enum.auto()
+
+
+class Side(asyncio.Protocol):
+    """What both ends have in common."""
+
+    def __init__(self, session: Session, watched: frozenset[int]) -> None:
+        self.session = session
+        self.walker = MessageWalker(watched)
+        self.transport: asyncio.Transport | None = None
+        self.is_full = False
+        self._linger: asyncio.TimerHandle | None = None
+
+    def attach(self, transport: asyncio.BaseTransport) -> None:
+        """Take over an open transport."""
+        self.transport = cast(asyncio.Transport, transport)
+        self.transport.set_write_buffer_limits(high=BUFFER_BYTES_MAX)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.attach(transport)
+
+    def write(self, data: bytes) -> None:
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.write(data)
+
+    def close(self) -> None:
+        """Send what is buffered, for a bounded time, and close."""
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.close()
+            self._linger = asyncio.get_running_loop().call_later(LINGER_S, self.transport.abort)
+
+    def closed(self) -> None:
+        if self._linger is not None:
+            self._linger.cancel()
+
+    def stop_reading(self) -> None:
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.pause_reading()
+
+    def read_on(self) -> None:
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.resume_reading()
+
+
+class ClientSide(Side):
+    """The client's connection."""
+
+    def data_received(self, data: bytes) -> None:
+        session = self.session
+        try:
+            if session.phase is Phase.OPEN:
+                if session.may_bind and self.walker.at_boundary and session.must_bind(data):
+                    session.start_bind(data)
+                    return
+                found = self.walker.feed(data)
+                if found:
+                    session.on_client_messages(found)
+                session.backend.transport.write(data)  # type: ignore[union-attr]
+            elif session.phase is Phase.REPLICATION:
+                session.backend.write(data)
+            elif session.phase is Phase.LOGIN:
+                session.on_client_messages(self.walker.feed(data))
+                session.backend.write(data)
+            elif session.phase is not Phase.CLOSED:
+                session.held += data
+        except ProtocolViolation as error:
+            session.end(error)
+
+    def pause_writing(self) -> None:
+        self.session.backend.stop_reading()
+
+    def resume_writing(self) -> None:
+        self.session.backend.read_on()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.closed()
+        self.session.on_client_lost()
+
+
+class BackendSide(Side):
+    """The connection to PostgreSQL."""
+
+    def data_received(self, data: bytes) -> None:
+        session = self.session
+        try:
+            if session.phase is Phase.OPEN:
+                found = self.walker.feed(data)
+                session.client.transport.write(data)  # type: ignore[union-attr]
+                if found:
+                    session.on_backend_messages(found)
+            elif session.phase is Phase.REPLICATION:
+                session.client.write(data)
+            elif session.phase is Phase.LOGIN:
+                session.on_login_data(data)
+            elif session.phase is Phase.BINDING:
+                session.on_bind_data(data)
+        except (ProtocolViolation, PasswordlessLogin) as error:
+            session.end(error)
+
+    def pause_writing(self) -> None:
+        self.is_full = True
+        self.session.client.stop_reading()
+
+    def resume_writing(self) -> None:
+        self.is_full = False
+        if self.session.phase is not Phase.BINDING:
+            self.session.client.read_on()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.closed()
+        self.session.on_backend_lost()
+
+
+class Session:
+    """State of both sides; every change of phase is here."""
+
+    def __init__(self, relay: Relay, name: str, packet: StartupPacket, rest: bytes) -> None:
+        self.relay = relay
+        self.name = name
+        self.packet = packet
+        self.held = rest
+        """What the client sent and the backend shall have later."""
+        self.phase = Phase.CONNECTING
+        self.client = ClientSide(self, _CLIENT_WATCHED)
+        self.backend = BackendSide(self, _BACKEND_WATCHED)
+        self.cancel_key: CancelKey | None = None
+        self.binding: SessionBinding | None = None
+        self.may_bind = False
+        """No attempt has been made yet."""
+        self.bind_ended = asyncio.Event()
+        """Clear while the backend runs a statement of the gateway's own."""
+        self.bind_ended.set()
+        self._wants_bind = False
+        self._bind: BindExchange | None = None
+        self._nonce = ""
+        self._login = LoginReader(trusted=relay.trusted_backend)
+        self._num_expected = 0
+        """ReadyForQuery that are still to come."""
+        self._timer = asyncio.get_running_loop().call_later(relay.settings.startup_timeout_s, self._on_timeout)
+
+    @property
+    def is_idle(self) -> bool:
+        """Outside a transaction, with nothing under way in either direction."""
+        client = self.client.walker
+        return (
+            self.phase is Phase.OPEN
+            and self._num_expected == 0
+            and self.backend.walker.transaction_status == TRANSACTION_IDLE
+            and client.last_kind in _SETTLED
+            and client.at_boundary
+        )
+
+    # Login
+
+    def start_login(self) -> None:
+        """The backend is connected."""
+        if self.phase is not Phase.CONNECTING:
+            self.backend.close()
+            return
+        self.phase = Phase.LOGIN
+        self.backend.write(self.packet.raw)
+        self._feed_held()
+        self.client.read_on()
+
+    def on_login_data(self, data: bytes) -> None:
+        forward, rest = self._login.feed(data)
+        self.client.write(forward)
+        if not self._login.done:
+            return
+        self._timer.cancel()
+        self.cancel_key = self._login.cancel_key
+        self.phase = Phase.REPLICATION if self.packet.is_replication else Phase.OPEN
+        self.backend.walker.transaction_status = TRANSACTION_IDLE
+        if self.cancel_key is not None and self.phase is Phase.OPEN:
+            self.binding = SessionBinding(self.name, self.cancel_key.pid)
+            self.may_bind = True
+        self.relay.on_login(self)
+        if rest:
+            self.backend.data_received(rest)
+
+    def _on_timeout(self) -> None:
+        self.end(StartupTimeout("login took too long"))
+
+    # Ordinary traffic
+
+    def on_client_messages(self, kinds: list[int]) -> None:
+        self._num_expected += len(kinds) - kinds.count(Kind.TERMINATE)
+
+    def on_backend_messages(self, kinds: list[int]) -> None:
+        for kind in kinds:
+            if kind == Kind.READY_FOR_QUERY:
+                self._num_expected -= 1
+            elif self.client.walker.last_kind == Kind.SYNC and self._num_expected > 0:
+                self._num_expected -= 1  # COPY has started: PostgreSQL ignores the Sync that came with it
+        if self._num_expected < 0:
+            # An order of messages we do not know: never take the session for idle again.
+            self._num_expected = 1 << 62
+        if self._num_expected == 0:
+            if self.binding is not None and self.binding.caller is not None:
+                self.binding.caller.statement_ended()
+            if self.relay.draining and self.is_idle:
+                self.end(AdminShutdown("terminating connection: the DB node is shutting down"))
+
+    # Binding
+
+    def must_bind(self, data: bytes) -> bool:
+        """Whether to bind before `data`, which starts a message, is forwarded.
+
+        Within a transaction a failure of ours would be the client's: then the next statement outside one binds.
+        """
+        if not self._wants_bind:
+            self._wants_bind = data[0] in (Kind.QUERY, Kind.PARSE) and _INFER.search(data) is not None
+        return self._wants_bind and self.is_idle
+
+    def start_bind(self, data: bytes) -> None:
+        assert self.binding is not None
+        self.may_bind = False
+        self.bind_ended.clear()
+        self.phase = Phase.BINDING
+        self.held = data
+        self.client.stop_reading()
+        self._nonce = self.relay.registry.issue(self.binding)
+        self._bind = BindExchange(self._nonce, self.relay.listener_name)
+        self.backend.write(self._bind.request)
+
+    def on_bind_data(self, data: bytes) -> None:
+        assert self._bind is not None
+        for_client, for_backend = self._bind.feed(data)
+        self.client.write(for_client)
+        self.backend.write(for_backend)
+        if self._bind.done:
+            log.debug("session_bound", session=self.name, failed=self._bind.failed)
+            rest = self._bind.take_rest()
+            self._end_bind()
+            self.phase = Phase.OPEN
+            self._feed_held()
+            if not self.backend.is_full:
+                self.client.read_on()
+            if rest:
+                self.backend.data_received(rest)
+
+    def _end_bind(self) -> None:
+        self.relay.registry.revoke(self._nonce)
+        self._bind = None
+        self.bind_ended.set()
+
+    def _feed_held(self) -> None:
+        held, self.held = self.held, b""
+        if held:
+            self.client.data_received(held)
+
+    # The end
+
+    def end(self, error: StrataError) -> None:
+        """Tell the client why, and close both sides."""
+        if self.phase is Phase.CLOSED:
+            return
+        if self.phase is not Phase.OPEN or self.backend.walker.at_boundary:
+            self.client.write(error_response(error, Severity.FATAL))
+        if self.is_idle:
+            self.backend.write(message(b"X"))
+        log.info("session_ended", session=self.name, reason=error.message)
+        self._close()
+
+    def on_client_lost(self) -> None:
+        """What the client asked for goes on as if it were connected directly, but no inference does."""
+        if self.phase in (Phase.OPEN, Phase.BINDING) and self._num_expected and self.cancel_key is not None:
+            self.relay.stop_inference(self.cancel_key)
+        self._close()
+
+    def on_backend_lost(self) -> None:
+        if self.phase is Phase.CLOSED:
+            return
+        if self._bind is not None:
+            self.client.write(self._bind.last_error)
+        elif self.phase is Phase.OPEN and self.backend.walker.last_kind != Kind.ERROR_RESPONSE:
+            self._tell_loss()
+        self._close()
+
+    def _tell_loss(self) -> None:
+        """Only between messages, and only if the client has not said goodbye."""
+        if self.backend.walker.at_boundary and self.client.walker.last_kind != Kind.TERMINATE:
+            error = BackendLost("PostgreSQL closed the connection unexpectedly")
+            self.client.write(error_response(error, Severity.FATAL))
+
+    def _close(self) -> None:
+        if self.phase is Phase.CLOSED:
+            return
+        self.phase = Phase.CLOSED
+        self._timer.cancel()
+        self._end_bind()
+        if self.binding is not None and self.binding.caller is not None:
+            self.binding.caller.close()
+        self.client.close()
+        self.backend.close()
+        self.relay.on_close(self)

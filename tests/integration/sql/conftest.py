@@ -1,0 +1,89 @@
+"""PostgreSQL with the SQL functions, behind a SQL face; also the distribution's server, where there is one."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from stratakv.postgres import EmbeddedPostgres
+from stratakv.settings import PostgresSettings
+from stratakv.sqlfunctions import install
+from tests.integration.sql.harness import FrontThread, ReversingModel, address_in, front_thread
+
+DEBIAN_BIN = Path("/usr/lib/postgresql/15/bin")
+_numbers = count()
+
+
+@pytest.fixture(scope="session", params=["embedded", "debian"])
+def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedPostgres]:
+    if request.param == "embedded":
+        yield request.getfixturevalue("postgres")
+        return
+    if not (DEBIAN_BIN / "postgres").exists():
+        pytest.skip("no PostgreSQL of the distribution here")
+    settings = PostgresSettings(bin=DEBIAN_BIN)
+    with EmbeddedPostgres(settings, tmp_path_factory.mktemp("debian"), throw_away=True) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def listener_dir(cluster: EmbeddedPostgres) -> Iterator[Path]:
+    """Short enough for a socket, and within reach of PostgreSQL's account."""
+    with tempfile.TemporaryDirectory(prefix="skv-") as directory:
+        Path(directory).chmod(0o711)
+        yield Path(directory)
+
+
+@pytest.fixture(scope="session")
+def shared_front(cluster: EmbeddedPostgres, listener_dir: Path) -> Iterator[FrontThread]:
+    with front_thread(cluster, listener_dir, ReversingModel()) as thread:
+        yield thread
+
+
+@pytest.fixture
+def front(shared_front: FrontThread) -> FrontThread:
+    """A running SQL face."""
+    shared_front.model.calls.clear()
+    return shared_front
+
+
+@pytest.fixture
+def model(front: FrontThread) -> ReversingModel:
+    return front.model
+
+
+@pytest.fixture(scope="session")
+def template(cluster: EmbeddedPostgres, listener_dir: Path) -> str:
+    """A database with the functions, to copy."""
+    name = f"sql_template_{next(_numbers)}"
+    with psycopg.connect(cluster.database_url("postgres"), autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    install(cluster.database_url(name), address_in(listener_dir))
+    return name
+
+
+@pytest.fixture
+def database(cluster: EmbeddedPostgres, template: str) -> Iterator[str]:
+    """Name of a database with the functions, the test's own."""
+    name = f"sql_{next(_numbers)}"
+    with psycopg.connect(cluster.database_url("postgres"), autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        yield name
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def url(front: FrontThread, database: str) -> str:
+    """The test's database through the relay, as superuser."""
+    return front.url(database)
+
+
+@pytest.fixture
+def direct_url(cluster: EmbeddedPostgres, database: str, front: FrontThread) -> str:
+    """The test's database without the relay, as superuser; the face runs."""
+    return cluster.database_url(database)
