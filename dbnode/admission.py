@@ -1,0 +1,80 @@
+"""The queue in front of the workers: bounded, first come first served within a face, in turn between the faces.
+
+Requests wait here rather than in a worker's queue, so that they are routed with what is known when their turn comes. Owned
+by `dbnode.inference`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+
+from dbnode.generate import Source
+from stratakv.errors import DeadlineExceeded, Overloaded
+
+
+class Admission:
+    """Slots for requests that workers have in hand, and the queue of those that wait for one."""
+
+    def __init__(self, running_max: Callable[[], int], waiting_max: dict[Source, int]) -> None:
+        self._running_max = running_max
+        self._waiting_max = waiting_max
+        self._waiting: dict[Source, deque[asyncio.Future[None]]] = {source: deque() for source in Source}
+        self._turn = list(Source)
+        self.running = 0
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a slot."""
+        return sum(len(queue) for queue in self._waiting.values())
+
+    @contextlib.asynccontextmanager
+    async def slot(self, source: Source, deadline_s: float) -> AsyncIterator[None]:
+        """Hold a slot. Raises Overloaded when too many wait already, DeadlineExceeded when its turn comes too late."""
+        await self._acquire(source, deadline_s)
+        try:
+            yield
+        finally:
+            self.running -= 1
+            self.wake()
+
+    def wake(self) -> None:
+        """Let in as many as there are slots; to be called when workers come."""
+        while self.running < self._running_max() and (waiter := self._next()) is not None:
+            self.running += 1
+            waiter.set_result(None)
+
+    async def _acquire(self, source: Source, deadline_s: float) -> None:
+        if not self.waiting and self.running < self._running_max():
+            self.running += 1
+            return
+        queue = self._waiting[source]
+        if len(queue) >= self._waiting_max[source]:
+            raise Overloaded(f"{len(queue)} requests are waiting already")
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        queue.append(waiter)
+        try:
+            async with asyncio.timeout_at(deadline_s):
+                await waiter
+        except BaseException as error:
+            if waiter.done() and not waiter.cancelled():
+                self.running -= 1  # it was let in just when it gave up
+                self.wake()
+            else:
+                with contextlib.suppress(ValueError):  # already passed over, because it was cancelled
+                    queue.remove(waiter)
+            if isinstance(error, TimeoutError):
+                raise DeadlineExceeded("the request's deadline passed while it waited for a worker") from None
+            raise
+
+    def _next(self) -> asyncio.Future[None] | None:
+        for index, source in enumerate(self._turn):
+            queue = self._waiting[source]
+            while queue:
+                waiter = queue.popleft()
+                if not waiter.done():
+                    self._turn.append(self._turn.pop(index))
+                    return waiter
+        return None

@@ -1,0 +1,212 @@
+"""One admitted request on its way over the workers: split or whole, again elsewhere when a worker fails.
+
+Owned by `dbnode.inference`, one object per request. Tokens that have been handed on are never generated again: another worker
+continues from them. A request that saw two workers die fails, since it may be what kills them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import msgspec
+
+from dbnode.errors import NoWorker, WorkerLost, WorkerRefused, WorkersExhausted, WorkerUnreachable
+from dbnode.generate import FinishReason, PromptTiers, Sampling
+from dbnode.scheduler.scheduler import Plan, PromptKeys, Scheduler
+from dbnode.scheduler.workers import WorkerRecord
+from dbnode.worker_client import KVTransfer, WorkerClient, WorkerRequest, WorkerUsage
+from stratakv.errors import Overloaded, StrataError
+from stratakv.log import EventLogger
+
+log = EventLogger("dbnode.dispatch")
+
+ATTEMPTS_MAX = 8
+"""Workers tried at most, those included that could not be reached."""
+RETRIES_BEFORE_TOKENS_MAX = 1
+RETRIES_AFTER_TOKENS_MAX = 2
+DEATHS_MAX = 2
+
+_ELSEWHERE = (WorkerUnreachable, WorkerRefused, WorkerLost, Overloaded)
+"""Failures after which another worker is tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is sent to workers."""
+
+    request_id: str
+    model: str
+    keys: PromptKeys
+    sampling: Sampling
+    max_tokens: int
+    deadline_s: float
+
+
+class Dispatch:
+    """The workers' side of one request."""
+
+    def __init__(self, client: WorkerClient, scheduler: Scheduler, job: Job) -> None:
+        self._client = client
+        self._scheduler = scheduler
+        self._job = job
+        self._avoid: set[str] = set()
+        self._attempt = 0
+        self._failures = 0
+        self._deaths = 0
+        self.output: list[int] = []
+        """All tokens handed on so far."""
+        self.finish_reason: FinishReason | None = None
+        self.tiers: PromptTiers | None = None
+        """Where the prompt's KV came from, as the first worker that had it says."""
+        self.queue_ms = 0.0
+        """Waiting in that worker."""
+        self.enough = False
+        """Set by the consumer: no more tokens are wanted, only what the worker has to say at the end."""
+
+    async def tokens(self) -> AsyncGenerator[list[int], None]:
+        """Generated tokens as they come. Closing it cancels the request in the worker. Raises what cannot be helped."""
+        last_error: StrataError | None = None
+        while self.finish_reason is None:
+            plan = await self._plan(last_error)
+            try:
+                async with aclosing(self._try(plan)) as attempt:
+                    async for token_ids in attempt:
+                        yield token_ids
+            except _Failed as failed:
+                if self.enough:
+                    return
+                last_error = self._give_up_or_go_on(failed.record, failed.error)
+
+    async def _plan(self, last_error: StrataError | None) -> Plan:
+        job = self._job
+        if self._attempt >= ATTEMPTS_MAX:
+            raise WorkersExhausted(f"the request failed on {self._attempt} workers") from last_error
+        avoid = frozenset(self._avoid)
+        try:
+            return await self._scheduler.plan(job.request_id, job.model, job.keys, job.max_tokens, avoid, self._attempt)
+        except NoWorker:
+            if last_error is None:
+                raise
+            raise last_error from None
+
+    async def _try(self, plan: Plan) -> AsyncGenerator[list[int], None]:
+        transfer = KVTransfer()
+        worker = plan.worker
+        if plan.prefill is not None and not self.output:
+            transfer = await self._prefill(plan.prefill, plan.uncached_tokens)
+            yield list(self.output)
+            if self.finish_reason is not None:
+                return
+            if not transfer.do_remote_prefill:
+                worker = plan.prefill  # the prompt did not get into the pool; it is only there
+        uncached = 1 if transfer.do_remote_prefill else plan.uncached_tokens
+        async with aclosing(self._stream(worker, transfer, uncached)) as stream:
+            async for token_ids in stream:
+                yield token_ids
+
+    async def _prefill(self, record: WorkerRecord, num_tokens: int) -> KVTransfer:
+        """Compute the prompt and the first token on one worker, to go on elsewhere."""
+        request = msgspec.structs.replace(self._body(KVTransfer(do_remote_decode=True)), max_tokens=1)
+        with self._scheduler.sent(record, self._job.keys, num_tokens):
+            try:
+                answer = await self._client.complete(record.url, request, self._job.deadline_s)
+            except _ELSEWHERE as error:
+                raise _Failed(record, error) from error
+        choice = answer.choices[0] if answer.choices else None
+        if choice is None or (not choice.token_ids and choice.finish_reason != FinishReason.STOP):
+            raise _Failed(record, WorkerRefused(f"{record.url} answered without a token"))
+        self.output.extend(choice.token_ids or [])
+        self._take_usage(answer.usage)
+        if choice.finish_reason == FinishReason.STOP:
+            self.finish_reason = FinishReason.STOP
+        elif len(self.output) >= self._job.max_tokens:
+            self.finish_reason = FinishReason.LENGTH
+        return answer.kv_transfer_params or choice.kv_transfer_params or KVTransfer()
+
+    async def _stream(
+        self, record: WorkerRecord, transfer: KVTransfer, num_tokens: int
+    ) -> AsyncGenerator[list[int], None]:
+        """Generate on one worker up to the end."""
+        if self.output:
+            transfer = msgspec.structs.replace(transfer, output_token_ids=list(self.output))
+        reason: FinishReason | None = None
+        with self._scheduler.sent(record, self._job.keys, num_tokens) as sent:
+            try:
+                stream = await self._client.stream(record.url, self._body(transfer), self._job.deadline_s)
+                sent.abort = stream.close
+                async with stream, aclosing(stream.chunks()) as chunks:
+                    async for chunk in chunks:
+                        for choice in chunk.choices:
+                            reason = FinishReason(choice.finish_reason) if choice.finish_reason else reason
+                            if choice.token_ids:
+                                self._scheduler.prefilled(record, sent)
+                                self.output.extend(choice.token_ids)
+                                yield choice.token_ids
+                        self._take_usage(chunk.usage)
+            except _ELSEWHERE as error:
+                raise _Failed(record, error) from error
+            except ValueError as error:
+                raise _Failed(record, WorkerRefused(f"{record.url} ended in an unknown way: {error}")) from error
+        if reason is None:
+            raise _Failed(record, WorkerRefused(f"{record.url} ended without saying why"))
+        self._scheduler.answered(record, self._job.keys, self.output)
+        self.finish_reason = reason
+
+    def _body(self, transfer: KVTransfer) -> WorkerRequest:
+        job, sampling = self._job, self._job.sampling
+        return WorkerRequest(
+            model=job.model,
+            prompt=list(job.keys.token_ids),
+            request_id=f"{job.request_id}-{self._attempt}{'p' if transfer.do_remote_decode else ''}",
+            max_tokens=job.max_tokens,
+            temperature=sampling.temperature,
+            timeout_s=max(0.001, job.deadline_s - time.monotonic()),
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            seed=sampling.seed,
+            stop=list(sampling.stop),
+            ignore_eos=sampling.ignore_eos,
+            kv_transfer_params=transfer if transfer != KVTransfer() else None,
+        )
+
+    def _take_usage(self, usage: WorkerUsage | None) -> None:
+        if usage is None or self.tiers is not None:
+            return
+        said = usage.stratakv
+        num_prompt = len(self._job.keys.token_ids)
+        if said is None:
+            self.tiers = PromptTiers(computed=num_prompt)
+            return
+        num_cached = min(said.num_cached, num_prompt)
+        self.tiers = PromptTiers(num_prompt - num_cached, said.l1, said.l2, said.pool, said.disk)
+        self.queue_ms = said.queue_ms
+
+    def _give_up_or_go_on(self, record: WorkerRecord, error: StrataError) -> StrataError:
+        """Count a failure. Raises when the request may not be tried again, else returns the error to remember."""
+        self._attempt += 1
+        self._avoid.add(record.url)
+        log.warning("worker_failed_request", url=record.url, error=error.message, tokens=len(self.output))
+        if isinstance(error, WorkerUnreachable | WorkerLost):
+            self._scheduler.directory.mark_dead(record)
+        if isinstance(error, WorkerLost):
+            self._deaths += 1
+            if self._deaths >= DEATHS_MAX:
+                raise WorkersExhausted(f"{self._deaths} workers were lost with this request in hand") from error
+        if isinstance(error, WorkerRefused | WorkerLost):
+            self._failures += 1
+            if self._failures > (RETRIES_AFTER_TOKENS_MAX if self.output else RETRIES_BEFORE_TOKENS_MAX):
+                raise error
+        return error
+
+
+class _Failed(Exception):
+    """An attempt failed in a way that another worker may mend."""
+
+    def __init__(self, record: WorkerRecord, error: StrataError) -> None:
+        super().__init__(error.message)
+        self.record = record
+        self.error = error

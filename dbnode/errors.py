@@ -1,0 +1,68 @@
+"""Errors of the DB node that are not in the common tree.
+
+StrataError
+├── InvalidRequest
+│   ├── BodyTooLarge
+│   └── Unauthenticated
+├── Unavailable
+│   ├── NoWorker
+│   ├── WorkerUnreachable    the request did not reach the worker
+│   └── WorkerRefused        the worker is draining or full, or failed the request in an orderly way
+├── WorkerLost               the worker went away with the request in hand
+└── WorkersExhausted         what was tried on several workers failed on all
+"""
+
+from __future__ import annotations
+
+from stratakv.errors import InvalidRequest, StrataError, Unavailable
+
+
+class BodyTooLarge(InvalidRequest):
+    """The request body is over the limit."""
+
+    code = "body_too_large"
+    http_status = 413
+    sqlstate = "54000"
+
+
+class Unauthenticated(InvalidRequest):
+    """The API key is missing or wrong."""
+
+    openai_type = "authentication_error"
+    code = "invalid_api_key"
+    http_status = 401
+    sqlstate = "28000"
+
+
+class NoWorker(Unavailable):
+    """No worker is there to take the request."""
+
+    code = "no_worker"
+
+
+class WorkerUnreachable(Unavailable):
+    """The worker could not be reached; it has not seen the request."""
+
+    code = "worker_unreachable"
+
+
+class WorkerRefused(Unavailable):
+    """The worker answered, but did not do the work: full, draining, or its engine failed."""
+
+    code = "worker_refused"
+
+
+class WorkerLost(StrataError):
+    """The worker went away while it had the request."""
+
+    code = "worker_lost"
+    http_status = 502
+    retryable = True
+
+
+class WorkersExhausted(StrataError):
+    """The request failed on every worker it was given to."""
+
+    code = "workers_exhausted"
+    http_status = 502
+    sqlstate = "XX000"

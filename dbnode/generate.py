@@ -1,0 +1,148 @@
+"""What the DB node's faces ask of inference, and what they get: plain values, no I/O."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import msgspec
+
+
+class Source(enum.StrEnum):
+    """The face a request came in by; admission is fair between them."""
+
+    REST = "rest"
+    SQL = "sql"
+
+
+class FinishReason(enum.StrEnum):
+    """OpenAI's reasons for the end of an answer."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen, and when to stop."""
+
+    max_tokens: int | None = None
+    """None: as many as the context has room for."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: all."""
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who is asking, as usage events name them."""
+
+    tenant: str | None = None
+    role: str | None = None
+    database: str | None = None
+    session: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One answer to generate. Exactly one of `messages` and `prompt` is given."""
+
+    request_id: str
+    """Unique; usage is written once per id."""
+    source: Source
+    arrived_s: float
+    """Monotonic time of arrival."""
+    model: str | None = None
+    """None: the model this node serves."""
+    messages: tuple[object, ...] | None = None
+    prompt: str | tuple[int, ...] | None = None
+    sampling: Sampling = Sampling()
+    deadline_s: float | None = None
+    """Monotonic."""
+    caller: Caller = Caller()
+    trace_id: str | None = None
+    """The client's name for the request, for logs."""
+
+
+class PromptTiers(msgspec.Struct, frozen=True):
+    """Prompt tokens by where their KV came from."""
+
+    computed: int = 0
+    l1: int = 0
+    l2: int = 0
+    pool: int = 0
+    disk: int = 0
+
+    @property
+    def num_cached(self) -> int:
+        return self.l1 + self.l2 + self.pool + self.disk
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Measured from the arrival of the request."""
+
+    ttft_ms: float
+    queue_ms: float
+    """Waiting in the DB node and in the first worker."""
+    e2e_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What one request took."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    tiers: PromptTiers
+    timings: Timings
+
+
+class Outcome(enum.StrEnum):
+    """How a request ended."""
+
+    COMPLETED = "completed"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """A request that has ended, whatever the end."""
+
+    request: GenerateRequest
+    model: str
+    outcome: Outcome
+    error_code: str | None
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of the answer. The last one has `finish_reason` and `usage`."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+
+
+@dataclass(slots=True)
+class Answer:
+    """A whole answer, gathered from its chunks."""
+
+    text: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+
+    def add(self, chunk: Chunk) -> None:
+        self.text.append(chunk.text)
+        self.token_ids.extend(chunk.token_ids)
+        self.finish_reason = chunk.finish_reason or self.finish_reason
+        self.usage = chunk.usage or self.usage

@@ -1,0 +1,273 @@
+"""The one way to an answer: text to tokens, admission, workers, tokens to text, usage.
+
+Called by the REST and the SQL face; owns admission. Nothing of a request outlives it but its usage event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
+
+from dbnode.admission import Admission
+from dbnode.dispatch import Dispatch, Job
+from dbnode.errors import NoWorker
+from dbnode.generate import (
+    Chunk,
+    FinishReason,
+    GenerateRequest,
+    Outcome,
+    PromptTiers,
+    Settled,
+    Source,
+    Timings,
+    Usage,
+)
+from dbnode.scheduler.scheduler import PromptKeys, Scheduler
+from dbnode.worker_client import WorkerClient
+from stratakv.errors import Cancelled, ContextTooLong, InvalidRequest, ModelNotFound, StrataError, Unavailable
+from stratakv.log import EventLogger
+from stratakv.text import Detokenizer, encode, render_chat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+log = EventLogger("dbnode.inference")
+
+RUNNING_PER_WORKER_MAX = 128
+"""Requests one worker is given at once; the rest wait here, where they can still be routed."""
+TOKENIZE_INLINE_CHARS_MAX = 4096
+"""Longer prompts are tokenised and hashed off the event loop."""
+STOP_SETTLE_S = 1.0
+"""After a stop string, how long the worker is given to say what the prompt cost."""
+
+
+class Observer(Protocol):
+    """Told of every request: metrics and usage events."""
+
+    def first_token(self, source: Source, ttft_s: float) -> None: ...
+
+    def settled(self, settled: Settled) -> None: ...
+
+
+@dataclass(slots=True)
+class _Progress:
+    """What is known of a running request, for its usage event."""
+
+    request: GenerateRequest
+    started_s: float = 0.0
+    first_token_s: float = 0.0
+    prompt_tokens: int = 0
+    dispatch: Dispatch | None = None
+
+    def usage(self, now_s: float) -> Usage:
+        arrived_s = self.request.arrived_s
+        dispatch = self.dispatch
+        tiers = dispatch.tiers if dispatch else None
+        waited_ms = (self.started_s or now_s) - arrived_s
+        return Usage(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=len(dispatch.output) if dispatch else 0,
+            tiers=tiers or PromptTiers(),
+            timings=Timings(
+                ttft_ms=max(0.0, self.first_token_s - arrived_s) * 1e3,
+                queue_ms=waited_ms * 1e3 + (dispatch.queue_ms if dispatch else 0.0),
+                e2e_ms=(now_s - arrived_s) * 1e3,
+            ),
+        )
+
+
+class InferenceService:
+    """Generates answers on the workers."""
+
+    def __init__(
+        self,
+        model: str,
+        tokenizer: PreTrainedTokenizerFast,
+        client: WorkerClient,
+        scheduler: Scheduler,
+        observers: tuple[Observer, ...],
+        waiting_max: dict[Source, int],
+        request_timeout_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.model = model
+        self.scheduler = scheduler
+        self.draining = False
+        self._tokenizer = tokenizer
+        self._vocab_size: int = tokenizer.backend_tokenizer.get_vocab_size()
+        self._client = client
+        self._observers = observers
+        self._request_timeout_s = request_timeout_s
+        self._clock = clock
+        self._tokenize = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.admission = Admission(self._running_max, waiting_max)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that have arrived and not ended."""
+        return self._in_flight
+
+    def max_model_len(self) -> int:
+        """The longest context a worker offers now; 0 without workers."""
+        lengths = (r.facts.max_model_len for r in self.scheduler.directory.usable(self.model) if r.facts)
+        return max(lengths, default=0)
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
+        """The answer, piece by piece; the last piece has `finish_reason` and `usage`. Closing it cancels the request.
+
+        Raises InvalidRequest, ContextTooLong, ModelNotFound, Overloaded, Unavailable, DeadlineExceeded, WorkersExhausted.
+        """
+        progress = _Progress(request)
+        outcome: Outcome = Outcome.CANCELLED
+        error: StrataError | None = None
+        self._in_flight += 1
+        self._idle.clear()
+        try:
+            job = await self._prepare(request, progress)
+            async with self.admission.slot(request.source, job.deadline_s):
+                progress.started_s = self._clock()
+                async with aclosing(self._answer(job, progress)) as chunks:
+                    async for chunk in chunks:
+                        if chunk.finish_reason is not None:
+                            outcome = Outcome.COMPLETED
+                        yield chunk
+        except StrataError as raised:
+            outcome, error = Outcome.FAILED, raised
+            raise
+        finally:
+            self._in_flight -= 1
+            if not self._in_flight:
+                self._idle.set()
+            self._settle(progress, outcome, error)
+
+    async def drained(self, timeout_s: float) -> bool:
+        """Take nothing new, and wait until what is in flight has ended."""
+        self.draining = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def close(self) -> None:
+        self._tokenize.shutdown(wait=False, cancel_futures=True)
+
+    async def _prepare(self, request: GenerateRequest, progress: _Progress) -> Job:
+        """All that can refuse a request before it costs a worker anything."""
+        if self.draining:
+            raise Unavailable("this DB node is shutting down")
+        if request.model is not None and request.model != self.model:
+            raise ModelNotFound(f"model {request.model!r} is not served here; {self.model!r} is", param="model")
+        token_ids = await self._token_ids(request)
+        progress.prompt_tokens = len(token_ids)
+        context = self.max_model_len()
+        if not context:
+            raise NoWorker(f"no worker is there for model {self.model}")
+        max_tokens = request.sampling.max_tokens
+        if max_tokens is None:
+            max_tokens = context - len(token_ids)
+        if len(token_ids) + max(1, max_tokens) > context:
+            raise ContextTooLong(
+                f"the prompt has {len(token_ids)} tokens and {max(1, max_tokens)} are to be generated, together more than"
+                f" the context of {context} tokens",
+                param="messages" if request.messages is not None else "prompt",
+            )
+        keys = PromptKeys(token_ids)
+        await self._hash(keys)
+        return Job(
+            request_id=request.request_id,
+            model=self.model,
+            keys=keys,
+            sampling=request.sampling,
+            max_tokens=max_tokens,
+            deadline_s=request.deadline_s or request.arrived_s + self._request_timeout_s,
+        )
+
+    async def _token_ids(self, request: GenerateRequest) -> list[int]:
+        if isinstance(request.prompt, tuple):
+            return self._checked_ids(request.prompt)
+        if request.messages is not None:
+            messages = request.messages
+            num_chars = sum(len(str(m.get("content"))) if isinstance(m, dict) else 0 for m in messages)
+            make = partial(render_chat, self._tokenizer, messages)
+        else:
+            prompt = request.prompt or ""
+            num_chars = len(prompt)
+            make = partial(encode, self._tokenizer, prompt)
+        if num_chars <= TOKENIZE_INLINE_CHARS_MAX:
+            token_ids = make()
+        else:
+            token_ids = await asyncio.get_running_loop().run_in_executor(self._tokenize, make)
+        if not token_ids:
+            raise InvalidRequest("the prompt must not be empty", param="prompt")
+        return token_ids
+
+    def _checked_ids(self, token_ids: tuple[int, ...]) -> list[int]:
+        if not token_ids:
+            raise InvalidRequest("the prompt must not be empty", param="prompt")
+        if min(token_ids) < 0 or max(token_ids) >= self._vocab_size:
+            raise InvalidRequest(f"prompt: token ids go from 0 to {self._vocab_size - 1}", param="prompt")
+        return list(token_ids)
+
+    async def _hash(self, keys: PromptKeys) -> None:
+        """Compute long prompts' keys where they do not hold up other requests."""
+        sizes = {r.facts.block_size for r in self.scheduler.directory.usable(self.model) if r.facts}
+        if len(keys.token_ids) * 4 > TOKENIZE_INLINE_CHARS_MAX:
+            for size in sizes:
+                await asyncio.get_running_loop().run_in_executor(self._tokenize, keys.of_size, size)
+
+    async def _answer(self, job: Job, progress: _Progress) -> AsyncGenerator[Chunk, None]:
+        """Tokens to text; ends at a stop string or when the worker ends."""
+        dispatch = progress.dispatch = Dispatch(self._client, self.scheduler, job)
+        detokenizer = Detokenizer(self._tokenizer, job.sampling.stop)
+        async with aclosing(dispatch.tokens()) as tokens:
+            async for token_ids in tokens:
+                if not progress.first_token_s:
+                    self._first_token(progress)
+                text = detokenizer.push(token_ids)
+                yield Chunk(text, tuple(token_ids))
+                if detokenizer.stopped:
+                    await _let_settle(dispatch, tokens)
+                    break
+        text = detokenizer.finish()
+        reason = FinishReason.STOP if detokenizer.stopped else dispatch.finish_reason
+        yield Chunk(text, (), reason or FinishReason.STOP, progress.usage(self._clock()))
+
+    def _first_token(self, progress: _Progress) -> None:
+        progress.first_token_s = self._clock()
+        for observer in self._observers:
+            observer.first_token(progress.request.source, progress.first_token_s - progress.request.arrived_s)
+
+    def _settle(self, progress: _Progress, outcome: Outcome, error: StrataError | None) -> None:
+        usage = progress.usage(self._clock())
+        if isinstance(error, Cancelled):
+            outcome = Outcome.CANCELLED
+        settled = Settled(progress.request, self.model, outcome, error.code if error else None, usage)
+        for observer in self._observers:
+            observer.settled(settled)
+
+    def _running_max(self) -> int:
+        return RUNNING_PER_WORKER_MAX * max(1, len(self.scheduler.directory.usable(self.model)))
+
+
+async def _let_settle(dispatch: Dispatch, tokens: AsyncGenerator[list[int], None]) -> None:
+    """The worker stops at the same stop string; wait for its account of the prompt, but not for long."""
+    dispatch.enough = True
+    seen = len(dispatch.output)
+    try:
+        async with asyncio.timeout(STOP_SETTLE_S):
+            async for _ in tokens:
+                pass
+    except (TimeoutError, StrataError) as error:
+        log.debug("no_usage_after_stop", error=type(error).__name__)
+    del dispatch.output[seen:]

@@ -1,0 +1,90 @@
+"""Prometheus metrics of the DB node, under the stems and buckets that vLLM's dashboards know. Never prompts or request ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from dbnode.generate import Outcome, Settled, Source
+
+TTFT_BUCKETS_S = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
+    640.0, 2560.0,
+)  # fmt: skip
+ITL_BUCKETS_S = (
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+)  # fmt: skip
+LATENCY_BUCKETS_S = (
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0,
+    7680.0,
+)  # fmt: skip
+TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000)
+
+
+class NodeMetrics:
+    """An Observer of the inference service, and gauges that are read when scraped."""
+
+    def __init__(self, model: str) -> None:
+        self.registry = CollectorRegistry()
+        self._model = model
+        name = "model_name"
+        self._ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token.", TTFT_BUCKETS_S)
+        self._itl = self._histogram(
+            "inter_token_latency_seconds", "Mean gap between a request's tokens.", ITL_BUCKETS_S
+        )
+        self._e2e = self._histogram("e2e_request_latency_seconds", "Arrival to the end.", LATENCY_BUCKETS_S)
+        self._queue = self._histogram("request_queue_time_seconds", "Waiting before any work.", LATENCY_BUCKETS_S)
+        self._decode = self._histogram("request_decode_time_seconds", "First token to the end.", LATENCY_BUCKETS_S)
+        self._prompt = self._histogram("request_prompt_tokens", "Prompt tokens of a request.", TOKEN_BUCKETS)
+        self._generated = self._histogram("request_generation_tokens", "Generated tokens of a request.", TOKEN_BUCKETS)
+        self._requests = Counter(
+            "stratakv_requests", "Requests that ended.", [name, "source", "outcome", "error"], registry=self.registry
+        )
+        self._queries = self._counter("stratakv_prefix_cache_queries", "Prompt tokens looked up.")
+        self._hits = self._counter("stratakv_prefix_cache_hits", "Prompt tokens that were not computed.")
+        self._by_source = Counter(
+            "stratakv_prompt_tokens_by_source",
+            "Prompt tokens by where their KV came from.",
+            [name, "source"],
+            registry=self.registry,
+        )
+        self._running = Gauge("stratakv_num_requests_running", "Requests workers have.", [name], registry=self.registry)
+        self._waiting = Gauge("stratakv_num_requests_waiting", "Requests waiting here.", [name], registry=self.registry)
+        self.usage_dropped = Counter(
+            "stratakv_usage_events_dropped", "Usage events lost because the database was away.", registry=self.registry
+        )
+
+    def watch_admission(self, running: Callable[[], float], waiting: Callable[[], float]) -> None:
+        """Read these two whenever metrics are scraped."""
+        self._running.labels(self._model).set_function(running)
+        self._waiting.labels(self._model).set_function(waiting)
+
+    def first_token(self, source: Source, ttft_s: float) -> None:
+        self._ttft.labels(self._model).observe(ttft_s)
+
+    def settled(self, settled: Settled) -> None:
+        usage, model = settled.usage, self._model
+        self._requests.labels(
+            model, settled.request.source.value, settled.outcome.value, settled.error_code or ""
+        ).inc()
+        if settled.outcome is not Outcome.COMPLETED:
+            return
+        decode_s = (usage.timings.e2e_ms - usage.timings.ttft_ms) / 1e3
+        self._e2e.labels(model).observe(usage.timings.e2e_ms / 1e3)
+        self._queue.labels(model).observe(usage.timings.queue_ms / 1e3)
+        self._decode.labels(model).observe(decode_s)
+        self._prompt.labels(model).observe(usage.prompt_tokens)
+        self._generated.labels(model).observe(usage.completion_tokens)
+        if usage.completion_tokens > 1:
+            self._itl.labels(model).observe(decode_s / (usage.completion_tokens - 1))
+        self._queries.labels(model).inc(usage.prompt_tokens)
+        self._hits.labels(model).inc(usage.tiers.num_cached)
+        for source in ("computed", "l1", "l2", "pool", "disk"):
+            self._by_source.labels(model, source).inc(getattr(usage.tiers, source))
+
+    def _histogram(self, stem: str, doc: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"stratakv_{stem}", doc, ["model_name"], buckets=buckets, registry=self.registry)
+
+    def _counter(self, stem: str, doc: str) -> Counter:
+        return Counter(stem, doc, ["model_name"], registry=self.registry)

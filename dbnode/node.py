@@ -1,0 +1,98 @@
+"""The DB node without its faces: tokenizer, workers, scheduler, inference, usage, put together and kept running.
+
+Made by `dbnode.service`, which sets the REST and the SQL face upon it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+from dbnode.generate import Source
+from dbnode.inference import InferenceService
+from dbnode.metrics import NodeMetrics
+from dbnode.rest.app import RestFace
+from dbnode.rest.http import Guard
+from dbnode.scheduler.pool_view import MetaCalls, PoolView
+from dbnode.scheduler.scheduler import Scheduler
+from dbnode.scheduler.workers import WorkerDirectory
+from dbnode.usage import UsageWriter
+from dbnode.worker_client import WorkerClient
+from stratakv.errors import SetupError
+from stratakv.models import resolve
+from stratakv.settings import Settings
+from stratakv.text import load_tokenizer
+
+KV_ELEMENT_BYTES = 2
+
+
+class Node:
+    """Owns everything below the faces. `run` keeps it going; `close` ends it."""
+
+    def __init__(self, settings: Settings, meta: MetaCalls | None) -> None:
+        """Loads the tokenizer, which takes a second or two. Raises SetupError."""
+        self.model = served_name(settings.model.name)
+        model_dir = resolve(settings.model.name, settings.model.cache_dir.expanduser())
+        tokenizer = load_tokenizer(model_dir)
+        pool = PoolView(meta)
+        self.client = WorkerClient()
+        self.metrics = NodeMetrics(self.model)
+        self.usage = UsageWriter(settings.database, self.metrics.usage_dropped.inc)
+        self.directory = WorkerDirectory(settings.router, self.client, pool, self._on_workers_changed)
+        scheduler = Scheduler(settings.router, self.directory, pool, kv_bytes_per_token(model_dir))
+        self.inference = InferenceService(
+            self.model,
+            tokenizer,
+            self.client,
+            scheduler,
+            observers=(self.metrics, self.usage),
+            waiting_max={Source.REST: settings.rest.requests_max, Source.SQL: settings.sql.calls_waiting_max},
+            request_timeout_s=settings.router.request_timeout_s,
+        )
+        self.metrics.watch_admission(lambda: self.inference.admission.running, lambda: self.inference.admission.waiting)
+        self._rest = settings.rest
+
+    def rest_app(self) -> Guard:
+        """The REST face over this node."""
+        return RestFace(self._rest, self.inference, self.client, self.metrics.registry, self.not_ready).app()
+
+    def not_ready(self) -> list[str]:
+        """Why no request should be sent here; empty when ready."""
+        reasons = []
+        if self.inference.draining:
+            reasons.append("draining")
+        if not self.directory.usable(self.model):
+            reasons.append(f"no worker is there for model {self.model}")
+        return reasons
+
+    async def run(self) -> None:
+        """Watch workers and write usage until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.directory.run(), name="workers")
+            tasks.create_task(self.usage.run(), name="usage")
+
+    async def close(self) -> None:
+        await self.usage.close()
+        await self.client.close()
+        self.inference.close()
+
+    def _on_workers_changed(self) -> None:
+        self.inference.admission.wake()
+
+
+def served_name(name: str) -> str:
+    """What clients call the model: the last part of a path or of hf://org/name."""
+    served = name.rstrip("/").rsplit("/", 1)[-1]
+    if not served:
+        raise SetupError(f"model.name = {name!r} names no model")
+    return served
+
+
+def kv_bytes_per_token(model_dir: Path) -> int:
+    """Bytes of keys and values per token at two bytes an element; enough for the router's estimates."""
+    config = json.loads((model_dir / "config.json").read_text())
+    num_heads = int(config["num_attention_heads"])
+    head_dim = int(config.get("head_dim") or config["hidden_size"] // num_heads)
+    kv_heads = int(config.get("num_key_value_heads") or num_heads)
+    return 2 * KV_ELEMENT_BYTES * int(config["num_hidden_layers"]) * kv_heads * head_dim

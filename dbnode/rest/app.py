@@ -1,0 +1,131 @@
+"""The OpenAI-compatible REST face: all routes, put together over one InferenceService."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib import metadata
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
+
+from dbnode.inference import InferenceService
+from dbnode.rest.bodies import json_bytes
+from dbnode.rest.completions import Completions
+from dbnode.rest.http import Guard, error_response, read_body
+from dbnode.worker_client import WorkerClient
+from stratakv.errors import InvalidRequest, ModelNotFound, StrataError
+from stratakv.settings import RestSettings
+
+CACHE_DROP_TIMEOUT_S = 10.0
+VERSION = metadata.version("stratakv") if "stratakv" in metadata.packages_distributions() else "0.1.0"
+
+
+class RestFace:
+    """Makes the ASGI application."""
+
+    def __init__(
+        self,
+        settings: RestSettings,
+        service: InferenceService,
+        client: WorkerClient,
+        registry: CollectorRegistry,
+        not_ready: Callable[[], list[str]],
+    ) -> None:
+        self._settings = settings
+        self._service = service
+        self._client = client
+        self._registry = registry
+        self._not_ready = not_ready
+
+    def app(self) -> Guard:
+        app = FastAPI(title="StrataKV", version=VERSION)
+        completions = Completions(self._settings, self._service)
+        app.router.routes.append(Route("/v1/chat/completions", completions.chat(), methods=["POST"]))
+        app.router.routes.append(Route("/v1/completions", completions.completion(), methods=["POST"]))
+        app.add_api_route("/v1/models", self._models, methods=["GET"])
+        app.add_api_route("/v1/models/{model:path}", self._model, methods=["GET"])
+        app.add_api_route("/health", self._health, methods=["GET"])
+        app.add_api_route("/ready", self._ready, methods=["GET"])
+        app.add_api_route("/version", self._version, methods=["GET"])
+        app.add_api_route("/metrics", self._metrics, methods=["GET"])
+        app.add_api_route("/admin/cache/drop", self._drop_cache, methods=["POST"])
+        app.add_api_route("/admin/routes", self._routes, methods=["GET"])
+        app.add_api_route("/admin/workers", self._workers, methods=["GET"])
+        app.add_exception_handler(StrataError, _on_error)
+        app.add_exception_handler(HTTPException, _on_error)
+        return Guard(app, self._settings.api_key)
+
+    async def _models(self) -> dict[str, Any]:
+        cards = [self._card()] if self._service.max_model_len() else []
+        return {"object": "list", "data": cards}
+
+    async def _model(self, model: str) -> dict[str, Any]:
+        if model != self._service.model or not self._service.max_model_len():
+            raise ModelNotFound(f"model {model!r} is not served here", param="model")
+        return self._card()
+
+    def _card(self) -> dict[str, Any]:
+        return {
+            "id": self._service.model,
+            "object": "model",
+            "created": 0,
+            "owned_by": "stratakv",
+            "max_model_len": self._service.max_model_len(),
+        }
+
+    async def _health(self) -> dict[str, str]:
+        return {"status": "alive"}
+
+    async def _ready(self) -> Response:
+        reasons = self._not_ready()
+        body = json_bytes({"ready": not reasons, "reasons": reasons})
+        return Response(body, 503 if reasons else 200, media_type="application/json")
+
+    async def _version(self) -> dict[str, str]:
+        return {"version": VERSION}
+
+    async def _metrics(self) -> Response:
+        return Response(generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    async def _drop_cache(self, request: Request) -> dict[str, Any]:
+        """Make all workers forget the tiers named in the body, and the router what it believes they hold."""
+        body = await read_body(request, self._settings.body_bytes_max)
+        records = [r for r in self._service.scheduler.directory.records if r.usable]
+        answers = await asyncio.gather(
+            *(self._client.drop_cache(r.url, body, CACHE_DROP_TIMEOUT_S) for r in records), return_exceptions=True
+        )
+        dropped: dict[str, Any] = {}
+        for record, answer in zip(records, answers, strict=True):
+            record.index.clear()
+            if isinstance(answer, InvalidRequest) or not isinstance(answer, dict | StrataError):
+                raise answer
+            name = record.facts.worker if record.facts else record.url
+            dropped[name] = {"error": answer.openai_body()} if isinstance(answer, StrataError) else answer
+        return {"workers": dropped}
+
+    async def _routes(self) -> Response:
+        decisions = [asdict(decision) for decision in self._service.scheduler.decisions]
+        return Response(json_bytes({"routes": decisions}), media_type="application/json")
+
+    async def _workers(self) -> Response:
+        states = [
+            {
+                "url": r.url,
+                "alive": r.alive,
+                "info": r.facts,
+                "load": r.load,
+                "in_hand": len(r.sent),
+                "blocks": len(r.index),
+            }
+            for r in self._service.scheduler.directory.records
+        ]
+        return Response(json_bytes({"workers": states}), media_type="application/json")
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    return error_response(error)

@@ -1,0 +1,131 @@
+"""The ASGI ground the endpoints stand on: request ids, the API key, limits, errors in OpenAI's form, disconnects."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import re
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dbnode.errors import BodyTooLarge, Unauthenticated
+from dbnode.rest.bodies import json_bytes
+from stratakv.errors import Cancelled, InvalidRequest, StrataError
+from stratakv.log import EventLogger
+
+log = EventLogger("dbnode.rest")
+
+RETRY_AFTER_S = 1
+OPEN_PATHS = frozenset({"/health"})
+"""Paths that need no API key."""
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+class Guard:
+    """Outermost layer: gives every request an id, checks the key, and turns whatever goes wrong into an OpenAI error."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+        self._app = app
+        self._expected = None if api_key is None else b"Bearer " + api_key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        trace_id = headers.get(b"x-request-id", b"").decode("latin-1")
+        if not _REQUEST_ID.fullmatch(trace_id):
+            trace_id = uuid.uuid4().hex
+        scope.setdefault("state", {})["trace_id"] = trace_id
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", trace_id.encode())]
+            await send(message)
+
+        try:
+            self._check_key(scope["path"], headers.get(b"authorization", b""))
+            await self._app(scope, receive, send_with_id)
+        except Exception as error:
+            if started:
+                raise
+            await error_response(error)(scope, receive, send_with_id)
+
+    def _check_key(self, path: str, given: bytes) -> None:
+        if self._expected is None or path in OPEN_PATHS:
+            return
+        if not hmac.compare_digest(given, self._expected):
+            raise Unauthenticated("the API key is missing or wrong; send it as `Authorization: Bearer KEY`")
+
+
+def error_response(error: Exception) -> Response:
+    """The OpenAI error body of any error; what is not ours is logged and told as an internal error."""
+    if isinstance(error, HTTPException):
+        body = {"message": error.detail, "type": "invalid_request_error", "param": None, "code": None}
+        return _json({"error": body}, error.status_code, dict(error.headers or {}))
+    if not isinstance(error, StrataError):
+        log.exception("request_failed_unexpectedly")
+        error = StrataError("internal error")
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if error.http_status in (429, 503) else {}
+    if isinstance(error, Unauthenticated):
+        headers["WWW-Authenticate"] = "Bearer"
+    return _json({"error": error.openai_body()}, error.http_status, headers)
+
+
+def _json(content: object, status: int, headers: dict[str, str]) -> Response:
+    return Response(json_bytes(content), status, headers, media_type="application/json")
+
+
+async def read_body(request: Request, bytes_max: int) -> bytes:
+    """The whole body. Raises BodyTooLarge as soon as it is known to be longer than allowed."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > bytes_max:
+        raise BodyTooLarge(f"the request body is longer than {bytes_max} bytes")
+    parts: list[bytes] = []
+    size_bytes = 0
+    try:
+        async for part in request.stream():
+            size_bytes += len(part)
+            if size_bytes > bytes_max:
+                raise BodyTooLarge(f"the request body is longer than {bytes_max} bytes")
+            parts.append(part)
+    except ClientDisconnect:
+        raise Cancelled("the client went away before its request was whole") from None
+    if not size_bytes:
+        raise InvalidRequest("the request has no body")
+    return b"".join(parts)
+
+
+@asynccontextmanager
+async def cancelled_by_disconnect(receive: Receive) -> AsyncIterator[None]:
+    """Cancel what runs inside when the client goes away; raises Cancelled then."""
+    task = asyncio.current_task()
+    assert task is not None
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        task.cancel()
+
+    watcher = asyncio.create_task(watch(), name="disconnect-watcher")
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not gone:
+            raise
+        task.uncancel()
+        raise Cancelled("the client went away") from None
+    finally:
+        watcher.cancel()

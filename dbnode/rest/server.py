@@ -1,0 +1,79 @@
+"""Runs the REST application with uvicorn inside the process's own event loop; signals stay with the process."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+
+from dbnode.rest.http import Guard
+from stratakv.errors import SetupError
+from stratakv.process import port_taken, require_loopback
+from stratakv.settings import RestSettings
+
+BACKLOG = 2048
+KEEP_ALIVE_S = 75
+SHUTDOWN_S = 5
+"""Connections still busy when the server is told to end are cut after so long; requests were waited for before."""
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without signal handlers."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class RestServer:
+    """The listening socket and the server on it."""
+
+    def __init__(self, settings: RestSettings) -> None:
+        """Binds the port, so that a taken one is known at once. Raises SetupError."""
+        if settings.api_key is None:
+            require_loopback(settings.host, "rest.host", "because rest.api_key is not set")
+        self._socket = _bind(settings)
+        self._server: _Server | None = None
+
+    @property
+    def port(self) -> int:
+        return int(self._socket.getsockname()[1])
+
+    async def run(self, app: Guard) -> None:
+        """Serve until `stop`."""
+        config = uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=SHUTDOWN_S,
+        )
+        self._server = _Server(config)
+        await self._server.serve(sockets=[self._socket])
+
+    def stop(self) -> None:
+        if self._server is not None:
+            self._server.should_exit = True
+
+
+def _bind(settings: RestSettings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise port_taken(settings.host, settings.port, "rest.port") from None
+        raise SetupError(f"rest.host = {settings.host}: cannot listen there: {error.strerror}") from None
+    listener.setblocking(False)
+    return listener

@@ -1,0 +1,112 @@
+"""How long a request would take on a worker, in milliseconds, from measured rates. Pure: no clock, no I/O."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stratakv.wire import WorkerRole
+
+PREFILL_TOKENS_PER_S_DEFAULT = 500.0
+"""Until a worker has measured its own."""
+DECODE_STEP_S_DEFAULT = 0.05
+POOL_BYTES_PER_S_DEFAULT = 1e9
+DECODE_TOKENS_MAX = 64
+"""An answer's length is not known beforehand; more than so many tokens are not counted."""
+ROLE_MISMATCH_MS = 200.0
+"""What a worker of the wrong role must be faster by."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One live worker as the router sees it for one request."""
+
+    worker: str
+    url: str
+    role: WorkerRole
+    namespace: str
+    """Workers of one namespace can read each other's KV."""
+    l1_tokens: int
+    """Leading prompt tokens that it probably holds itself."""
+    pool_tokens: int
+    """Leading prompt tokens that are in the pool."""
+    queued_tokens: int
+    """Prompt tokens it has to compute before this request's, those just sent included."""
+    running: int
+    """Sequences it is decoding or about to."""
+    prefill_tokens_per_s: float = 0.0
+    decode_step_s: float = 0.0
+    pool_bytes_per_s: float = 0.0
+    """0 for these three: not measured yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What the request needs of a worker."""
+
+    prompt_tokens: int
+    max_tokens: int
+    kv_bytes_per_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Parts of a score."""
+
+    queue_ms: float
+    load_ms: float
+    prefill_ms: float
+    decode_ms: float
+    role_ms: float
+
+    @property
+    def total_ms(self) -> float:
+        return self.queue_ms + self.load_ms + self.prefill_ms + self.decode_ms + self.role_ms
+
+
+def uncached_tokens(candidate: Candidate, work: Work) -> int:
+    """Prompt tokens the worker would compute; one is computed on a full hit too."""
+    return max(1, work.prompt_tokens - max(candidate.l1_tokens, candidate.pool_tokens))
+
+
+def prefill_cost(candidate: Candidate, work: Work, preferred: frozenset[WorkerRole]) -> Cost:
+    """Cost up to the first token. Loading is never counted dearer than computing: a worker takes the cheaper."""
+    tokens_per_ms = (candidate.prefill_tokens_per_s or PREFILL_TOKENS_PER_S_DEFAULT) / 1000
+    num_loaded = max(0, candidate.pool_tokens - candidate.l1_tokens)
+    return Cost(
+        queue_ms=candidate.queued_tokens / tokens_per_ms,
+        load_ms=min(_load_ms(candidate, num_loaded, work.kv_bytes_per_token), num_loaded / tokens_per_ms),
+        prefill_ms=uncached_tokens(candidate, work) / tokens_per_ms,
+        decode_ms=_step_ms(candidate) * candidate.running,
+        role_ms=0.0 if candidate.role in preferred else ROLE_MISMATCH_MS,
+    )
+
+
+def decode_cost(candidate: Candidate, work: Work, preferred: frozenset[WorkerRole]) -> Cost:
+    """Cost of an answer whose prompt is computed elsewhere and read from the pool."""
+    tokens_per_ms = (candidate.prefill_tokens_per_s or PREFILL_TOKENS_PER_S_DEFAULT) / 1000
+    num_loaded = max(0, work.prompt_tokens - candidate.l1_tokens)
+    steps = min(work.max_tokens, DECODE_TOKENS_MAX)
+    return Cost(
+        queue_ms=candidate.queued_tokens / tokens_per_ms,
+        load_ms=_load_ms(candidate, num_loaded, work.kv_bytes_per_token),
+        prefill_ms=0.0,
+        decode_ms=_step_ms(candidate) * (candidate.running + steps),
+        role_ms=0.0 if candidate.role in preferred else ROLE_MISMATCH_MS,
+    )
+
+
+def whole_cost(candidate: Candidate, work: Work, preferred: frozenset[WorkerRole]) -> Cost:
+    """Cost of prompt and answer on one worker."""
+    cost = prefill_cost(candidate, work, preferred)
+    steps = min(work.max_tokens, DECODE_TOKENS_MAX)
+    return Cost(
+        cost.queue_ms, cost.load_ms, cost.prefill_ms, cost.decode_ms + _step_ms(candidate) * steps, cost.role_ms
+    )
+
+
+def _load_ms(candidate: Candidate, num_tokens: int, kv_bytes_per_token: int) -> float:
+    return num_tokens * kv_bytes_per_token * 1000 / (candidate.pool_bytes_per_s or POOL_BYTES_PER_S_DEFAULT)
+
+
+def _step_ms(candidate: Candidate) -> float:
+    return (candidate.decode_step_s or DECODE_STEP_S_DEFAULT) * 1000

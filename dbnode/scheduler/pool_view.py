@@ -1,0 +1,65 @@
+"""What the scheduler asks of the meta server: how much of a prompt is in the pool, and which workers have registered.
+
+Everything is optional: without a meta server requests are routed by what the node itself knows. Owned by
+`dbnode.scheduler.scheduler`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from stratakv.errors import StrataError
+from stratakv.keys import BlockKey, pack_keys
+from stratakv.log import EventLogger
+from stratakv.wire import ListWorkers, Match, MatchPrefix, ReplyT, Request, Workers
+
+log = EventLogger("dbnode.pool_view")
+
+PEEK_TIMEOUT_S = 0.05
+"""A prompt waits no longer than this to learn what the pool holds of it."""
+KEYS_MAX = 65_536
+"""Keys of one message; what lies behind them is not asked for."""
+
+
+class MetaCalls(Protocol):
+    """The part of `stratakv.pool.meta_client.MetaClient` that is used here."""
+
+    @property
+    def available(self) -> bool: ...
+
+    async def call(self, request: Request, reply_type: type[ReplyT], timeout_s: float | None = None) -> ReplyT: ...
+
+
+class PoolView:
+    """The meta server as the scheduler sees it."""
+
+    def __init__(self, meta: MetaCalls | None) -> None:
+        self._meta = meta
+
+    @property
+    def available(self) -> bool:
+        """Whether the pool can be used to hand a prompt from one worker to another."""
+        return self._meta is not None and self._meta.available
+
+    async def count_blocks(self, namespace: bytes, keys: Sequence[BlockKey]) -> int:
+        """Leading blocks in the pool; 0 when nobody answers in time."""
+        if self._meta is None or not self._meta.available or not keys:
+            return 0
+        request = MatchPrefix(namespace=namespace, keys=pack_keys(keys[:KEYS_MAX]), lease_s=0.0)
+        try:
+            return (await self._meta.call(request, Match, timeout_s=PEEK_TIMEOUT_S)).num_blocks
+        except StrataError as error:
+            log.debug("pool_peek_failed", error=error.message)
+            return 0
+
+    async def worker_urls(self) -> list[str] | None:
+        """URLs of the workers that have registered; None when nobody answers."""
+        if self._meta is None:
+            return None
+        try:
+            reply = await self._meta.call(ListWorkers(), Workers)
+        except StrataError as error:
+            log.debug("list_workers_failed", error=error.message)
+            return None
+        return [state.info.url for state in reply.workers]

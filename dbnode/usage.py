@@ -1,0 +1,125 @@
+"""Usage events: one row per request in PostgreSQL, written in batches in the background.
+
+An Observer of the inference service. The database may be away: events wait in a bounded queue, then the oldest are dropped
+and counted; serving goes on. A batch may be written again: a request id is taken once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable
+
+import asyncpg
+
+from dbnode.generate import Settled, Source
+from stratakv.log import EventLogger
+from stratakv.queries import load_queries
+from stratakv.settings import DatabaseSettings
+
+log = EventLogger("dbnode.usage")
+
+EVENTS_WAITING_MAX = 10_000
+BATCH_EVENTS_MAX = 500
+FLUSH_S = 0.5
+RETRY_S_MAX = 10.0
+WRITE_TIMEOUT_S = 10.0
+WARN_EVERY_S = 30.0
+
+_AWAY = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError)
+_insert = load_queries("dbnode")["insert_usage_events"]
+
+
+class UsageWriter:
+    """Writes usage events while `run` runs."""
+
+    def __init__(self, settings: DatabaseSettings, on_dropped: Callable[[], None]) -> None:
+        self._settings = settings
+        self._on_dropped = on_dropped
+        self._events: deque[Settled] = deque()
+        self._some = asyncio.Event()
+        self._connection: asyncpg.Connection | None = None
+        self._warned_s = 0.0
+
+    def first_token(self, source: Source, ttft_s: float) -> None:
+        """Nothing is written before the end."""
+
+    def settled(self, settled: Settled) -> None:
+        if self._settings.url is None:
+            return
+        if len(self._events) >= EVENTS_WAITING_MAX:
+            self._events.popleft()
+            self._on_dropped()
+        self._events.append(settled)
+        self._some.set()
+
+    async def run(self) -> None:
+        """Write until cancelled."""
+        retry_s = FLUSH_S
+        while True:
+            await self._some.wait()
+            await asyncio.sleep(retry_s)
+            retry_s = FLUSH_S if await self._flush() else min(RETRY_S_MAX, retry_s * 2)
+
+    async def close(self) -> None:
+        """Write what is left, if the database is there."""
+        if self._events and not await self._flush():
+            log.warning("usage_events_lost", events=len(self._events))
+        if self._connection is not None:
+            self._connection.terminate()
+
+    async def _flush(self) -> bool:
+        """Write all that waits; False if the database is away."""
+        while self._events:
+            batch = [self._events[i] for i in range(min(len(self._events), BATCH_EVENTS_MAX))]
+            try:
+                connection = await self._connected()
+                await connection.execute(_insert, *zip(*map(_row, batch), strict=True), timeout=WRITE_TIMEOUT_S)
+            except _AWAY as error:
+                self._lost(error)
+                return False
+            for _ in range(min(len(batch), len(self._events))):
+                self._events.popleft()
+        self._some.clear()
+        return True
+
+    async def _connected(self) -> asyncpg.Connection:
+        if self._connection is None or self._connection.is_closed():
+            timeout_s = self._settings.connect_timeout_s
+            self._connection = await asyncpg.connect(self._settings.url, timeout=timeout_s)
+        return self._connection
+
+    def _lost(self, error: BaseException) -> None:
+        if time.monotonic() - self._warned_s > WARN_EVERY_S:
+            self._warned_s = time.monotonic()
+            log.warning("usage_not_written", waiting=len(self._events), error=type(error).__name__)
+        if self._connection is not None:
+            with contextlib.suppress(*_AWAY):
+                self._connection.terminate()
+            self._connection = None
+
+
+def _row(settled: Settled) -> tuple[object, ...]:
+    """Columns in the order of the query's parameters."""
+    request, usage = settled.request, settled.usage
+    generation_ms = usage.timings.e2e_ms - usage.timings.ttft_ms if usage.timings.ttft_ms else None
+    num_gaps = usage.completion_tokens - 1
+    return (
+        request.request_id,
+        request.caller.tenant or "default",
+        settled.model,
+        request.source.value,
+        usage.prompt_tokens,
+        usage.tiers.l1,
+        usage.tiers.l2,
+        usage.tiers.pool,
+        usage.tiers.disk,
+        usage.completion_tokens,
+        settled.error_code or settled.outcome.value,
+        usage.timings.queue_ms,
+        usage.timings.ttft_ms or None,
+        generation_ms,
+        generation_ms / num_gaps if generation_ms is not None and num_gaps > 0 else None,
+    )

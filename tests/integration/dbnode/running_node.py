@@ -1,0 +1,87 @@
+"""A DB node (without its SQL face) in the test's own process, on a free port, over stand-in workers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from openai import AsyncOpenAI
+
+from dbnode.node import Node
+from dbnode.rest.server import RestServer
+from dbnode.scheduler.pool_view import MetaCalls
+from stratakv.models import DEFAULT_MODEL, pull
+from stratakv.settings import DatabaseSettings, ModelSettings, RestSettings, RouterSettings, Secret, Settings
+from stratakv.wire import ListWorkers, Match, Workers
+from tests.stand_in_worker import MODEL, StandInWorker
+from tests.support import eventually_async
+
+
+class PoolOfBlocks:
+    """A meta server's answers: so many leading blocks of anything are in the pool."""
+
+    available = True
+
+    def __init__(self, num_blocks: int = 0) -> None:
+        self.num_blocks = num_blocks
+
+    async def call(self, request: Any, reply_type: type[Any], timeout_s: float | None = None) -> Any:
+        return Workers([]) if isinstance(request, ListWorkers) else Match(self.num_blocks)
+
+
+class RunningNode:
+    """What tests talk to."""
+
+    def __init__(self, node: Node, port: int, api_key: str | None) -> None:
+        self.node = node
+        self.url = f"http://127.0.0.1:{port}"
+        self.http = aiohttp.ClientSession(self.url)
+        self.openai = AsyncOpenAI(base_url=f"{self.url}/v1", api_key=api_key or "none", max_retries=0, timeout=30)
+
+    async def sees(self, *workers: StandInWorker) -> None:
+        """Wait until the node uses exactly these."""
+        names = {worker.name for worker in workers}
+        usable = self.node.directory.usable
+        await eventually_async(
+            lambda: {r.facts.worker for r in usable(MODEL) if r.facts} == names, what=f"{names} usable"
+        )
+
+
+CACHE_DIR = Path("~/.cache/stratakv").expanduser()
+
+
+@asynccontextmanager
+async def running_node(
+    *workers: StandInWorker,
+    meta: MetaCalls | None = None,
+    database_url: str | None = None,
+    rest: RestSettings | None = None,
+    **router: Any,
+) -> AsyncIterator[RunningNode]:
+    pull(DEFAULT_MODEL, CACHE_DIR)
+    settings = Settings(
+        model=ModelSettings(cache_dir=CACHE_DIR),
+        rest=replace(rest or RestSettings(), port=0),
+        router=RouterSettings(**{"workers": tuple(w.url for w in workers), "refresh_s": 0.1} | router),
+        database=DatabaseSettings(url=Secret(database_url) if database_url else None),
+    )
+    node = Node(settings, meta)
+    server = RestServer(settings.rest)
+    tasks = [asyncio.create_task(node.run()), asyncio.create_task(server.run(node.rest_app()))]
+    running = RunningNode(node, server.port, settings.rest.api_key)
+    try:
+        await running.sees(*workers)
+        yield running
+    finally:
+        await running.http.close()
+        await running.openai.close()
+        server.stop()
+        await tasks[1]
+        tasks[0].cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await node.close()
