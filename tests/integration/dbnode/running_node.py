@@ -43,13 +43,10 @@ class RunningNode:
         self.http = aiohttp.ClientSession(self.url)
         self.openai = AsyncOpenAI(base_url=f"{self.url}/v1", api_key=api_key or "none", max_retries=0, timeout=30)
 
-    async def sees(self, *workers: StandInWorker) -> None:
+    async def sees(self, *urls: str) -> None:
         """Wait until the node uses exactly these."""
-        names = {worker.name for worker in workers}
         usable = self.node.directory.usable
-        await eventually_async(
-            lambda: {r.facts.worker for r in usable(MODEL) if r.facts} == names, what=f"{names} usable"
-        )
+        await eventually_async(lambda: {r.url for r in usable(MODEL)} == set(urls), what=f"{urls} usable")
 
 
 CACHE_DIR = Path("~/.cache/stratakv").expanduser()
@@ -58,16 +55,18 @@ CACHE_DIR = Path("~/.cache/stratakv").expanduser()
 @asynccontextmanager
 async def running_node(
     *workers: StandInWorker,
+    also: tuple[str, ...] = (),
     meta: MetaCalls | None = None,
     database_url: str | None = None,
     rest: RestSettings | None = None,
     **router: Any,
 ) -> AsyncIterator[RunningNode]:
     pull(DEFAULT_MODEL, CACHE_DIR)
+    urls = (*(worker.url for worker in workers), *also)
     settings = Settings(
         model=ModelSettings(cache_dir=CACHE_DIR),
         rest=replace(rest or RestSettings(), port=0),
-        router=RouterSettings(**{"workers": tuple(w.url for w in workers), "refresh_s": 0.1} | router),
+        router=RouterSettings(**{"workers": urls, "refresh_s": 0.1} | router),
         database=DatabaseSettings(url=Secret(database_url) if database_url else None),
     )
     node = Node(settings, meta)
@@ -75,7 +74,7 @@ async def running_node(
     tasks = [asyncio.create_task(node.run()), asyncio.create_task(server.run(node.rest_app()))]
     running = RunningNode(node, server.port, settings.rest.api_key)
     try:
-        await running.sees(*workers)
+        await running.sees(*urls)
         yield running
     finally:
         await running.http.close()
