@@ -8,17 +8,17 @@ from __future__ import annotations
 import asyncio
 import random
 
-from stratakv.pool.meta_client import MetaClient
-
 from dmp.puts import PutTable
-from stratakv.errors import StrataError
+from stratakv.errors import SetupError, StrataError
 from stratakv.log import EventLogger
+from stratakv.pool.meta_client import MetaClient
+from stratakv.pool.meta_errors import StaleEpoch
 from stratakv.wire import HeartbeatNode, NodeOrders, Registered, RegisterNode, Segment
 
 log = EventLogger("dmp.heartbeat")
 
 RETRY_S_MIN = 0.2
-RETRY_S_MAX = 5.0
+RETRY_S_MAX = 2.0
 GRACE_STEP_S = 0.25
 """How often extents whose grace is over are looked for."""
 
@@ -34,7 +34,7 @@ class Heartbeat:
         self._retry_s = RETRY_S_MIN
 
     async def run(self) -> None:
-        """Register and report until cancelled."""
+        """Register and report until cancelled. Raises SetupError, in a group, when another daemon has taken the node's name."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._free_due())
             tasks.create_task(self._report())
@@ -51,6 +51,12 @@ class Heartbeat:
                 log.info("registered", node=self._segment.node, heartbeat_s=registered.heartbeat_s)
                 self._retry_s = RETRY_S_MIN
                 await self._beat(registered.heartbeat_s)
+            except StaleEpoch:
+                # Everything in this memory is void for good.
+                raise SetupError(
+                    f"dmp.node = {self._segment.node}: another daemon has registered under this name since",
+                    hint="give every daemon of the pool a name of its own",
+                ) from None
             except StrataError as error:
                 log.warning("meta_server_unreachable", reason=error.message, retry_s=round(self._retry_s, 2))
                 await asyncio.sleep(self._retry_s * self._random.uniform(0.5, 1.0))

@@ -23,7 +23,7 @@ from dmp.allocator import ExtentAllocator
 from stratakv.pool.errors import OutOfBounds, PutRefused, SegmentFull
 from stratakv.wire import Extent
 
-PUTS_MAX = 20_000
+PUTS_MAX = 65_536
 """Unfinished puts at once."""
 CLOSED_PUTS_MAX = 20_000
 """Puts that are over and still remembered, so that a late duplicate does not allocate again."""

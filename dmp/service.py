@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-
-from stratakv.pool.meta_client import MetaClient
+from collections.abc import Coroutine
 
 from dmp.allocator import ExtentAllocator
 from dmp.heartbeat import Heartbeat
 from dmp.puts import PutTable
 from dmp.segment import MemorySegment
 from dmp.server import DaemonServer
+from stratakv.errors import SetupError
 from stratakv.log import EventLogger
+from stratakv.pool.meta_client import MetaClient
 from stratakv.process import require_loopback
 from stratakv.settings import Settings
 from stratakv.wire import Segment
@@ -36,8 +37,6 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         socket_name=memory.socket_name,
         size_bytes=memory.size_bytes,
     )
-    client = MetaClient(settings.meta)
-    heartbeat = Heartbeat(client, segment, puts, random.Random())
     log.info(
         "serving",
         node=segment.node,
@@ -46,15 +45,30 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         epoch=segment.epoch.hex(),
         segment_bytes=segment.size_bytes,
     )
-    tasks = [asyncio.create_task(server.accept()), asyncio.create_task(heartbeat.run())]
-    stopped = asyncio.create_task(stop.wait())
-    await asyncio.wait([*tasks, stopped], return_when=asyncio.FIRST_COMPLETED)
-    for task in (*tasks, stopped):
-        task.cancel()
-    results = await asyncio.gather(*tasks, return_exceptions=True)
-    server.close()
-    await client.close()
-    log.info("stopped", node=segment.node)
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
+    try:
+        async with MetaClient(settings.meta, role="dmp", name=segment.node) as client:
+            heartbeat = Heartbeat(client, segment, puts, random.Random())
+            await _until_stopped(stop, server.accept(), heartbeat.run())
+    finally:
+        server.close()
+        log.info("stopped", node=segment.node)
+
+
+async def _until_stopped(stop: asyncio.Event, *parts: Coroutine[None, None, None]) -> None:
+    """Run the parts until `stop`, or until one of them fails."""
+    tasks = [asyncio.create_task(part) for part in (*parts, _wait(stop))]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    except ExceptionGroup as group:
+        setup = group.subgroup(SetupError)
+        raise setup.exceptions[0] if setup else group from None
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _wait(stop: asyncio.Event) -> None:
+    await stop.wait()

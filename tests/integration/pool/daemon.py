@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -52,6 +51,10 @@ class DaemonProcess:
         lines = self._log_file.read_text().splitlines()
         return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
 
+    def log(self) -> str:
+        """All it has said on standard error."""
+        return self._log_file.read_text()
+
     def freeze(self) -> None:
         self.process.send_signal(signal.SIGSTOP)
 
@@ -62,12 +65,6 @@ class DaemonProcess:
         """kill -9."""
         self.process.kill()
         self.process.wait(10)
-
-    def kill_in(self, delay_s: float) -> threading.Timer:
-        """kill -9, soon and from another thread."""
-        timer = threading.Timer(delay_s, self.kill)
-        timer.start()
-        return timer
 
     def __enter__(self) -> Self:
         return self
