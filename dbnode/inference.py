@@ -164,7 +164,7 @@ class InferenceService:
 
     async def _prepare(self, request: GenerateRequest, progress: _Progress) -> Job:
         """All that can refuse a request before it costs a worker anything."""
-        if self.draining:
+        if self.draining and request.source is Source.REST:  # statements that run may still ask for rows
             raise Unavailable("this DB node is shutting down")
         if request.model is not None and request.model != self.model:
             raise ModelNotFound(f"model {request.model!r} is not served here; {self.model!r} is", param="model")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib import metadata
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -20,9 +19,9 @@ from dbnode.rest.http import Guard, error_response, read_body
 from dbnode.worker_client import WorkerClient
 from stratakv.errors import InvalidRequest, ModelNotFound, StrataError
 from stratakv.settings import RestSettings
+from stratakv.version import version
 
 CACHE_DROP_TIMEOUT_S = 10.0
-VERSION = metadata.version("stratakv") if "stratakv" in metadata.packages_distributions() else "0.1.0"
 
 
 class RestFace:
@@ -43,7 +42,7 @@ class RestFace:
         self._not_ready = not_ready
 
     def app(self) -> Guard:
-        app = FastAPI(title="StrataKV", version=VERSION)
+        app = FastAPI(title="StrataKV", version=version())
         completions = Completions(self._settings, self._service)
         app.router.routes.append(Route("/v1/chat/completions", completions.chat(), methods=["POST"]))
         app.router.routes.append(Route("/v1/completions", completions.completion(), methods=["POST"]))
@@ -87,7 +86,7 @@ class RestFace:
         return Response(body, 503 if reasons else 200, media_type="application/json")
 
     async def _version(self) -> dict[str, str]:
-        return {"version": VERSION}
+        return {"version": version()}
 
     async def _metrics(self) -> Response:
         return Response(generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_LATEST})

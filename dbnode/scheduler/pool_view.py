@@ -6,13 +6,14 @@ Everything is optional: without a meta server requests are routed by what the no
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Protocol
 
 from stratakv.errors import StrataError
 from stratakv.keys import BlockKey, pack_keys
 from stratakv.log import EventLogger
-from stratakv.wire import ListWorkers, Match, MatchPrefix, ReplyT, Request, Workers
+from stratakv.wire import ListWorkers, Match, MatchPrefix, Message, ReplyT, Workers
 
 log = EventLogger("dbnode.pool_view")
 
@@ -28,7 +29,7 @@ class MetaCalls(Protocol):
     @property
     def available(self) -> bool: ...
 
-    async def call(self, request: Request, reply_type: type[ReplyT], timeout_s: float | None = None) -> ReplyT: ...
+    async def call(self, request: Message, reply_type: type[ReplyT], timeout_s: float | None = None) -> ReplyT: ...
 
 
 class PoolView:
@@ -36,6 +37,7 @@ class PoolView:
 
     def __init__(self, meta: MetaCalls | None) -> None:
         self._meta = meta
+        self._peeks: set[asyncio.Task[int]] = set()
 
     @property
     def available(self) -> bool:
@@ -46,9 +48,17 @@ class PoolView:
         """Leading blocks in the pool; 0 when nobody answers in time."""
         if self._meta is None or not self._meta.available or not keys:
             return 0
+        # A call that times out counts as a lost server, so a late answer is left to come by itself.
+        peek = asyncio.create_task(self._peek(self._meta, namespace, keys), name="pool-peek")
+        self._peeks.add(peek)
+        peek.add_done_callback(self._peeks.discard)
+        await asyncio.wait({peek}, timeout=PEEK_TIMEOUT_S)
+        return peek.result() if peek.done() else 0
+
+    async def _peek(self, meta: MetaCalls, namespace: bytes, keys: Sequence[BlockKey]) -> int:
         request = MatchPrefix(namespace=namespace, keys=pack_keys(keys[:KEYS_MAX]), lease_s=0.0)
         try:
-            return (await self._meta.call(request, Match, timeout_s=PEEK_TIMEOUT_S)).num_blocks
+            return (await meta.call(request, Match)).num_blocks
         except StrataError as error:
             log.debug("pool_peek_failed", error=error.message)
             return 0

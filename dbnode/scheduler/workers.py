@@ -120,19 +120,22 @@ class WorkerDirectory:
     async def run(self) -> None:
         """Watch all workers until cancelled."""
         async with asyncio.TaskGroup() as group:
+            fixed = {url.rstrip("/") for url in self._settings.workers}
+            self._listed = fixed
             while True:
-                self._listed = {url.rstrip("/") for url in self._settings.workers}
+                self._watch_listed(group)
                 registered = await self._pool.worker_urls()
-                if registered is None:
-                    self._listed |= self._records.keys()
-                else:
-                    self._listed |= {url.rstrip("/") for url in registered}
-                for url in self._listed - self._watchers.keys():
-                    if len(self._watchers) >= WORKERS_MAX:
-                        log.warning("too_many_workers", url=url, workers_max=WORKERS_MAX)
-                        break
-                    self._watchers[url] = group.create_task(self._watch(url), name=f"watch-{url}")
+                if registered is not None:
+                    self._listed = fixed | {url.rstrip("/") for url in registered}
+                    self._watch_listed(group)
                 await asyncio.sleep(self._settings.refresh_s)
+
+    def _watch_listed(self, group: asyncio.TaskGroup) -> None:
+        for url in self._listed - self._watchers.keys():
+            if len(self._watchers) >= WORKERS_MAX:
+                log.warning("too_many_workers", url=url, workers_max=WORKERS_MAX)
+                return
+            self._watchers[url] = group.create_task(self._watch(url), name=f"watch-{url}")
 
     def mark_dead(self, record: WorkerRecord) -> None:
         """Its connection broke; poll it at once to see whether it is back."""

@@ -1,0 +1,73 @@
+"""Puts a DB node together and runs it: schema check, node, REST face, SQL face, drain.
+
+`python -m dbnode` and `stratakv serve dbnode` come here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from dbnode.node import Node
+from dbnode.rest.server import RestServer
+from dbnode.sql.front import SqlFront
+from dbnode.sql_inference import SqlInference
+from stratakv import migrate
+from stratakv.errors import SetupError
+from stratakv.log import EventLogger
+from stratakv.pool.meta_client import MetaClient
+from stratakv.settings import Settings
+
+log = EventLogger("dbnode")
+
+DRAIN_S_MAX = 30.0
+"""What is in flight when the node is told to end gets so long."""
+
+
+async def serve(settings: Settings, stop: asyncio.Event) -> None:
+    """Run one DB node until `stop` is set and what is in flight has ended, or DRAIN_S_MAX has passed. Raises SetupError."""
+    database_url = settings.database.url
+    if database_url is None:
+        raise SetupError(
+            "database.url is not set", hint="set STRATAKV_DATABASE_URL, or start everything with `stratakv up`"
+        )
+    rest = RestServer(settings.rest)
+    await asyncio.to_thread(migrate.check, database_url)
+    meta = MetaClient(settings.meta, role="dbnode", name=f"{settings.rest.host}:{rest.port}")
+    node = Node(settings, meta)
+    try:
+        sql = SqlFront(
+            settings.sql,
+            settings.sql.backend_url or database_url,
+            SqlInference(node.inference),
+            trusted_backend=settings.sql.backend_trusted,
+            postgres_uid=settings.sql.backend_uid,
+        )
+        await sql.start()
+        try:
+            await _run(settings, node, rest, sql, stop)
+        finally:
+            await sql.close()
+    finally:
+        await node.close()
+        await meta.close()
+
+
+async def _run(settings: Settings, node: Node, rest: RestServer, sql: SqlFront, stop: asyncio.Event) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        http = tasks.create_task(rest.run(node.rest_app()), name="rest")
+        upkeep = tasks.create_task(node.run(), name="node")
+        log.info(
+            "ready",
+            rest=f"http://{settings.rest.host}:{rest.port}/v1",
+            sql=f"postgresql://{settings.sql.host}:{sql.port}",
+            model=node.model,
+        )
+        await stop.wait()
+        log.info("draining", in_flight=node.inference.in_flight)
+        node.inference.draining = True
+        await sql.drain()
+        if not await node.inference.drained(DRAIN_S_MAX):
+            log.warning("drain_gave_up", in_flight=node.inference.in_flight)
+        rest.stop()
+        await http
+        upkeep.cancel()
