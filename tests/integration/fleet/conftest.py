@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from stratakv.schema import upgrade
+from stratakv.migrate import upgrade
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from stratakv import models

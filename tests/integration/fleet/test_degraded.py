@@ -7,7 +7,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
-from stratakv.pool.connections import ConnectionCache
+from stratakv.pool.dmp_client import ConnectionCache
 from stratakv.pool.meta_client import MetaClient
 from transformers import PreTrainedTokenizerBase
 

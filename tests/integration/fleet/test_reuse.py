@@ -8,7 +8,6 @@ from transformers import PreTrainedTokenizerBase
 
 from tests.integration.fleet.conftest import Pool
 from tests.integration.fleet.processes import Worker
-from tests.support import eventually
 
 BLOCK = 16
 OUTPUT_TOKENS = 24
@@ -40,13 +39,10 @@ def prompt_of(tokenizer: PreTrainedTokenizerBase, num_tokens: int, seed: int) ->
 
 
 def published(worker: Worker, prompt: list[int]) -> None:
-    """Wait until the worker's writes of this prompt can be found: what is asked again after a drop comes from below L1."""
-
-    def is_cached() -> bool:
-        worker.drop("l1")
-        return "computed" in worker.complete(prompt, 1).tiers and worker.complete(prompt, 1).tiers["computed"] <= BLOCK
-
-    eventually(is_cached, what="prompt published")
+    """The worker answers a prefill for another worker only when the prompt's blocks can be found."""
+    handover = worker.complete(prompt, 1, kv_transfer_params={"do_remote_decode": True}).handover
+    assert handover is not None
+    assert handover["do_remote_prefill"] is True
 
 
 def test_cold_l1_l2_and_pool_hits_answer_alike(pool: Pool, tokenizer: PreTrainedTokenizerBase) -> None:
