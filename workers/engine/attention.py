@@ -139,13 +139,18 @@ def _attend_chunk(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
 ) -> torch.Tensor:
-    """A prompt chunk: unmasked over its context, causal over its own keys. [rows, num_heads × head_dim]."""
+    """A prompt chunk: unmasked over its context, causal over its own keys (a single row's is in its context).
+
+    Returns [rows, num_heads × head_dim].
+    """
     queries = grouped.permute(1, 2, 0, 3)  # [kv_heads, group, rows, head_dim]
-    own_keys, own_values = (heads.transpose(0, 1).unsqueeze(1).expand(queries.shape) for heads in (k, v))
     folded = queries.reshape(1, queries.shape[0], -1, queries.shape[3])
-    before = [
+    partials = [
         (out.view(queries.shape), lse.view(queries.shape[:3]))
         for out, lse in context.partials(folded, k_cache, v_cache)
     ]
-    merged, _ = merge([*before, flash(queries, own_keys, own_values, causal=True)])
+    if grouped.shape[0] > 1:
+        own_keys, own_values = (heads.transpose(0, 1).unsqueeze(1).expand(queries.shape) for heads in (k, v))
+        partials.append(flash(queries, own_keys, own_values, causal=True))
+    merged, _ = merge(partials)
     return merged.permute(2, 0, 1, 3).reshape(grouped.shape[0], -1)

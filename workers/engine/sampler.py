@@ -54,7 +54,7 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[Sample | Non
 
 def uniform(seed: int, index: int) -> float:
     """The number in [0, 1) that decides output token `index` of a request with this seed."""
-    digest = hashlib.blake2b(struct.pack("<QQ", seed & 0xFFFF_FFFF_FFFF_FFFF, index), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
     bits: int = struct.unpack("<Q", digest)[0]
     return (bits >> 11) * 2.0**-53
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from stratakv.models import DEFAULT_MODEL, pull
 from tests.unit.workers.engine.harness import Oracle, save_tiny
@@ -30,3 +31,15 @@ def oracle(tiny: Path) -> Oracle:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     return pull(DEFAULT_MODEL, Path.home() / ".cache" / "stratakv")
+
+
+@pytest.fixture(scope="session")
+def tiny_with_nan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, whose token 0 is embedded as NaN."""
+    directory = save_tiny(tmp_path_factory.mktemp("tiny_with_nan"))
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    # untied, so that the poisoned row reaches only those who use the token
+    tensors["model.embed_tokens.weight"][0] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    return directory

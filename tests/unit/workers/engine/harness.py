@@ -89,7 +89,7 @@ class Oracle:
 class Listener:
     """Collects one request's events."""
 
-    events: "queue.Queue[EngineEvent]" = field(default_factory=queue.Queue)
+    events: queue.Queue[EngineEvent] = field(default_factory=queue.Queue)
 
     def result(self) -> tuple[list[int], FinishedEvent]:
         """All output tokens and the terminal event."""
@@ -164,9 +164,7 @@ class MemoryTier:
     num_aborted: int = 0
     num_finished: int = 0
 
-    def save(
-        self, keys: Sequence[BlockKey], l1_blocks: Sequence[int], on_finished: Callable[[], None]
-    ) -> MemorySave | None:
+    def save(self, keys: Sequence[BlockKey], l1_blocks: Sequence[int], on_finished: Callable[[], None]) -> MemorySave:
         return MemorySave(self, list(keys), list(l1_blocks), on_finished)
 
     def hit(self, keys: Sequence[BlockKey], start_block: int, **fault: int) -> MemoryHit:

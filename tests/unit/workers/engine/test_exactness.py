@@ -47,13 +47,12 @@ def test_greedy_tokens_equal_the_oracles(tiny: Path, expected: list[list[int]], 
 
 @pytest.mark.parametrize("prefix_caching", [True, False])
 def test_preempted_requests_end_like_others(tiny: Path, expected: list[list[int]], prefix_caching: bool) -> None:
-    with running(fp32(tiny, num_blocks=9, prefix_caching=prefix_caching)) as engine:
-        listeners = [submit(engine, request(PROMPTS[i], NUM_TOKENS, request_id=str(i))) for i in (0, 1, 3)]
+    with running(fp32(tiny, num_blocks=5, prefix_caching=prefix_caching)) as engine:
+        listeners = [submit(engine, request(PROMPTS[0], NUM_TOKENS, request_id=str(i))) for i in range(3)]
         results = [listener.result() for listener in listeners]
-    assert [tokens for tokens, _ in results] == [expected[0], expected[1], expected[3]]
+    assert [tokens for tokens, _ in results] == [expected[0]] * 3
     assert sum(event.usage.preemptions for _, event in results) > 0
-    for i, (_, event) in zip((0, 1, 3), results, strict=True):
-        assert sum(event.usage.tokens_by_tier.values()) == len(PROMPTS[i])
+    assert all(sum(event.usage.tokens_by_tier.values()) == len(PROMPTS[0]) for _, event in results)
 
 
 def test_the_oracle_tells_tokens_apart(expected: list[list[int]]) -> None:

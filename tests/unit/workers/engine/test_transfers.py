@@ -1,0 +1,171 @@
+"""Loads from and write-downs to lower tiers, layer by layer: right tokens, or a recompute, and nothing half-done is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from stratakv.keys import BlockKey
+from tests.support import eventually
+from tests.unit.workers.engine.harness import (
+    MemorySave,
+    MemoryTier,
+    Oracle,
+    fp32,
+    generate,
+    prompt,
+    request,
+    running,
+    submit,
+)
+from workers.engine import FinishReason
+from workers.engine.connector import Tier
+from workers.engine.errors import NotFinite
+from workers.engine.kv_cache import KVCache
+
+NUM_TOKENS = 12
+PROMPT = prompt(31, 85)
+KEYS = request(PROMPT, 1).keys
+NUM_LAYERS = 3
+
+
+class Tiers:
+    """Makes the lower tier once the cache exists, and keeps it for the test."""
+
+    def __init__(self) -> None:
+        self.made: list[MemoryTier] = []
+
+    def __call__(self, cache: KVCache) -> MemoryTier:
+        pages = self.made[-1].pages if self.made else {}
+        self.made.append(MemoryTier(cache, pages))
+        return self.made[-1]
+
+    @property
+    def now(self) -> MemoryTier:
+        return self.made[-1]
+
+
+@pytest.fixture
+def tiers() -> Tiers:
+    return Tiers()
+
+
+@pytest.fixture
+def expected(oracle: Oracle) -> list[int]:
+    return oracle.greedy(PROMPT, NUM_TOKENS)
+
+
+def test_every_filled_block_is_written_down_once_with_its_key(tiny: Path, tiers: Tiers) -> None:
+    with running(fp32(tiny, max_batched_tokens=23), tiers) as engine:
+        tokens, _ = generate(engine, PROMPT, NUM_TOKENS)
+        everything = request([*PROMPT, *tokens[:-1]], 1).keys
+        assert set(tiers.now.pages) == set(everything)
+        generate(engine, PROMPT, 1)
+        eventually(lambda: engine.stats().blocks_referenced == 0)
+
+
+def test_loaded_blocks_give_the_same_tokens_and_serve_from_l1_later(
+    tiny: Path, tiers: Tiers, expected: list[int]
+) -> None:
+    with running(fp32(tiny), tiers) as engine:
+        generate(engine, PROMPT, 1)
+    with running(fp32(tiny), tiers) as engine:
+        hit = tiers.now.hit(KEYS, 0)
+        tokens, finished = generate(engine, PROMPT, NUM_TOKENS, external=hit)
+        assert engine.num_cached_blocks(KEYS) == 5
+    assert tokens == expected
+    assert finished.usage.tokens_by_tier == {**dict.fromkeys(Tier, 0), Tier.POOL: 80, Tier.COMPUTED: 5}
+    assert hit.loads[0].waited == list(range(NUM_LAYERS))
+    assert hit.num_released == 1
+
+
+def test_only_what_l1_lacks_is_loaded(tiny: Path, tiers: Tiers, expected: list[int]) -> None:
+    with running(fp32(tiny), tiers) as engine:
+        generate(engine, PROMPT, 1)
+    with running(fp32(tiny), tiers) as engine:
+        generate(engine, PROMPT[:40], 1)
+        hit = tiers.now.hit(KEYS, 1)
+        tokens, finished = generate(engine, PROMPT, NUM_TOKENS, external=hit)
+    assert tokens == expected
+    assert finished.usage.tokens_by_tier[Tier.L1] == 32
+    assert finished.usage.tokens_by_tier[Tier.POOL] == 48
+
+
+def test_a_hit_that_does_not_adjoin_l1_is_given_back_unused(tiny: Path, tiers: Tiers, expected: list[int]) -> None:
+    with running(fp32(tiny), tiers) as engine:
+        generate(engine, PROMPT, 1)
+    with running(fp32(tiny), tiers) as engine:
+        hit = tiers.now.hit(KEYS, 2)
+        tokens, finished = generate(engine, PROMPT, NUM_TOKENS, external=hit)
+    assert tokens == expected
+    assert finished.usage.tokens_by_tier[Tier.COMPUTED] == len(PROMPT)
+    assert (hit.loads, hit.num_released) == ([], 1)
+
+
+@pytest.mark.parametrize("num_good_blocks", [0, 2])
+@pytest.mark.parametrize("fail_layer", [0, 1, NUM_LAYERS - 1])
+def test_a_failed_load_is_computed_instead_and_harms_nobody(
+    tiny: Path, tiers: Tiers, expected: list[int], oracle: Oracle, fail_layer: int, num_good_blocks: int
+) -> None:
+    with running(fp32(tiny), tiers) as engine:
+        generate(engine, PROMPT, 1)
+    with running(fp32(tiny), tiers) as engine:
+        hit = tiers.now.hit(KEYS, 0, fail_layer=fail_layer, num_good_blocks=num_good_blocks)
+        other = prompt(77, 30)
+        beside = submit(engine, request(other, 30, request_id="beside"))
+        beside.wait_first()
+        tokens, finished = generate(engine, PROMPT, NUM_TOKENS, external=hit)
+        assert hit.loads[0].cancelled
+        assert finished.usage.tokens_by_tier[Tier.POOL] == num_good_blocks * 16
+        assert finished.usage.tokens_by_tier[Tier.COMPUTED] == len(PROMPT) - num_good_blocks * 16
+        assert beside.result()[0] == oracle.greedy(other, 30)[1:]
+        again, cached = generate(engine, PROMPT, NUM_TOKENS)
+    assert tokens == again == expected
+    assert cached.usage.tokens_by_tier[Tier.L1] == 80
+
+
+def test_blocks_being_written_down_are_not_given_away(tiny: Path) -> None:
+    class Stalled(MemoryTier):
+        """Never finishes until told to."""
+
+        def __init__(self, cache: KVCache) -> None:
+            super().__init__(cache)
+            self.held: list[Callable[[], None]] = []
+
+        def save(
+            self, keys: Sequence[BlockKey], l1_blocks: Sequence[int], on_finished: Callable[[], None]
+        ) -> MemorySave:
+            self.held.append(on_finished)
+            return super().save(keys, l1_blocks, lambda: None)
+
+    made: list[Stalled] = []
+
+    def connect(cache: KVCache) -> Stalled:
+        made.append(Stalled(cache))
+        return made[0]
+
+    with running(fp32(tiny, num_blocks=6), connect) as engine:
+        generate(engine, PROMPT, 1)
+        eventually(lambda: engine.stats().running == 0)
+        assert engine.stats().blocks_referenced == 5
+        assert engine.drop_l1() == 0
+        waiting = submit(engine, request(prompt(40, 60), 1, request_id="waiting"))
+        eventually(lambda: engine.stats().waiting == 1)
+        for finished in made[0].held:
+            finished()
+        assert waiting.result()[1].reason is FinishReason.LENGTH
+
+
+def test_a_request_that_is_not_finite_writes_nothing_down(tiny_with_nan: Path, tiers: Tiers) -> None:
+    with running(fp32(tiny_with_nan), tiers) as engine:
+        poisoned = submit(engine, request([*PROMPT[:40], 0], 4, request_id="poisoned"))
+        healthy = submit(engine, request(PROMPT, 4, request_id="healthy"))
+        _, event = poisoned.result()
+        assert event.reason is FinishReason.ERROR
+        assert isinstance(event.error, NotFinite)
+        assert healthy.result()[1].reason is FinishReason.LENGTH
+        assert tiers.now.num_aborted == 1
+        assert set(tiers.now.pages) == set(KEYS)
+        assert engine.num_cached_blocks(KEYS) == 5
