@@ -22,6 +22,14 @@ _CONNECT_TIMEOUT_S = 10
 _LINK_NAME_BYTES = 24
 _SERVER_VERSION_MIN = 150_000
 
+_FUNCTIONS = (
+    "infer(text, text, jsonb)",
+    "bind(text, text)",
+    "sql_ask(text, text)",
+    "sql_connect(text, text)",
+    "sql_dblink_exposed()",
+)
+
 Connection = psycopg.Connection[tuple[object, ...]]
 
 
@@ -53,7 +61,7 @@ def uninstall(url: str, *, cascade: bool = False) -> None:
     with _transaction(url) as connection:
         if _is_our_wrapper(connection):
             connection.execute(f"DROP FUNCTION public.infer(text, text, jsonb) {last}".encode())
-        for function in ("infer(text, text, jsonb)", "bind(text, text)", "sql_link()", "sql_dblink_exposed()"):
+        for function in _FUNCTIONS:
             connection.execute(f"DROP FUNCTION IF EXISTS stratakv.{function} {last}".encode())
         connection.execute(b"DROP TABLE IF EXISTS stratakv.sql_listeners, stratakv.sql_install")
         if _dblink_schema(connection) == DBLINK_SCHEMA:

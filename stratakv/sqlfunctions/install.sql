@@ -61,27 +61,45 @@ BEGIN
 END
 $$;
 
--- The name of the session's connection to a listener, opened to the default one if there is none.
-CREATE OR REPLACE FUNCTION stratakv.sql_link() RETURNS text
-LANGUAGE plpgsql STABLE PARALLEL RESTRICTED SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+-- Opens the session's connection to a listener, the default one if none is named; false if that is not known.
+CREATE OR REPLACE FUNCTION stratakv.sql_connect(link text, listener text) RETURNS boolean
+LANGUAGE plpgsql VOLATILE PARALLEL RESTRICTED SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    link   text := (SELECT connection_name FROM stratakv.sql_install);
     target text;
 BEGIN
-    IF stratakv.sql_dblink_exposed() THEN
-        RAISE EXCEPTION 'a role that is no superuser may execute the functions of dblink: infer() would not be safe'
-            USING ERRCODE = '42501', HINT = 'Run "stratakv install" again: it names the privileges to revoke.';
+    IF listener IS NULL THEN
+        SELECT conninfo INTO target FROM stratakv.sql_listeners WHERE is_default;
+    ELSE
+        SELECT conninfo INTO target FROM stratakv.sql_listeners WHERE name = listener;
+    END IF;
+    IF target IS NULL THEN
+        RETURN false;
     END IF;
     IF link = ANY (@dblink@.dblink_get_connections()) THEN
-        RETURN link;
-    END IF;
-    SELECT conninfo INTO target FROM stratakv.sql_listeners WHERE is_default;
-    IF target IS NULL THEN
-        RAISE EXCEPTION 'no DB node is known in this database'
-            USING ERRCODE = '55000', HINT = 'Run "stratakv install --database URL".';
+        PERFORM @dblink@.dblink_disconnect(link);
     END IF;
     PERFORM @dblink@.dblink_connect(link, target);
-    RETURN link;
+    RETURN true;
+END
+$$;
+
+-- One question to the listener. All NULL if the connection is dead. Nothing in it raises: dblink() itself would, where a
+-- cancelled statement has left an answer unread, and where the connection is known to be dead.
+CREATE OR REPLACE FUNCTION stratakv.sql_ask(
+    link text, request text, OUT status text, OUT answer text, OUT sqlstate text, OUT message text, OUT hint text)
+LANGUAGE plpgsql VOLATILE PARALLEL RESTRICTED AS $$
+BEGIN
+    IF @dblink@.dblink_send_query(link, request) = 0 THEN
+        FOR unread IN 1 .. 3 LOOP
+            PERFORM FROM @dblink@.dblink_get_result(link, false) AS t(a text, b text, c text, d text, e text);
+        END LOOP;
+        IF @dblink@.dblink_send_query(link, request) = 0 THEN
+            RETURN;
+        END IF;
+    END IF;
+    SELECT t.a, t.b, t.c, t.d, t.e INTO status, answer, sqlstate, message, hint
+    FROM @dblink@.dblink_get_result(link, false) AS t(a text, b text, c text, d text, e text);
+    PERFORM FROM @dblink@.dblink_get_result(link, false) AS t(a text, b text, c text, d text, e text);  -- the end
 END
 $$;
 
@@ -90,24 +108,15 @@ CREATE OR REPLACE FUNCTION stratakv.bind(nonce text, listener text) RETURNS bool
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp SET client_min_messages = error AS $$
 DECLARE
-    link   text := (SELECT connection_name FROM stratakv.sql_install);
-    target text := (SELECT conninfo FROM stratakv.sql_listeners WHERE name = listener);
-    reply  record;
+    link  text := (SELECT connection_name FROM stratakv.sql_install);
+    reply record;
 BEGIN
-    IF target IS NULL OR stratakv.sql_dblink_exposed() THEN
+    IF stratakv.sql_dblink_exposed() OR NOT stratakv.sql_connect(link, listener) THEN
         RETURN false;
     END IF;
-    IF link = ANY (@dblink@.dblink_get_connections()) THEN
-        PERFORM @dblink@.dblink_disconnect(link);
-    END IF;
-    PERFORM @dblink@.dblink_connect(link, target);
-    SELECT * INTO reply
-    FROM @dblink@.dblink(
-        link,
-        pg_catalog.format('bind %s %s', pg_catalog.encode(pg_catalog.convert_to(nonce, 'UTF8'), 'hex'),
-                          pg_catalog.pg_backend_pid()),
-        false
-    ) AS t(status text, answer text, sqlstate text, message text, hint text);
+    SELECT * INTO reply FROM stratakv.sql_ask(
+        link, pg_catalog.format('bind %s %s', pg_catalog.encode(pg_catalog.convert_to(nonce, 'UTF8'), 'hex'),
+                                pg_catalog.pg_backend_pid()));
     IF reply.status IS DISTINCT FROM 'ok' THEN
         RAISE EXCEPTION '%', COALESCE(reply.message, 'the DB node does not answer')
             USING ERRCODE = COALESCE(reply.sqlstate, '57P03');
@@ -117,15 +126,16 @@ END
 $$;
 
 -- Polls, each answered within a fifth of a second, let cancel and statement_timeout through. No EXCEPTION block: parallel
--- plans of older versions refuse subtransactions. A dead connection gives no row; then connect and ask again.
+-- plans of older versions refuse subtransactions. A dead connection answers NULL; then connect and ask again.
 CREATE OR REPLACE FUNCTION stratakv.infer(prompt text, model text DEFAULT NULL, options jsonb DEFAULT NULL) RETURNS text
 LANGUAGE plpgsql STABLE PARALLEL RESTRICTED COST 1000 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp SET client_min_messages = error AS $$
 DECLARE
-    caller  text := pg_catalog.current_setting('role');
-    link    text;
-    request text;
-    reply   record;
+    caller    text := pg_catalog.current_setting('role');
+    link      text;
+    request   text;
+    connected boolean;
+    reply     record;
 BEGIN
     IF prompt IS NULL THEN
         RETURN NULL;
@@ -141,13 +151,20 @@ BEGIN
         COALESCE('=' || pg_catalog.encode(pg_catalog.convert_to(model, 'UTF8'), 'hex'), '-'),
         COALESCE('=' || pg_catalog.encode(pg_catalog.convert_to(options::text, 'UTF8'), 'hex'), '-'),
         '=' || pg_catalog.encode(pg_catalog.convert_to(prompt, 'UTF8'), 'base64'));
+    IF stratakv.sql_dblink_exposed() THEN
+        RAISE EXCEPTION 'a role that is no superuser may execute the functions of dblink: infer() would not be safe'
+            USING ERRCODE = '42501', HINT = 'Run "stratakv install" again: it names the privileges to revoke.';
+    END IF;
+    link := (SELECT connection_name FROM stratakv.sql_install);
+    connected := link = ANY (@dblink@.dblink_get_connections());
     FOR attempt IN 1 .. 3 LOOP
-        link := stratakv.sql_link();
-        SELECT * INTO reply FROM @dblink@.dblink(link, request, false)
-            AS t(status text, answer text, sqlstate text, message text, hint text);
+        IF connected IS NOT TRUE AND NOT stratakv.sql_connect(link, NULL) THEN
+            RAISE EXCEPTION 'no DB node is known in this database'
+                USING ERRCODE = '55000', HINT = 'Run "stratakv install --database URL".';
+        END IF;
+        SELECT * INTO reply FROM stratakv.sql_ask(link, request);
         WHILE reply.status = 'wait' LOOP
-            SELECT * INTO reply FROM @dblink@.dblink(link, 'poll', false)
-                AS t(status text, answer text, sqlstate text, message text, hint text);
+            SELECT * INTO reply FROM stratakv.sql_ask(link, 'poll');
         END LOOP;
         IF reply.status = 'ok' THEN
             RETURN pg_catalog.convert_from(pg_catalog.decode(reply.answer, 'base64'), 'UTF8');
@@ -155,16 +172,16 @@ BEGIN
             RAISE EXCEPTION '%', reply.message USING ERRCODE = reply.sqlstate;
         ELSIF reply.status = 'error' THEN
             RAISE EXCEPTION '%', reply.message USING ERRCODE = reply.sqlstate, HINT = reply.hint;
-        ELSIF reply.status IS NULL THEN
-            PERFORM @dblink@.dblink_disconnect(link);
         END IF;
+        connected := reply.status IS NOT NULL;
     END LOOP;
     RAISE EXCEPTION 'the DB node ended during the call'
         USING ERRCODE = '57P03', HINT = 'Run the statement again.';
 END
 $$;
 
-REVOKE ALL ON FUNCTION stratakv.sql_dblink_exposed(), stratakv.sql_link() FROM PUBLIC;
+REVOKE ALL ON FUNCTION stratakv.sql_dblink_exposed(), stratakv.sql_connect(text, text), stratakv.sql_ask(text, text)
+    FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION stratakv.infer(text, text, jsonb), stratakv.bind(text, text) TO PUBLIC;
 GRANT USAGE ON SCHEMA stratakv TO PUBLIC;
 COMMENT ON FUNCTION stratakv.infer(text, text, jsonb) IS 'The model''s answer to a prompt';
