@@ -31,6 +31,8 @@ BACKOFF_MAX_S = 5.0
 DRAIN_TIMEOUT_S = 35.0
 """Longer than any service's own limit for draining."""
 LOG_TAIL_BYTES = 2000
+_SHARED_CORES = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Several workers share this machine's cores: threads that spin while they wait would take them from each other."""
 
 
 class Child:
@@ -61,7 +63,7 @@ class Child:
             # A session of its own: Ctrl-C reaches the supervisor only, which then drains in order.
             self._process = await asyncio.create_subprocess_exec(
                 *command,
-                env={**inherited, **self.spec.env},
+                env={**_SHARED_CORES, **inherited, **self.spec.env},
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

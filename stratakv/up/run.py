@@ -37,13 +37,13 @@ def run_up(settings: Settings, ports: PortChoice, state_file: Path | None) -> No
     home = settings.up.data_dir.expanduser().absolute()
     log_dir = home / "log"
     model_dir = pull_with_progress(settings.model.name, settings.model.cache_dir)
-    console.print(f"model     {settings.model.name} in {model_dir}", highlight=False, markup=False)
+    console.print(f"model     {settings.model.name} in {model_dir}", highlight=False, markup=False, soft_wrap=True)
     with _database(settings, home) as (cluster, ready_settings):
         url = str(ready_settings.database.url)
         migrate.upgrade(url)
         if ready_settings.sql.backend_url is None:
             sqlfunctions.install(url, sqlfunctions.ListenerAddress.from_settings(ready_settings.sql))
-        console.print(f"database  {migrate.masked_url(url)}", highlight=False, markup=False)
+        console.print(f"database  {migrate.masked_url(url)}", highlight=False, markup=False, soft_wrap=True)
         log_dir.mkdir(parents=True, exist_ok=True)
         plan = make_plan(ready_settings, chosen)
         state = StateFile(state_file or home / "up.json", ready_settings)
@@ -112,7 +112,7 @@ async def _run(
 
         def on_service_ready(spec: ServiceSpec) -> None:
             waiting.remove(spec.name)
-            console.print(f"ready     {spec.name:10} {spec.url}", highlight=False, markup=False)
+            console.print(f"ready     {spec.name:10} {spec.url}", highlight=False, markup=False, soft_wrap=True)
             shown.update(f"waiting for {', '.join(waiting)}" if waiting else "ready")
             if not waiting:
                 shown.stop()
@@ -144,4 +144,4 @@ def _announce(settings: Settings, state_path: Path, console: Console) -> None:
         "Ctrl-C stops it.",
         "",
     ]
-    console.print("\n".join(lines), highlight=False, markup=False)
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

@@ -13,7 +13,8 @@ import psycopg
 import pytest
 
 from stratakv.errors import SetupError
-from stratakv.postgres import EmbeddedPostgres, find_binaries
+from stratakv.postgres import EmbeddedPostgres, account, find_binaries
+from stratakv.postgres.account import Account, Mode
 from stratakv.postgres.cluster import _server_processes
 from stratakv.settings import PostgresSettings
 from tests.support import eventually
@@ -98,3 +99,30 @@ def test_a_directory_without_binaries_is_refused_with_the_setting_to_change(tmp_
     with pytest.raises(SetupError) as caught:
         find_binaries(tmp_path)
     assert "STRATAKV_POSTGRES_BIN" in str(caught.value.hint)
+
+
+def test_binaries_can_be_copied_to_where_another_account_reaches_them(tmp_path: Path) -> None:
+    copied = find_binaries(None).copy_to(tmp_path)
+    assert copied.directory.is_relative_to(tmp_path)
+    with EmbeddedPostgres(PostgresSettings(bin=copied.directory), tmp_path / "home", throw_away=True) as cluster:
+        assert cluster.is_running()
+    assert copied == find_binaries(None).copy_to(tmp_path), "copied once"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can take on another account")
+def test_root_without_user_namespaces_runs_it_as_another_account(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(account, "_probe", _refuse_namespaces)
+    place = tmp_path / "unreachable"
+    place.mkdir(mode=0o700)
+    with EmbeddedPostgres(SETTINGS, place / "pg", throw_away=True) as cluster:
+        assert cluster.uid not in (0, os.geteuid())
+        with psycopg.connect(cluster.url) as connection:
+            assert connection.execute("SELECT 1").fetchone() == (1,)
+        home = cluster.log_file.parent
+    assert not home.exists()
+
+
+def _refuse_namespaces(candidate: Account) -> str:
+    return "forbidden here" if candidate.mode is Mode.NAMESPACE else ""
