@@ -10,8 +10,9 @@ from __future__ import annotations
 import random
 import sys
 
-from benchmarks.harness import Spread, parse_options, report, running_stratakv, words
+from benchmarks.harness import Spread, parse_options, report, words
 from stratakv.rest_client import Answer, Messages, RestClient
+from stratakv.up.instance import scratch_instance
 
 HISTORY_WORDS = 2960
 NEW_WORDS = 44
@@ -40,7 +41,8 @@ def main() -> int:
     options = parse_options(__doc__)
     runs = RUNS_QUICK if options.quick else RUNS
     rng = random.Random(options.seed)
-    with running_stratakv("--set", "worker.dtype=bf16", verbose=not options.json) as state:
+    with scratch_instance("--set", "worker.dtype=bf16", quiet=options.json) as instance:
+        state = instance.state
         client = RestClient(state["rest_url"])
         one_pair(client, state["model"], rng)
         pairs = [one_pair(client, state["model"], rng) for _ in range(runs)]

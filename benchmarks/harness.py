@@ -1,4 +1,4 @@
-"""What every benchmark shares: options, a running StrataKV of its own, medians, and the one JSON line at the end."""
+"""What every benchmark shares: options, prompts, medians, and the one JSON line at the end."""
 
 from __future__ import annotations
 
@@ -7,20 +7,12 @@ import json
 import os
 import platform
 import random
-import signal
 import statistics
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-START_S_MAX = 300.0
-STOP_S_MAX = 60.0
 _COMMON = (
     "the of and to in is was for on that with as it be at by this had not are but from or have an they "
     "which one you were all her she there would their we him been has when who will no more if out so up "
@@ -98,33 +90,3 @@ def machine() -> dict[str, Any]:
 def words(count: int, rng: random.Random) -> str:
     """Common English words, close to one token each."""
     return " ".join(rng.choices(_WORDS, k=count))
-
-
-@contextmanager
-def running_stratakv(*options: str, verbose: bool = False) -> Iterator[dict[str, Any]]:
-    """`stratakv up` on free ports with a data directory of its own; yields its state file's content."""
-    with tempfile.TemporaryDirectory(prefix="stratakv-bench-") as directory:
-        state_file = Path(directory) / "state.json"
-        command = [
-            sys.executable, "-m", "stratakv.cli", "up", "--free-ports", "--state-file", str(state_file),
-            "--set", f"up.data_dir={directory}/data", "--set", "log.level=warning", *options,
-        ]  # fmt: skip
-        process = subprocess.Popen(command, stdout=None if verbose else subprocess.DEVNULL)
-        try:
-            yield _wait_for_state(process, state_file)
-        finally:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-            process.wait(STOP_S_MAX)
-
-
-def _wait_for_state(process: subprocess.Popen[bytes], path: Path) -> dict[str, Any]:
-    deadline = time.monotonic() + START_S_MAX
-    while time.monotonic() < deadline:
-        if path.exists():
-            return dict(json.loads(path.read_text()))
-        if process.poll() is not None:
-            raise SystemExit(f"StrataKV ended with status {process.returncode} before it was ready")
-        time.sleep(0.1)
-    process.terminate()
-    raise SystemExit(f"StrataKV was not ready after {START_S_MAX:.0f} s")

@@ -10,14 +10,15 @@ import random
 import statistics
 import sys
 
-from benchmarks.harness import Spread, parse_options, report, running_stratakv, words
+from benchmarks.harness import Spread, parse_options, report, words
 from stratakv.rest_client import RestClient
+from stratakv.up.instance import scratch_instance
 
 PROMPT_WORDS = 1000
 OUTPUT_TOKENS = 16
 PAIRS, PAIRS_QUICK = 60, 12
 BOOTSTRAP_SAMPLES = 2000
-JOINT = ("--set", "up.prefill_workers=0", "--set", "up.decode_workers=1")
+JOINT = ("--prefill-workers", "0", "--decode-workers", "1")
 
 
 def one_answer(client: RestClient, model: str, prompt: str) -> float:
@@ -35,12 +36,11 @@ def main() -> int:
     options = parse_options(__doc__)
     rng = random.Random(options.seed)
     num_pairs = PAIRS_QUICK if options.quick else PAIRS
-    verbose = not options.json
     with (
-        running_stratakv(*JOINT, verbose=verbose) as with_pool,
-        running_stratakv(*JOINT, "--set", "worker.pool_enabled=false", verbose=verbose) as without_pool,
+        scratch_instance(*JOINT, quiet=options.json) as with_pool,
+        scratch_instance(*JOINT, "--set", "worker.pool_enabled=false", quiet=options.json) as without_pool,
     ):
-        sides = [(RestClient(state["rest_url"]), state["model"]) for state in (with_pool, without_pool)]
+        sides = [(RestClient(i.state["rest_url"]), i.state["model"]) for i in (with_pool, without_pool)]
         for client, model in sides:
             one_answer(client, model, words(PROMPT_WORDS, rng))
         ours_s, baseline_s = [], []

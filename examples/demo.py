@@ -7,11 +7,7 @@ pool. `--keep` leaves everything running.
 from __future__ import annotations
 
 import argparse
-import json
-import signal
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -19,11 +15,11 @@ import psycopg
 from rich.console import Console
 from rich.table import Table
 
+from stratakv.errors import SetupError
 from stratakv.rest_client import Answer, Messages, RestClient
+from stratakv.up.instance import Instance, running_instance
 
 EXAMPLES = Path(__file__).parent
-START_S_MAX = 300.0
-STOP_S_MAX = 60.0
 SUMMARY = """
 SELECT id, infer('Summarise in one sentence: ' || body, options => '{"max_tokens": 48}')
 FROM tickets ORDER BY id
@@ -67,10 +63,10 @@ def history() -> Messages:
     ]
 
 
-def summarise_tickets(sql_port: int, user: str, database: str) -> None:
-    with psycopg.connect(host="127.0.0.1", port=sql_port, user=user, dbname=database, autocommit=True) as connection:
+def summarise_tickets(sql_url: str) -> None:
+    with psycopg.connect(sql_url, autocommit=True) as connection:
         connection.execute((EXAMPLES / "tickets.sql").read_bytes())
-        console.print(f"\n[bold]SQL on port {sql_port}[/]:{SUMMARY}")
+        console.print(f"\n[bold]SQL through {sql_url}[/]:{SUMMARY}")
         started = time.perf_counter()
         rows = connection.execute(SUMMARY).fetchall()
     table = Table("id", "infer", show_lines=True)
@@ -102,47 +98,31 @@ def show_answers(first: Answer, again: Answer) -> None:
     console.print(f"time to first token {first.ttft_s / again.ttft_s:.1f} times shorter\n")
 
 
-def wait_for_state(process: subprocess.Popen[bytes], path: Path) -> dict[str, object]:
-    deadline = time.monotonic() + START_S_MAX
-    while time.monotonic() < deadline:
-        if path.exists():
-            return dict(json.loads(path.read_text()))
-        if process.poll() is not None:
-            sys.exit(process.returncode or 1)
-        time.sleep(0.1)
-    process.terminate()
-    sys.exit(f"StrataKV was not ready after {START_S_MAX:.0f} s")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--keep", action="store_true", help="leave everything running and print the URLs")
     keep = parser.parse_args().keep
-    with tempfile.TemporaryDirectory(prefix="stratakv-demo-") as directory:
-        state_file = Path(directory) / "state.json"
-        command = [sys.executable, "-m", "stratakv.cli", "up", "--state-file", str(state_file)]
-        process = subprocess.Popen(command)
-        try:
-            state = wait_for_state(process, state_file)
-            summarise_tickets(int(str(state["sql_port"])), str(state["sql_user"]), str(state["sql_database"]))
-            client = RestClient(str(state["rest_url"]))
-            first, again = ask_twice(client, str(state["model"]))
-            client.close()
-            show_answers(first, again)
-            if keep:
-                console.print(f"still running; SQL: {state['sql_url']}  REST: {state['rest_url']}  end with Ctrl-C")
-                process.wait()
-        except KeyboardInterrupt:
-            pass
-        finally:
-            stop(process)
+    try:
+        with running_instance() as instance:
+            return run(instance, keep)
+    except SetupError as error:
+        console.print(f"demo: {error.message}")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def run(instance: Instance, keep: bool) -> int:
+    state = instance.state
+    summarise_tickets(state["sql_url"])
+    client = RestClient(state["rest_url"])
+    first, again = ask_twice(client, state["model"])
+    client.close()
+    show_answers(first, again)
+    if keep:
+        console.print(f"still running: SQL {state['sql_url']}, REST {state['rest_url']}/v1; Ctrl-C ends it")
+        instance.process.wait()
     return 0 if again.tokens_by_tier()["pool"] > 0 else 1
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-    process.wait(STOP_S_MAX)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,8 +33,6 @@ async def segment_of(pool: Pool, node: str) -> Segment:
 
 
 def test_a_page_with_flipped_bits_is_never_used(pool: Pool, tokenizer: PreTrainedTokenizerBase) -> None:
-    import asyncio
-
     prompt = prompt_of(tokenizer, 16 * BLOCK + 5, seed=20)
     expected = pool.alone.complete(prompt, OUTPUT_TOKENS).token_ids
     connections = ConnectionCache()
@@ -57,6 +56,7 @@ def test_a_page_with_flipped_bits_is_never_used(pool: Pool, tokenizer: PreTraine
 
         answer = pool.prefill.complete(prompt, OUTPUT_TOKENS)
         assert answer.token_ids == expected
+        assert answer.tiers["computed"] > BLOCK, "damaged pages were counted as hits"
         pool.prefill.drop("l1", "l2")
     connections.close()
 
