@@ -6,6 +6,7 @@ waking Python for every packet. Deadlines are readings of `time.monotonic`.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import socket
 import struct
@@ -85,10 +86,8 @@ def receive_all(
     ends = list(itertools.accumulate(map(len, views)))
     start = 0
     while start < len(views):
-        limit = (ends[start - 1] if start else 0) + CALL_BYTES
-        stop = start + 1
-        while stop < len(views) and ends[stop] <= limit and stop - start < IOVECS_MAX:
-            stop += 1
+        before = ends[start - 1] if start else 0
+        stop = bisect.bisect_right(ends, before + CALL_BYTES, start + 1, min(start + IOVECS_MAX, len(ends)))
         _receive_group(sock, views[start:stop], deadline)
         start = stop
         if on_progress is not None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +25,10 @@ from stratakv.keys import BlockKey, Namespace
 from stratakv.layout import CorruptPage, KVLayout, PageHeader, layer_checksum, packed_header_bytes
 from stratakv.pool.dmp_client import DmpConnection
 from stratakv.pool.errors import DamagedPage, PageError, StalePage
-from stratakv.pool.transport import Buffer, Cancellation, ReadRange, WriteRange
+from stratakv.pool.transport import Buffer, Cancellation
 from stratakv.wire import Extent, Place
 
+BufferT = TypeVar("BufferT", bound=Buffer)
 PageViews = Sequence[Sequence[memoryview]]
 """[page][range] → where that range of one layer goes."""
 PageSources = Sequence[Sequence[Buffer]]
@@ -46,16 +48,16 @@ class _Geometry:
             for start, sizes in zip(layout.layer_offsets(), self.range_sizes, strict=True)
         ]
 
-    def offsets(self, page_offsets: npt.NDArray[np.int64], layer: int) -> list[int]:
-        """Segment offsets of all ranges of one layer, page by page."""
-        offsets: list[int] = (page_offsets[:, None] + self._range_offsets[layer]).ravel().tolist()
-        return offsets
-
-    def check(self, layer: int, pages: Sequence[Sequence[Buffer]], num_pages: int) -> None:
-        """Wrong sizes are a bug of the caller. Raises ValueError."""
+    def ranges(
+        self, layer: int, page_offsets: npt.NDArray[np.int64], pages: Sequence[Sequence[BufferT]]
+    ) -> list[tuple[int, BufferT]]:
+        """Segment offset and buffer of every range of one layer, page by page. Raises ValueError for wrong sizes."""
         sizes = self.range_sizes[layer]
-        if len(pages) != num_pages or any([len(part) for part in parts] != sizes for parts in pages):
-            raise ValueError(f"layer {layer} takes {num_pages} pages of ranges of {sizes} bytes")
+        buffers = list(chain.from_iterable(pages))
+        if list(map(len, buffers)) != sizes * len(page_offsets):
+            raise ValueError(f"layer {layer} takes {len(page_offsets)} pages of ranges of {sizes} bytes")
+        offsets = (page_offsets[:, None] + self._range_offsets[layer]).ravel().tolist()
+        return list(zip(offsets, buffers, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,16 +116,16 @@ class ReadPages:
 
         self.connection.transport.read_batch(ranges, deadline=deadline, on_range=on_range, cancellation=cancellation)
 
-    def _ranges(self, layers: Sequence[int], destinations: Sequence[PageViews]) -> tuple[list[ReadRange], list[int]]:
+    def _ranges(
+        self, layers: Sequence[int], destinations: Sequence[PageViews]
+    ) -> tuple[list[tuple[int, memoryview]], list[int]]:
         """All ranges in layer order, and how many there are up to the end of each layer."""
         if self.failures:
             raise ValueError("pages that failed cannot be read; take the others")
-        ranges: list[ReadRange] = []
+        ranges: list[tuple[int, memoryview]] = []
         ends: list[int] = []
         for layer, pages in zip(layers, destinations, strict=True):
-            self._geometry.check(layer, pages, len(self))
-            offsets = self._geometry.offsets(self._offsets, layer)
-            ranges += map(ReadRange, offsets, chain.from_iterable(pages))
+            ranges += self._geometry.ranges(layer, self._offsets, pages)
             ends.append(len(ranges))
         return ranges, ends
 
@@ -157,7 +159,7 @@ class PageReader:
         size = self._geometry.header_bytes
         raw = memoryview(bytearray(size * len(places)))
         views = [raw[at : at + size] for at in range(0, len(raw), size)]
-        ranges = list(map(ReadRange, [place.offset for place in places], views))
+        ranges = list(zip([place.offset for place in places], views, strict=True))
         connection.transport.read_batch(ranges, deadline=deadline, cancellation=cancellation)
         headers: list[PageHeader | None] = []
         failures: dict[int, PageError] = {}
@@ -204,8 +206,7 @@ class WritePages:
 
         The sources must not change before it returns; what did would be found damaged by every reader.
         """
-        self._geometry.check(layer, sources, len(self.extents))
-        ranges = list(map(WriteRange, self._geometry.offsets(self._offsets, layer), chain.from_iterable(sources)))
+        ranges = self._geometry.ranges(layer, self._offsets, sources)
         checksums = [layer_checksum(parts) for parts in sources]
         transport = self.connection.transport
         transport.write_batch(self.put_id, ranges, deadline=deadline, cancellation=cancellation)
@@ -219,7 +220,7 @@ class WritePages:
         data_bytes = self._geometry.layout.data_bytes
         by_page = zip(*(self._checksums[layer] for layer in range(num_layers)), strict=True)
         ranges = [
-            WriteRange(extent.offset, PageHeader(self._namespace, key, extent.generation, data_bytes, checksums).pack())
+            (extent.offset, PageHeader(self._namespace, key, extent.generation, data_bytes, checksums).pack())
             for extent, key, checksums in zip(self.extents, self.keys, by_page, strict=True)
         ]
         self.connection.transport.write_batch(self.put_id, ranges, deadline=deadline)

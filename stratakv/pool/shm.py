@@ -6,6 +6,8 @@ middle of a copy) is found by the reader's checksums.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import mmap
 import os
 import select
@@ -15,11 +17,11 @@ from collections.abc import Callable, Sequence
 
 from stratakv.pool.errors import OutOfBounds, PutRefused, TransportError
 from stratakv.pool.framing import remaining_s
-from stratakv.pool.transport import Cancellation, ReadRange, WriteRange
+from stratakv.pool.transport import Buffer, Cancellation
 
 STEP_BYTES = 1024 * 1024
 """Deadline, cancellation and the daemon's life are looked at after so many bytes."""
-STEP_RANGES = 64
+STEP_RANGES = 256
 
 
 class ShmTransport:
@@ -35,14 +37,14 @@ class ShmTransport:
 
     def read_batch(
         self,
-        ranges: Sequence[ReadRange],
+        ranges: Sequence[tuple[int, memoryview]],
         *,
         deadline: float,
         on_range: Callable[[int], None] | None = None,
         cancellation: Cancellation | None = None,
     ) -> None:
         self._check_offsets(ranges)
-        for start, stop in _steps([len(r.into) for r in ranges]):
+        for start, stop in _steps([len(into) for _, into in ranges]):
             self._check(deadline, cancellation)
             try:
                 for offset, into in ranges[start:stop]:
@@ -56,13 +58,13 @@ class ShmTransport:
     def write_batch(
         self,
         put_id: bytes,
-        ranges: Sequence[WriteRange],
+        ranges: Sequence[tuple[int, Buffer]],
         *,
         deadline: float,
         cancellation: Cancellation | None = None,
     ) -> None:
         self._check_offsets(ranges)
-        for start, stop in _steps([len(r.source) for r in ranges]):
+        for start, stop in _steps([len(source) for _, source in ranges]):
             self._check(deadline, cancellation)
             if self._put_deadlines.get(put_id, 0.0) < time.monotonic():
                 raise PutRefused("this put is unknown, over or out of time")
@@ -117,15 +119,14 @@ def _offset(item: tuple[int, object]) -> int:
 
 
 def _steps(sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """Consecutive index ranges of a few ranges each."""
-    steps, start, step_bytes = [], 0, 0
-    for index, size in enumerate(sizes):
-        step_bytes += size
-        if step_bytes >= STEP_BYTES or index + 1 - start >= STEP_RANGES:
-            steps.append((start, index + 1))
-            start, step_bytes = index + 1, 0
-    if start < len(sizes):
-        steps.append((start, len(sizes)))
+    """Consecutive index ranges of at least one range each."""
+    ends = list(itertools.accumulate(sizes))
+    steps, start = [], 0
+    while start < len(ends):
+        before = ends[start - 1] if start else 0
+        stop = bisect.bisect_right(ends, before + STEP_BYTES, start + 1, min(start + STEP_RANGES, len(ends)))
+        steps.append((start, stop))
+        start = stop
     return steps
 
 

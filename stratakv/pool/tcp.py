@@ -19,7 +19,7 @@ from stratakv.pool.control import receive_reply, shut
 from stratakv.pool.errors import OutOfBounds, TransportError, TransportTimeout
 from stratakv.pool.framing import receive_all, receive_header, remaining_s, send_all
 from stratakv.pool.messages import RANGE_DTYPE, FrameKind, frame_header
-from stratakv.pool.transport import Buffer, Cancellation, ReadRange, WriteRange
+from stratakv.pool.transport import Buffer, Cancellation
 
 SOCKETS_MAX = 4
 """Batches in progress at once; further ones wait for a socket."""
@@ -42,7 +42,7 @@ class TcpTransport:
 
     def read_batch(
         self,
-        ranges: Sequence[ReadRange],
+        ranges: Sequence[tuple[int, memoryview]],
         *,
         deadline: float,
         on_range: Callable[[int], None] | None = None,
@@ -50,8 +50,8 @@ class TcpTransport:
     ) -> None:
         if not ranges:
             return
-        views = [r.into for r in ranges]
-        frames = _frames([r.offset for r in ranges], views)
+        views = [into for _, into in ranges]
+        frames = _frames([offset for offset, _ in ranges], views)
         with self._socket(deadline, cancellation) as sock:
             for frame in frames[:FRAMES_AHEAD]:
                 _request(sock, frame, deadline)
@@ -63,15 +63,15 @@ class TcpTransport:
     def write_batch(
         self,
         put_id: bytes,
-        ranges: Sequence[WriteRange],
+        ranges: Sequence[tuple[int, Buffer]],
         *,
         deadline: float,
         cancellation: Cancellation | None = None,
     ) -> None:
         if not ranges:
             return
-        sources = [r.source for r in ranges]
-        frames = _frames([r.offset for r in ranges], sources)
+        sources = [source for _, source in ranges]
+        frames = _frames([offset for offset, _ in ranges], sources)
         with self._socket(deadline, cancellation) as sock:
             for frame in frames:
                 body = put_id + frame.ranges.tobytes()

@@ -17,14 +17,14 @@ Buffer = bytes | memoryview
 
 
 class ReadRange(NamedTuple):
-    """Bytes of the segment and where they go; `into` is writable, contiguous, of format B."""
+    """Bytes of the segment and where they go; `into` is writable, contiguous, of format B. Any such pair will do."""
 
     offset: int
     into: memoryview
 
 
 class WriteRange(NamedTuple):
-    """Bytes and where in the segment they go; `source` is contiguous, of format B."""
+    """Bytes and where in the segment they go; `source` is contiguous, of format B. Any such pair will do."""
 
     offset: int
     source: Buffer
@@ -70,7 +70,7 @@ class Transport(Protocol):
 
     def read_batch(
         self,
-        ranges: Sequence[ReadRange],
+        ranges: Sequence[tuple[int, memoryview]],
         *,
         deadline: float,
         on_range: Callable[[int], None] | None = None,
@@ -85,7 +85,7 @@ class Transport(Protocol):
     def write_batch(
         self,
         put_id: bytes,
-        ranges: Sequence[WriteRange],
+        ranges: Sequence[tuple[int, Buffer]],
         *,
         deadline: float,
         cancellation: Cancellation | None = None,

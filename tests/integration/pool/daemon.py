@@ -56,7 +56,13 @@ class DaemonProcess:
         return self._log_file.read_text()
 
     def freeze(self) -> None:
+        """Stop every thread; the signal alone lets some of them run on for a while."""
         self.process.send_signal(signal.SIGSTOP)
+        tasks = Path(f"/proc/{self.process.pid}/task")
+        eventually(
+            lambda: all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in tasks.iterdir()),
+            what="all threads to stop",
+        )
 
     def thaw(self) -> None:
         self.process.send_signal(signal.SIGCONT)
