@@ -30,7 +30,7 @@ console = Console()
 
 
 def shift_log(num_entries: int) -> str:
-    """A deterministic support log; 72 entries are about 2,500 tokens."""
+    """A deterministic support log; 94 entries are about 2,500 tokens."""
     products = ("router", "thermostat", "garden camera", "kitchen speaker", "door lock", "smoke detector")
     faults = (
         "restarts at night",
@@ -58,7 +58,7 @@ def shift_log(num_entries: int) -> str:
 def history() -> Messages:
     """A conversation of about 2,500 tokens and a question about it."""
     return [
-        {"role": "system", "content": "You help the support team. Here is today's log.\n" + shift_log(72)},
+        {"role": "system", "content": "You help the support team. Here is today's log.\n" + shift_log(94)},
         {"role": "user", "content": QUESTION},
     ]
 

@@ -56,7 +56,9 @@ def running_instance(*options: str, quiet: bool = False) -> Iterator[Instance]:
     with tempfile.TemporaryDirectory(prefix="stratakv-") as directory:
         state_file = Path(directory) / "state.json"
         command: Sequence[str] = [sys.executable, "-m", "stratakv.cli", "up", "--state-file", str(state_file), *options]
-        instance = Instance(subprocess.Popen(command, stdout=subprocess.DEVNULL if quiet else None), state_file)
+        instance = Instance(
+            subprocess.Popen(command, stdout=subprocess.DEVNULL if quiet else None, start_new_session=True), state_file
+        )
         try:
             instance.wait_ready()
             yield instance
