@@ -25,7 +25,9 @@ def sql(
     context: typer.Context,
     user: Annotated[str | None, typer.Option("--user", "-U", help="PostgreSQL role.")] = None,
     dbname: Annotated[str | None, typer.Option("--dbname", "-d", help="Database.")] = None,
-    command: Annotated[str | None, typer.Option("--command", "-c", help="Run one statement and leave.")] = None,
+    command: Annotated[
+        list[str] | None, typer.Option("--command", "-c", help="Run a statement and leave; repeatable.")
+    ] = None,
     config: ConfigOption = None,
     sets: SetOption = None,
 ) -> None:
@@ -36,13 +38,14 @@ def sql(
     connection = _connection(settings, user, dbname)
     psql = _find_psql(settings)
     if psql is None:
-        _prompt(connection, command)
+        _prompt(connection, command or [])
         return
     password = connection.pop("password", None)
     if password is not None:
         os.environ["PGPASSWORD"] = password
     text = make_conninfo(**connection)
-    arguments = ["--dbname", text, *(["--command", command] if command is not None else []), *context.args]
+    commands = [part for statement in command or () for part in ("--command", statement)]
+    arguments = ["--dbname", text, *commands, *context.args]
     os.execv(psql, [psql, *arguments])
 
 
@@ -74,17 +77,16 @@ def _find_psql(settings: Settings) -> str | None:
         return None
 
 
-def _prompt(connection: dict[str, str], command: str | None) -> None:
+def _prompt(connection: dict[str, str], commands: list[str]) -> None:
     """A prompt for machines without psql: one statement a line."""
     import psycopg
 
     console = Console()
     try:
         with psycopg.connect(**connection, autocommit=True) as session:  # type: ignore[arg-type]
-            if command is not None:
-                _run(session, command, console)
-                return
-            while True:
+            for statement in commands:
+                _run(session, statement, console)
+            while not commands:
                 try:
                     statement = input(f"{connection['dbname']}=> ").strip()
                 except EOFError:

@@ -18,6 +18,8 @@ from stratakv.wire import GetStats, ListNodes, ListWorkers, Nodes, NodeState, St
 
 TIMEOUT_S = 3.0
 EXIT_NOT_READY = 1
+WIDTH_CHARS = 140
+"""Of the tables when they go into a file or a pipe."""
 MIB = 1024 * 1024
 
 
@@ -26,7 +28,8 @@ class Report:
     """What was found out."""
 
     db_node: dict[str, str] = field(default_factory=dict)
-    meta_server: str = "unreachable"
+    meta_address: str = ""
+    meta_server: str = "no answer"
     stats: Stats | None = None
     nodes: list[NodeState] = field(default_factory=list)
     workers: list[WorkerState] = field(default_factory=list)
@@ -67,6 +70,7 @@ async def _ask_db_node(settings: Settings, report: Report) -> None:
 async def _ask_meta_server(settings: Settings, report: Report) -> None:
     from stratakv.pool.meta_client import MetaClient
 
+    report.meta_address = f"{settings.meta.host}:{settings.meta.native_port}"
     meta = MetaClient(settings.meta)
     try:
         report.stats = await meta.call(GetStats(), Stats)
@@ -97,9 +101,11 @@ def _hex(value: Any) -> Any:
 
 def _print(report: Report) -> None:
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH_CHARS)
     services = Table("service", "where", "alive", "ready", title="Services")
     services.add_row("DB node", report.db_node["url"], report.db_node["health"], report.db_node["ready"])
-    services.add_row("meta server", "", report.meta_server, report.meta_server)
+    services.add_row("meta server", report.meta_address, report.meta_server, report.meta_server)
     console.print(services, markup=False)
     workers = Table("worker", "role", "model", "url", "running", "waiting", "cache in use", title="Workers")
     for state in report.workers:
