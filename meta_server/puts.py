@@ -290,6 +290,9 @@ class PutTable:
         if not keys:
             del self._pending_keys[put.row.namespace]
         put.node.pending_bytes -= put.size_bytes
+        if state != _COMMITTED:
+            # The daemon holds the extents until its next report says otherwise.
+            put.node.foreign_bytes += put.size_bytes
         self._decided[put.row.put_id] = state
         if len(self._decided) > DECIDED_MAX:
             del self._decided[next(iter(self._decided))]
