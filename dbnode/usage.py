@@ -39,6 +39,8 @@ class UsageWriter:
         self._settings = settings
         self._on_dropped = on_dropped
         self._events: deque[Settled] = deque()
+        self._batch: list[Settled] = []
+        """Taken from the queue, and being written until the database has it."""
         self._some = asyncio.Event()
         self._connection: asyncpg.Connection | None = None
         self._warned_s = 0.0
@@ -65,23 +67,23 @@ class UsageWriter:
 
     async def close(self) -> None:
         """Write what is left, if the database is there."""
-        if self._events and not await self._flush():
-            log.warning("usage_events_lost", events=len(self._events))
+        if not await self._flush():
+            log.warning("usage_events_lost", events=len(self._events) + len(self._batch))
         if self._connection is not None:
             self._connection.terminate()
 
     async def _flush(self) -> bool:
         """Write all that waits; False if the database is away."""
-        while self._events:
-            batch = [self._events[i] for i in range(min(len(self._events), BATCH_EVENTS_MAX))]
+        while self._events or self._batch:
+            if not self._batch:
+                self._batch = [self._events.popleft() for _ in range(min(len(self._events), BATCH_EVENTS_MAX))]
             try:
                 connection = await self._connected()
-                await connection.execute(_insert, *zip(*map(_row, batch), strict=True), timeout=WRITE_TIMEOUT_S)
+                await connection.execute(_insert, *zip(*map(_row, self._batch), strict=True), timeout=WRITE_TIMEOUT_S)
             except _AWAY as error:
                 self._lost(error)
                 return False
-            for _ in range(min(len(batch), len(self._events))):
-                self._events.popleft()
+            self._batch = []
         self._some.clear()
         return True
 
@@ -94,7 +96,7 @@ class UsageWriter:
     def _lost(self, error: BaseException) -> None:
         if time.monotonic() - self._warned_s > WARN_EVERY_S:
             self._warned_s = time.monotonic()
-            log.warning("usage_not_written", waiting=len(self._events), error=type(error).__name__)
+            log.warning("usage_not_written", waiting=len(self._events) + len(self._batch), error=type(error).__name__)
         if self._connection is not None:
             with contextlib.suppress(*_AWAY):
                 self._connection.terminate()
