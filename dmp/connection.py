@@ -86,8 +86,12 @@ class Connection:
         """None when the client has left or fallen silent."""
         poller = select.poll()
         poller.register(self._sock, select.POLLIN)
+        # The kernel tells when a process of this host ends; and to one that maps the segment, a closed socket means that the
+        # daemon has died.
+        is_neighbour = self._is_attached and self._sock.family == socket.AF_UNIX
+        idle_timeout_ms = None if is_neighbour else self._served.idle_timeout_s * 1000
         try:
-            if not poller.poll(self._served.idle_timeout_s * 1000) or not self._sock.recv(1, socket.MSG_PEEK):
+            if not poller.poll(idle_timeout_ms) or not self._sock.recv(1, socket.MSG_PEEK):
                 return None
         except ConnectionError:
             return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections.abc import Callable
 from typing import TypeVar
 
 import msgspec
@@ -19,7 +20,7 @@ from stratakv.pool.errors import (
     TransportError,
     TransportTimeout,
 )
-from stratakv.pool.framing import receive_exactly, receive_header, remaining_s, send_frame
+from stratakv.pool.framing import is_hung_up, receive_exactly, receive_header, remaining_s, send_frame
 from stratakv.pool.messages import FrameHeader, FrameKind, RefusalCode
 
 ReplyT = TypeVar("ReplyT", bound=messages.Message)
@@ -68,20 +69,27 @@ def shut(sock: socket.socket) -> None:
 
 
 class ControlChannel:
-    """Thread-safe request and reply. After any TransportError the channel is closed: answers could be mixed up."""
+    """Thread-safe request and reply. After any TransportError the channel is closed: answers could be mixed up.
 
-    def __init__(self, sock: socket.socket) -> None:
+    With `redial`, a socket that the daemon closed while it was idle is replaced.
+    """
+
+    def __init__(self, sock: socket.socket, redial: Callable[[float], socket.socket] | None = None) -> None:
         self.sock = sock
+        self._redial = redial
         self._lock = threading.Lock()
+        self._is_closed = False
 
     def call(self, request: messages.Message, expected: type[ReplyT], deadline: float) -> ReplyT:
         """Raises TransportError, and what a refusal means."""
         if not self._lock.acquire(timeout=remaining_s(deadline)):
             raise TransportTimeout("the daemon is busy with earlier requests of this process")
         try:
+            self._renew(deadline)
             send_frame(self.sock, FrameKind.CONTROL, messages.encode(request), deadline)
             return receive_reply(self.sock, expected, deadline)
         except TransportError:
+            self._is_closed = True
             self.sock.close()
             raise
         finally:
@@ -89,6 +97,14 @@ class ControlChannel:
 
     def close(self) -> None:
         """A call in progress fails."""
+        self._is_closed = True
         shut(self.sock)
         with self._lock:
             self.sock.close()
+
+    def _renew(self, deadline: float) -> None:
+        if self._is_closed:
+            raise TransportError("the connection was closed")
+        if self._redial is not None and is_hung_up(self.sock):
+            self.sock.close()
+            self.sock = self._redial(deadline)

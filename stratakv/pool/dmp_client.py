@@ -85,8 +85,8 @@ def connect(segment: Segment, *, deadline: float, force: TransportKind | None = 
             return _attach_shm(segment, sock, deadline)
         if force is TransportKind.SHM:
             raise TransportError(f"node {segment.node} has no shared memory for this process")
-    control = ControlChannel(_dial_tcp(segment, deadline))
-    return DmpConnection(segment, TransportKind.TCP, control, TcpTransport(partial(_dial_tcp, segment)))
+    dial = partial(_dial_tcp, segment)
+    return DmpConnection(segment, TransportKind.TCP, ControlChannel(dial(deadline), dial), TcpTransport(dial))
 
 
 def _dial_unix(segment: Segment, deadline: float) -> socket.socket | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import select
 import socket
 import struct
 import time
@@ -48,6 +49,13 @@ def tune(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER_BYTES)
     if sock.family == socket.AF_INET:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def is_hung_up(sock: socket.socket) -> bool:
+    """Whether an idle socket is of no more use: closed by the other end, or something arrived that nobody asked for."""
+    poller = select.poll()
+    poller.register(sock, select.POLLIN | select.POLLRDHUP)
+    return bool(poller.poll(0))
 
 
 def send_all(sock: socket.socket, buffers: Sequence[Buffer], deadline: float) -> None:

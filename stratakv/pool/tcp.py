@@ -17,7 +17,7 @@ import numpy.typing as npt
 from stratakv.pool import messages
 from stratakv.pool.control import receive_reply, shut
 from stratakv.pool.errors import OutOfBounds, TransportError, TransportTimeout
-from stratakv.pool.framing import receive_all, receive_header, remaining_s, send_all
+from stratakv.pool.framing import is_hung_up, receive_all, receive_header, remaining_s, send_all
 from stratakv.pool.messages import RANGE_DTYPE, FrameKind, frame_header
 from stratakv.pool.transport import Buffer, Cancellation
 
@@ -139,12 +139,21 @@ class TcpTransport:
         with self._lock:
             if self._is_closed:
                 raise TransportError("the connection was closed")
-            sock = self._idle.pop() if self._idle else None
+            sock = self._take_idle()
         if sock is None:
             sock = self._dial(deadline)
         with self._lock:
             self._busy.add(sock)
         return sock
+
+    def _take_idle(self) -> socket.socket | None:
+        """The daemon closes sockets that were silent for long: those are no fault, only of no use."""
+        while self._idle:
+            sock = self._idle.pop()
+            if not is_hung_up(sock):
+                return sock
+            sock.close()
+        return None
 
     def _put_back(self, sock: socket.socket, *, is_whole: bool) -> None:
         with self._lock:

@@ -23,7 +23,7 @@ from stratakv.pool.messages import FRAME, FrameKind, frame_header
 from stratakv.pool.transport import ReadRange, WriteRange
 from stratakv.wire import PUT_ID_BYTES
 from tests.integration.pool.daemon import MIB, DaemonProcess
-from tests.integration.pool.pages import soon, write_pages
+from tests.integration.pool.pages import read_headers, soon, write_pages
 from tests.support import eventually
 
 
@@ -212,6 +212,22 @@ def test_a_silent_connection_is_closed(start_daemon: Callable[..., DaemonProcess
     with attach(daemon) as sock:
         sock.settimeout(10)
         assert sock.recv(1) == b""
+
+
+def test_a_client_that_was_silent_for_long_goes_on_as_before(
+    start_daemon: Callable[..., DaemonProcess], kind: TransportKind
+) -> None:
+    daemon = start_daemon(flags=("--idle-timeout-s", "0.2"))
+    connection = connect(daemon.segment, deadline=soon(), force=kind)
+    written = write_pages(connection, 1)
+    with attach(daemon) as later:
+        # This one fell silent after the connection did, so the daemon is through with both of them.
+        assert is_closed(later)
+    assert connection.stats(deadline=soon()).used_bytes == written.layout.page_bytes
+    assert not read_headers(connection, written).failures
+    connection.close()
+    with pytest.raises(TransportError):
+        connection.stats(deadline=soon())
 
 
 def test_frames_may_arrive_in_pieces(daemon: DaemonProcess) -> None:
