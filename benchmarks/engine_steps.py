@@ -6,6 +6,7 @@ Everything goes through the public engine, by requests; prompts are random token
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import queue
@@ -51,7 +52,7 @@ class Client:
 
 
 def token_times(events: queue.Queue[tuple[float, EngineEvent]]) -> list[float]:
-    times = []
+    times: list[float] = []
     while True:
         at, event = events.get(timeout=TIMEOUT_S)
         if isinstance(event, FinishedEvent):
@@ -105,7 +106,7 @@ def measure_decode(config: EngineConfig, batch_sizes: list[int]) -> dict[str, fl
         times = token_times(streams[0])[-DECODE_TOKENS:]
         for stream in streams[1:]:
             token_times(stream)
-        gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+        gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
         figures[f"decode_step_batch_{batch_size}_s"] = statistics.median(gaps)
     engine.shutdown()
     return figures
