@@ -27,7 +27,7 @@ _FUNCTIONS = (
     "bind(text, text)",
     "sql_ask(text, text)",
     "sql_connect(text, text)",
-    "sql_dblink_exposed()",
+    "sql_check_dblink()",
 )
 
 Connection = psycopg.Connection[tuple[object, ...]]

@@ -33,22 +33,11 @@ BEGIN
 END
 $$;
 
--- True when a role that is neither superuser nor our owner may execute dblink: it could use our connection as anybody.
--- The quick look first: it runs in every call.
-CREATE OR REPLACE FUNCTION stratakv.sql_dblink_exposed() RETURNS boolean
+-- Refuses while a role that is neither superuser nor our owner may execute dblink: it could use our connection as anybody.
+CREATE OR REPLACE FUNCTION stratakv.sql_check_dblink() RETURNS void
 LANGUAGE plpgsql STABLE PARALLEL RESTRICTED SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    IF NOT EXISTS (
-        SELECT FROM pg_catalog.pg_proc p
-        WHERE p.proname = ANY ('{dblink,dblink_cancel_query,dblink_close,dblink_connect,dblink_connect_u,dblink_disconnect,
-            dblink_error_message,dblink_exec,dblink_fetch,dblink_get_connections,dblink_get_notify,dblink_get_result,
-            dblink_open,dblink_send_query}'::name[])
-          AND (p.proacl IS NULL OR pg_catalog.cardinality(p.proacl) <> 1
-               OR NOT p.proacl[1] = pg_catalog.makeaclitem(p.proowner, p.proowner, 'EXECUTE', false))
-    ) THEN
-        RETURN false;
-    END IF;
-    RETURN EXISTS (
+    IF EXISTS (
         SELECT FROM pg_catalog.pg_extension e
         JOIN pg_catalog.pg_depend d ON d.refclassid = 'pg_catalog.pg_extension'::regclass AND d.refobjid = e.oid
         JOIN pg_catalog.pg_proc p ON d.classid = 'pg_catalog.pg_proc'::regclass AND p.oid = d.objid
@@ -57,7 +46,10 @@ BEGIN
         LEFT JOIN pg_catalog.pg_roles r ON r.oid = a.grantee
         WHERE e.extname = 'dblink' AND d.deptype = 'e' AND r.rolname IS DISTINCT FROM current_user
           AND NOT COALESCE(r.rolsuper, false)
-    );
+    ) THEN
+        RAISE EXCEPTION 'a role that is no superuser may execute the functions of dblink: infer() would not be safe'
+            USING ERRCODE = '42501', HINT = 'Run "stratakv install" again: it names the privileges to revoke.';
+    END IF;
 END
 $$;
 
@@ -75,6 +67,7 @@ BEGIN
     IF target IS NULL THEN
         RETURN false;
     END IF;
+    PERFORM stratakv.sql_check_dblink();
     IF link = ANY (@dblink@.dblink_get_connections()) THEN
         PERFORM @dblink@.dblink_disconnect(link);
     END IF;
@@ -111,7 +104,7 @@ DECLARE
     link  text := (SELECT connection_name FROM stratakv.sql_install);
     reply record;
 BEGIN
-    IF stratakv.sql_dblink_exposed() OR NOT stratakv.sql_connect(link, listener) THEN
+    IF NOT stratakv.sql_connect(link, listener) THEN
         RETURN false;
     END IF;
     SELECT * INTO reply FROM stratakv.sql_ask(
@@ -131,11 +124,12 @@ CREATE OR REPLACE FUNCTION stratakv.infer(prompt text, model text DEFAULT NULL, 
 LANGUAGE plpgsql STABLE PARALLEL RESTRICTED COST 1000 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp SET client_min_messages = error AS $$
 DECLARE
-    caller    text := pg_catalog.current_setting('role');
-    link      text;
-    request   text;
-    connected boolean;
-    reply     record;
+    caller     text := pg_catalog.current_setting('role');
+    link       text;
+    request    text;
+    suspicious boolean;
+    connected  boolean;
+    reply      record;
 BEGIN
     IF prompt IS NULL THEN
         RETURN NULL;
@@ -151,11 +145,15 @@ BEGIN
         COALESCE('=' || pg_catalog.encode(pg_catalog.convert_to(model, 'UTF8'), 'hex'), '-'),
         COALESCE('=' || pg_catalog.encode(pg_catalog.convert_to(options::text, 'UTF8'), 'hex'), '-'),
         '=' || pg_catalog.encode(pg_catalog.convert_to(prompt, 'UTF8'), 'base64'));
-    IF stratakv.sql_dblink_exposed() THEN
-        RAISE EXCEPTION 'a role that is no superuser may execute the functions of dblink: infer() would not be safe'
-            USING ERRCODE = '42501', HINT = 'Run "stratakv install" again: it names the privileges to revoke.';
+    -- A quick look at the functions by which a connection is found and used: is there another grantee than the owner?
+    SELECT i.connection_name, EXISTS (
+        SELECT FROM pg_catalog.pg_proc p
+        WHERE p.proname = ANY ('{dblink,dblink_connect,dblink_exec,dblink_get_connections,dblink_send_query}'::name[])
+          AND (p.proacl IS NULL OR pg_catalog.cardinality(p.proacl) <> 1))
+    INTO link, suspicious FROM stratakv.sql_install i;
+    IF suspicious THEN
+        PERFORM stratakv.sql_check_dblink();
     END IF;
-    link := (SELECT connection_name FROM stratakv.sql_install);
     connected := link = ANY (@dblink@.dblink_get_connections());
     FOR attempt IN 1 .. 3 LOOP
         IF connected IS NOT TRUE AND NOT stratakv.sql_connect(link, NULL) THEN
@@ -180,7 +178,7 @@ BEGIN
 END
 $$;
 
-REVOKE ALL ON FUNCTION stratakv.sql_dblink_exposed(), stratakv.sql_connect(text, text), stratakv.sql_ask(text, text)
+REVOKE ALL ON FUNCTION stratakv.sql_check_dblink(), stratakv.sql_connect(text, text), stratakv.sql_ask(text, text)
     FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION stratakv.infer(text, text, jsonb), stratakv.bind(text, text) TO PUBLIC;
 GRANT USAGE ON SCHEMA stratakv TO PUBLIC;

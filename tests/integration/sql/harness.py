@@ -100,10 +100,12 @@ class FrontThread:
 
 @contextmanager
 def front_thread(
-    cluster: EmbeddedPostgres, directory: Path, model: ReversingModel, **settings: object
+    cluster: EmbeddedPostgres, directory: Path | None, model: ReversingModel, **settings: object
 ) -> Iterator[FrontThread]:
-    """A running face whose listener is in `directory`."""
-    thread = FrontThread(cluster, SqlSettings(port=0, listener_dir=directory, **settings), model)  # type: ignore[arg-type]
+    """A running face whose listener is in `directory`, or on TCP."""
+    options = {name: settings.pop(name) for name in ("trusted_backend", "postgres_uid") if name in settings}
+    own = SqlSettings(port=0, listener_dir=directory, **settings)  # type: ignore[arg-type]
+    thread = FrontThread(cluster, own, model, **options)
     thread.start()
     try:
         yield thread
