@@ -8,12 +8,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stratakv import launch
 from stratakv.errors import SetupError
 
 START_S_MAX = 300.0
@@ -55,7 +56,17 @@ def running_instance(*options: str, quiet: bool = False) -> Iterator[Instance]:
     """`stratakv up OPTIONS`, ready; ended on leaving. Raises SetupError."""
     with tempfile.TemporaryDirectory(prefix="stratakv-") as directory:
         state_file = Path(directory) / "state.json"
-        command: Sequence[str] = [sys.executable, "-m", "stratakv.cli", "up", "--state-file", str(state_file), *options]
+        ended_with_us = [sys.executable, "-I", "-S", launch.__file__, "plain", "0", "0", str(int(signal.SIGTERM))]
+        command = [
+            *ended_with_us,
+            sys.executable,
+            "-m",
+            "stratakv.cli",
+            "up",
+            "--state-file",
+            str(state_file),
+            *options,
+        ]
         instance = Instance(
             subprocess.Popen(command, stdout=subprocess.DEVNULL if quiet else None, start_new_session=True), state_file
         )
