@@ -219,6 +219,10 @@ class WorkerClient:
             raise WorkerUnreachable(f"{url} is no worker: its namespace or block size is wrong")
         return facts
 
+    async def check_ready(self, url: str, timeout_s: float) -> None:
+        """Return if the worker takes requests. Raises WorkerUnreachable while it is warming up or cannot be reached."""
+        await self._get(f"{url}/ready", timeout_s)
+
     async def load(self, url: str, timeout_s: float) -> WorkerLoad:
         """How busy the worker is. Raises WorkerUnreachable."""
         return _decode_state(url, _decode_load, await self._get(f"{url}/load", timeout_s))

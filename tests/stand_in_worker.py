@@ -43,6 +43,7 @@ class StandInWorker:
     lose_prefills: bool = False
     refuse_status: int | None = None
     pool_writes_fail: bool = False
+    warming_up: bool = False
     hang: bool = False
     """Accept requests and say nothing."""
     epoch: bytes = field(default_factory=lambda: os.urandom(16))
@@ -63,6 +64,7 @@ class StandInWorker:
         app.router.add_post("/cache/drop", self._drop)
         app.router.add_get("/info", self._info)
         app.router.add_get("/load", self._load)
+        app.router.add_get("/ready", self._ready)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", port)
@@ -82,6 +84,9 @@ class StandInWorker:
 
     async def _load(self, request: web.Request) -> web.Response:
         return web.json_response(self.load)
+
+    async def _ready(self, request: web.Request) -> web.Response:
+        return web.json_response({"ready": not self.warming_up}, status=503 if self.warming_up else 200)
 
     async def _drop(self, request: web.Request) -> web.Response:
         num_blocks = len(self.l1)

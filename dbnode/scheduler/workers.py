@@ -160,6 +160,8 @@ class WorkerDirectory:
     async def _poll(self, record: WorkerRecord) -> None:
         try:
             facts = await self._client.info(record.url, PROBE_TIMEOUT_S)
+            if not record.alive or record.facts is None or record.facts.epoch != facts.epoch:
+                await self._client.check_ready(record.url, PROBE_TIMEOUT_S)
             asked_s = self._clock()
             load = await self._client.load(record.url, PROBE_TIMEOUT_S)
         except WorkerUnreachable as error:

@@ -221,3 +221,17 @@ async def test_a_draining_worker_gets_nothing_new(stack: AsyncExitStack) -> None
     await node.sees(other.url)
     await answer(node, 2)
     assert (len(draining.requests), len(other.requests)) == (0, 1)
+
+
+async def test_a_worker_that_warms_up_gets_nothing_before_it_is_ready(stack: AsyncExitStack) -> None:
+    cold, warm = StandInWorker("a", warming_up=True), StandInWorker("b", load={"waiting_tokens": 100_000})
+    await cold.start()
+    stack.push_async_callback(cold.stop)
+    await warm.start()
+    stack.push_async_callback(warm.stop)
+    node = await stack.enter_async_context(running_node(warm, workers=(cold.url, warm.url)))
+    await answer(node, 2)
+    cold.warming_up = False
+    await node.sees(cold.url, warm.url)
+    await answer(node, 2)
+    assert (len(cold.requests), len(warm.requests)) == (1, 1)
