@@ -6,9 +6,10 @@ continues from them. A request that saw two workers die fails, since it may be w
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 
 import msgspec
@@ -16,9 +17,9 @@ import msgspec
 from dbnode.errors import NoWorker, WorkerLost, WorkerRefused, WorkersExhausted, WorkerUnreachable
 from dbnode.generate import FinishReason, PromptTiers, Sampling
 from dbnode.scheduler.scheduler import Plan, PromptKeys, Scheduler
-from dbnode.scheduler.workers import WorkerRecord
+from dbnode.scheduler.workers import Sent, WorkerRecord
 from dbnode.worker_client import KVTransfer, WorkerClient, WorkerRequest, WorkerUsage
-from stratakv.errors import Overloaded, StrataError
+from stratakv.errors import DeadlineExceeded, Overloaded, StrataError
 from stratakv.log import EventLogger
 
 log = EventLogger("dbnode.dispatch")
@@ -110,9 +111,10 @@ class Dispatch:
     async def _prefill(self, record: WorkerRecord, num_tokens: int) -> KVTransfer:
         """Compute the prompt and the first token on one worker, to go on elsewhere."""
         request = msgspec.structs.replace(self._body(KVTransfer(do_remote_decode=True)), max_tokens=1)
-        with self._scheduler.sent(record, self._job.keys, num_tokens):
+        with self._scheduler.sent(record, self._job.keys, num_tokens) as sent:
             try:
-                answer = await self._client.complete(record.url, request, self._job.deadline_s)
+                async with _unless_silent(record, sent, self._job.deadline_s):
+                    answer = await self._client.complete(record.url, request, self._job.deadline_s)
             except _ELSEWHERE as error:
                 raise _Failed(record, error) from error
         choice = answer.choices[0] if answer.choices else None
@@ -135,7 +137,8 @@ class Dispatch:
         reason: FinishReason | None = None
         with self._scheduler.sent(record, self._job.keys, num_tokens) as sent:
             try:
-                stream = await self._client.stream(record.url, self._body(transfer), self._job.deadline_s)
+                async with _unless_silent(record, sent, self._job.deadline_s):
+                    stream = await self._client.stream(record.url, self._body(transfer), self._job.deadline_s)
                 sent.abort = stream.close
                 async with stream, aclosing(stream.chunks()) as chunks:
                     async for chunk in chunks:
@@ -201,6 +204,29 @@ class Dispatch:
             if self._failures > (RETRIES_AFTER_TOKENS_MAX if self.output else RETRIES_BEFORE_TOKENS_MAX):
                 raise error
         return error
+
+
+@asynccontextmanager
+async def _unless_silent(record: WorkerRecord, sent: Sent, deadline_s: float) -> AsyncIterator[None]:
+    """Wait for a worker's first bytes. Raises WorkerLost when the directory gives the worker up, else DeadlineExceeded."""
+    timeout = asyncio.timeout_at(deadline_s)
+    silent = False
+
+    def abort() -> None:
+        nonlocal silent
+        silent = True
+        timeout.reschedule(0)
+
+    sent.abort = abort
+    try:
+        async with timeout:
+            yield
+    except TimeoutError:
+        if silent:
+            raise WorkerLost(f"{record.url} has been silent for too long") from None
+        raise DeadlineExceeded("the request's deadline passed") from None
+    finally:
+        sent.abort = None
 
 
 class _Failed(Exception):

@@ -25,6 +25,13 @@ class BodyTooLarge(InvalidRequest):
     sqlstate = "54000"
 
 
+class BodyTooSlow(InvalidRequest):
+    """The request body did not arrive in time."""
+
+    code = "body_too_slow"
+    http_status = 408
+
+
 class Unauthenticated(InvalidRequest):
     """The API key is missing or wrong."""
 

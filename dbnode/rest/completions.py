@@ -5,6 +5,7 @@ An answer's head is sent with its first token, so that everything that goes wron
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -22,6 +23,8 @@ from stratakv.log import EventLogger
 from stratakv.settings import RestSettings
 
 log = EventLogger("dbnode.rest")
+
+SEND_TIMEOUT_S = 60.0
 
 _STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 _JSON_HEADERS = [(b"content-type", b"application/json")]
@@ -80,13 +83,13 @@ class Completions:
                     await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
                     started = True
                 if events:
-                    await send({"type": "http.response.body", "body": events, "more_body": True})
+                    await _send_part(send, events)
         except Cancelled:
             raise
         except StrataError as error:
             if not started:
                 raise
-            await send({"type": "http.response.body", "body": error_event(error.openai_body()), "more_body": True})
+            await _send_part(send, error_event(error.openai_body()))
         await send({"type": "http.response.body", "body": b""})
 
     def _events(self, writer: EventWriter, parsed: Parsed, chunk: Chunk) -> bytes:
@@ -97,6 +100,15 @@ class Completions:
         if parsed.include_usage and chunk.usage is not None:
             events += writer.usage(chunk.usage)
         return events + DONE
+
+
+async def _send_part(send: Send, part: bytes) -> None:
+    """Raises Cancelled if the client does not read, since its request holds a place that others wait for."""
+    try:
+        async with asyncio.timeout(SEND_TIMEOUT_S):
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+    except TimeoutError:
+        raise Cancelled(f"the client has read nothing for {SEND_TIMEOUT_S:g} s") from None
 
 
 class Endpoint:

@@ -115,7 +115,11 @@ class WorkerDirectory:
 
     def usable(self, model: str) -> list[WorkerRecord]:
         """Workers that may be given a request for this model."""
-        return [r for r in self._records.values() if r.usable and r.facts is not None and r.facts.model == model]
+        by_epoch: dict[str, WorkerRecord] = {}
+        for record in self._records.values():
+            if record.usable and record.facts is not None and record.facts.model == model:
+                by_epoch.setdefault(record.facts.epoch, record)  # one worker may be known by two URLs
+        return list(by_epoch.values())
 
     async def run(self) -> None:
         """Watch all workers until cancelled."""

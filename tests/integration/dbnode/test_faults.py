@@ -96,6 +96,19 @@ async def test_a_frozen_worker_loses_what_it_has_in_hand(
     assert got == expected_tokens(PROMPT, 60)
 
 
+async def test_a_request_sent_to_a_frozen_worker_goes_elsewhere(
+    stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dbnode.scheduler.workers.PROBE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("dbnode.scheduler.workers.SILENT_S_MAX", 0.8)
+    process, url = await _started_process(stack, token_delay_s=0.0)
+    other = StandInWorker("other", load={"waiting_tokens": 9000})
+    node = await started(stack, other, also=(url,))
+    os.kill(process.pid, signal.SIGSTOP)
+    assert await answer(node, 5) == expected_tokens(PROMPT, 5)
+    assert node.node.inference.scheduler.decisions[0].worker == "process"
+
+
 async def _started_process(stack: AsyncExitStack, token_delay_s: float) -> tuple[asyncio.subprocess.Process, str]:
     """A stand-in worker in a process of its own, to be killed."""
     port = free_port()

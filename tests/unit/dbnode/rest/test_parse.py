@@ -1,0 +1,79 @@
+"""Request bodies: anything is either a request or an InvalidRequest, and nothing is silently ignored."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dbnode.generate import Sampling
+from dbnode.rest.parse import Parsed, parse_chat, parse_completion
+from stratakv.errors import InvalidRequest
+
+NAMES = [
+    "messages",
+    "prompt",
+    "max_tokens",
+    "temperature",
+    "stop",
+    "seed",
+    "stream",
+    "stream_options",
+    "n",
+    "tools",
+    "top_k",
+]
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def chat(**fields: Any) -> Parsed:
+    body = {"messages": [{"role": "user", "content": "x"}]} | fields
+    return parse_chat(json.dumps(body).encode(), "id", "trace")
+
+
+@given(st.binary(max_size=200) | st.dictionaries(st.sampled_from(NAMES), values).map(lambda d: json.dumps(d).encode()))
+def test_any_bytes_are_a_request_or_an_invalid_request(body: bytes) -> None:
+    for parse in (parse_chat, parse_completion):
+        try:
+            parsed = parse(body, "id", "trace")
+        except InvalidRequest:
+            continue
+        assert isinstance(parsed.request.sampling, Sampling)
+
+
+def test_fields_arrive_where_they_belong() -> None:
+    parsed = chat(
+        max_completion_tokens=7, temperature=0, top_p=0.5, top_k=-1, min_p=0.1, seed=3, stop="x", ignore_eos=True
+    )
+    expected = Sampling(7, 0.0, 0.5, 0, 0.1, 3, ("x",), True)
+    assert parsed.request.sampling == expected
+
+
+def test_defaults_are_openais() -> None:
+    assert chat().request.sampling == Sampling(max_tokens=None, temperature=1.0)
+    completion = parse_completion(b'{"prompt": [1, 2]}', "id", "trace").request
+    assert completion.sampling.max_tokens == 16
+    assert completion.prompt == (1, 2)
+
+
+@pytest.mark.parametrize("prompt", [None, [], ["a", "b"], [[1]], [True], 5, {}])
+def test_only_one_prompt_of_text_or_tokens_is_taken(prompt: Any) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_completion(json.dumps({"prompt": prompt}).encode(), "id", "trace")
+    assert caught.value.param == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("logprobs", 0), ("n", True), ("tool_choice", "auto"), ("stream_options", {}), ("audio", None)]
+)
+def test_what_looks_harmless_but_asks_for_something_is_refused(field: str, value: Any) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        chat(**{field: value})
+    assert caught.value.param == field
