@@ -25,6 +25,12 @@ class MessageTooLong(ProtocolViolation):
     sqlstate = "54000"
 
 
+class UnsupportedProtocol(ProtocolViolation):
+    """The client speaks another major version of the protocol."""
+
+    sqlstate = "0A000"
+
+
 class DirectTls(ProtocolViolation):
     """The client starts with a TLS handshake."""
 

@@ -7,13 +7,14 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from dbnode.sql.errors import DirectTls, ProtocolViolation
+from dbnode.sql.errors import DirectTls, ProtocolViolation, UnsupportedProtocol
 
 PACKET_BYTES_MAX = 10_000
 """Longest startup packet, as in PostgreSQL itself."""
 _PACKET_BYTES_MIN = 8
 _CANCEL_KEY_BYTES = range(4, 257)
 _TLS_HANDSHAKE = 0x16
+_LENGTH_BYTES = 4
 _LENGTH_AND_CODE = struct.Struct("!ii")
 _CANCEL_CODE = (1234 << 16) | 5678
 _TLS_CODE = (1234 << 16) | 5679
@@ -68,16 +69,16 @@ class StartupReader:
         """The next packet, or None until more is fed. Raises ProtocolViolation."""
         if self._buffer and self._buffer[0] == _TLS_HANDSHAKE:
             raise DirectTls("direct TLS is not supported")
-        if len(self._buffer) < _LENGTH_AND_CODE.size:
+        if len(self._buffer) < _LENGTH_BYTES:
             return None
-        length, code = _LENGTH_AND_CODE.unpack_from(self._buffer)
+        length = int.from_bytes(self._buffer[:_LENGTH_BYTES], "big")
         if not _PACKET_BYTES_MIN <= length <= PACKET_BYTES_MAX:
             raise ProtocolViolation("invalid length of startup packet")
         if len(self._buffer) < length:
             return None
         raw = bytes(self._buffer[:length])
         del self._buffer[:length]
-        return _parse(code, raw)
+        return _parse(raw)
 
     def take_rest(self) -> bytes:
         """What came after the last packet; the reader is empty then."""
@@ -86,7 +87,8 @@ class StartupReader:
         return rest
 
 
-def _parse(code: int, raw: bytes) -> StartupPacket:
+def _parse(raw: bytes) -> StartupPacket:
+    _, code = _LENGTH_AND_CODE.unpack_from(raw)
     if code == _TLS_CODE:
         return StartupPacket(StartupKind.TLS, raw)
     if code == _GSS_CODE:
@@ -94,7 +96,8 @@ def _parse(code: int, raw: bytes) -> StartupPacket:
     if code == _CANCEL_CODE:
         return StartupPacket(StartupKind.CANCEL, raw, cancel_key=parse_cancel_key(raw[_LENGTH_AND_CODE.size :]))
     if code >> 16 != _PROTOCOL_MAJOR:
-        return StartupPacket(StartupKind.SESSION, raw)  # PostgreSQL says which versions it knows
+        # PostgreSQL would refuse it in the words of that old protocol, which nothing here understands.
+        raise UnsupportedProtocol(f"unsupported frontend protocol {code >> 16}.{code & 0xFFFF}")
     return StartupPacket(StartupKind.SESSION, raw, _parse_parameters(raw[_LENGTH_AND_CODE.size :]))
 
 
