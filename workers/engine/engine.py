@@ -6,7 +6,6 @@ steps. Every accepted request is answered with exactly one FinishedEvent, also w
 
 from __future__ import annotations
 
-import logging
 import secrets
 import threading
 import time
@@ -27,6 +26,7 @@ from stratakv.errors import (
     Unavailable,
 )
 from stratakv.keys import BlockKey
+from stratakv.log import EventLogger
 from workers.engine.config import EngineConfig
 from workers.engine.connector import KVConnector
 from workers.engine.errors import EngineFailed, NotFinite
@@ -45,7 +45,7 @@ from workers.engine.sequence import Sequence as RunningSequence
 from workers.engine.stats import EngineStats, StatsKeeper
 from workers.engine.step import PartOutcome, StepRunner
 
-_log = logging.getLogger(__name__)
+_log = EventLogger(__name__)
 _WAIT_S = 0.05
 """How often deadlines are looked at while nothing can be computed."""
 
@@ -262,7 +262,7 @@ class Engine:
             sequence.release_external()
         if outcome.load_error is not None:
             self._scheduler.load_failed(outcome.part, outcome.load_error.num_good_blocks)
-            _log.warning("kv_load_failed", extra={"num_good_blocks": outcome.load_error.num_good_blocks})
+            _log.warning("kv_load_failed", num_good_blocks=outcome.load_error.num_good_blocks)
         elif outcome.sample is None:
             error = NotFinite("The model's output for this request is not a finite number.")
             self._finish(sequence, FinishReason.ERROR, error)

@@ -6,13 +6,13 @@ not finite spoils its own part, and the other parts are kept.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from stratakv.errors import StrataError
 from stratakv.keys import BlockKey
+from stratakv.log import EventLogger
 from workers.engine.attention import AttentionPart
 from workers.engine.block_table import Run
 from workers.engine.connector import KVConnector, KVLoadError, LoadJob, SaveJob
@@ -22,7 +22,7 @@ from workers.engine.requests import SamplingParams
 from workers.engine.sampler import Sample, SampleRow, sample
 from workers.engine.scheduler import StepPart
 
-_log = logging.getLogger(__name__)
+_log = EventLogger(__name__)
 _CHECK_ONLY = SampleRow(SamplingParams(max_tokens=1, temperature=0.0), seed=0, index=0)
 """For parts that end before their sequence does: the row is only looked at for NaN."""
 
@@ -145,7 +145,7 @@ class StepRunner:
         try:
             transfers.save = connector.save(keys, blocks, lambda: self._release(blocks))
         except StrataError as error:
-            _log.warning("save_refused", extra={"reason": error.code, "num_blocks": len(blocks)})
+            _log.debug("save_refused", reason=error.code, num_blocks=len(blocks))
         if transfers.save is None:
             self._cache.release(blocks)
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
+from stratakv.errors import Unavailable
 from stratakv.keys import BlockKey
 from tests.support import eventually
 from tests.unit.workers.engine.harness import (
+    MemoryHit,
+    MemoryLoad,
     MemorySave,
     MemoryTier,
     Oracle,
@@ -169,3 +173,52 @@ def test_a_request_that_is_not_finite_writes_nothing_down(tiny_with_nan: Path, t
         assert tiers.now.num_aborted == 1
         assert set(tiers.now.pages) == set(KEYS)
         assert engine.num_cached_blocks(KEYS) == 5
+
+
+def test_a_load_that_cannot_start_and_a_save_that_is_refused_are_only_misses(
+    tiny: Path, tiers: Tiers, expected: list[int]
+) -> None:
+    class Refusing(MemoryTier):
+        def save(
+            self, keys: Sequence[BlockKey], l1_blocks: Sequence[int], on_finished: Callable[[], None]
+        ) -> MemorySave:
+            raise Unavailable("no room")
+
+    class Unreachable(MemoryHit):
+        def load(self, first_block: int, l1_blocks: Sequence[int]) -> MemoryLoad:
+            raise Unavailable("gone")
+
+    with running(fp32(tiny), Refusing) as engine:
+        hit = Unreachable(Refusing(engine.kv_cache), 0, list(KEYS))
+        tokens, finished = generate(engine, PROMPT, NUM_TOKENS, external=hit)
+        eventually(lambda: engine.stats().blocks_referenced == 0)
+    assert tokens == expected
+    assert finished.usage.tokens_by_tier[Tier.COMPUTED] == len(PROMPT)
+    assert hit.num_released == 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_mix_of_hits_failures_cancels_and_preemptions_gives_the_oracles_tokens(
+    tiny: Path, tiers: Tiers, seed: int
+) -> None:
+    rng = random.Random(seed)
+    prefixes = [prompt(100 + i, 16 * rng.randrange(0, 6)) for i in range(3)]
+    jobs = [(rng.choice(prefixes) + prompt(200 + i, rng.randrange(1, 40)), rng.randrange(1, 24)) for i in range(24)]
+    with running(fp32(tiny, num_blocks=256, prefix_caching=False), tiers) as engine:
+        expected = [generate(engine, token_ids, count)[0] for token_ids, count in jobs]
+    settings = {"num_blocks": 24, "max_running": 5, "max_batched_tokens": rng.choice([19, 64, 4096])}
+    with running(fp32(tiny, **settings), tiers) as engine:
+        listeners = []
+        for i, (token_ids, count) in enumerate(jobs):
+            what = request(token_ids, count, request_id=str(i))
+            fault = {"fail_layer": rng.randrange(-2, NUM_LAYERS), "num_good_blocks": rng.randrange(3)}
+            what.external = tiers.now.hit(what.keys, rng.choice([0, 0, engine.num_cached_blocks(what.keys)]), **fault)
+            listeners.append(submit(engine, what))
+            if rng.random() < 0.2:
+                engine.cancel(str(rng.randrange(i + 1)))
+        for listener, tokens in zip(listeners, expected, strict=True):
+            got, finished = listener.result()
+            assert finished.reason in (FinishReason.LENGTH, FinishReason.CANCELLED)
+            assert got == tokens[: len(got)]
+            assert len(got) == len(tokens) or finished.reason is FinishReason.CANCELLED
+        eventually(lambda: engine.stats().blocks_referenced == 0)
