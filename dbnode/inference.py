@@ -32,7 +32,8 @@ from dbnode.scheduler.scheduler import PromptKeys, Scheduler
 from dbnode.worker_client import WorkerClient
 from stratakv.errors import Cancelled, ContextTooLong, InvalidRequest, ModelNotFound, StrataError, Unavailable
 from stratakv.log import EventLogger
-from stratakv.text import Detokenizer, encode, render_chat
+from stratakv.text import Detokenizer, chat_text, encode
+from stratakv.text_cache import CachingEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -42,7 +43,8 @@ log = EventLogger("dbnode.inference")
 RUNNING_PER_WORKER_MAX = 128
 """Requests one worker is given at once; the rest wait here, where they can still be routed."""
 TOKENIZE_INLINE_CHARS_MAX = 4096
-"""Longer prompts are tokenised and hashed off the event loop."""
+"""Longer texts are tokenised off the event loop, and longer prompts hashed there."""
+HASH_INLINE_TOKENS_MAX = 4096
 STOP_SETTLE_S = 1.0
 """After a stop string, how long the worker is given to say what the prompt cost."""
 
@@ -100,6 +102,7 @@ class InferenceService:
         self.scheduler = scheduler
         self.draining = False
         self._tokenizer = tokenizer
+        self._encoder = CachingEncoder(tokenizer)
         self._vocab_size: int = tokenizer.backend_tokenizer.get_vocab_size()
         self._client = client
         self._observers = observers
@@ -197,14 +200,14 @@ class InferenceService:
         if isinstance(request.prompt, tuple):
             return self._checked_ids(request.prompt)
         if request.messages is not None:
-            messages = request.messages
-            num_chars = sum(len(str(m.get("content"))) if isinstance(m, dict) else 0 for m in messages)
-            make = partial(render_chat, self._tokenizer, messages)
+            text = chat_text(self._tokenizer, request.messages)
+            make = partial(self._encoder.encode, text)
+            inline = self._encoder.is_mostly_known(text, TOKENIZE_INLINE_CHARS_MAX)
         else:
-            prompt = request.prompt or ""
-            num_chars = len(prompt)
-            make = partial(encode, self._tokenizer, prompt)
-        if num_chars <= TOKENIZE_INLINE_CHARS_MAX:
+            text = request.prompt or ""
+            make = partial(encode, self._tokenizer, text)
+            inline = len(text) <= TOKENIZE_INLINE_CHARS_MAX
+        if inline:
             token_ids = make()
         else:
             token_ids = await asyncio.get_running_loop().run_in_executor(self._tokenize, make)
@@ -222,7 +225,7 @@ class InferenceService:
     async def _hash(self, keys: PromptKeys) -> None:
         """Compute long prompts' keys where they do not hold up other requests."""
         sizes = {r.facts.block_size for r in self.scheduler.directory.usable(self.model) if r.facts}
-        if len(keys.token_ids) * 4 > TOKENIZE_INLINE_CHARS_MAX:
+        if len(keys.token_ids) > HASH_INLINE_TOKENS_MAX:
             for size in sizes:
                 await asyncio.get_running_loop().run_in_executor(self._tokenize, keys.of_size, size)
 

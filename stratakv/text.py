@@ -53,6 +53,11 @@ def render_chat(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Any]) -> 
 
     Raises InvalidRequest that names the field.
     """
+    return encode(tokenizer, chat_text(tokenizer, messages), special=False)
+
+
+def chat_text(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Any]) -> str:
+    """A conversation as the model's chat template writes it. Raises InvalidRequest that names the field."""
     import jinja2
 
     plain = [_plain_message(index, message) for index, message in enumerate(messages)]
@@ -61,10 +66,9 @@ def render_chat(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Any]) -> 
     if tokenizer.chat_template is None:
         raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
     try:
-        text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
+        return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True))
     except (jinja2.TemplateError, TypeError) as error:
         raise InvalidRequest(f"messages do not fit the model's chat template: {error}", param="messages") from error
-    return encode(tokenizer, str(text), special=False)
 
 
 def _plain_message(index: int, message: Any) -> dict[str, str]:
