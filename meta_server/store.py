@@ -23,7 +23,7 @@ from stratakv.wire import Segment
 QUERIES = load_queries("meta_server")
 LEADER_LOCK = 0x5354_5241_4D45_5441
 """The bytes of STRAMETA."""
-LOCK_WAIT_S = 5.0
+LOCK_WAIT_S = 3.0
 """Longest wait for the session of a predecessor to end."""
 STATEMENT_TIMEOUT_S = 5.0
 DEAD_EPOCHS_MAX = 10_000
@@ -32,7 +32,8 @@ DECIDED_MAX = 100_000
 
 _TRANSIENT_CLASSES = frozenset({"08", "25", "40", "53", "55", "57", "58"})
 """SQLSTATE classes that pass: connection, read-only standby, rollback, resources, locks, operator, system."""
-CONNECTION_ERRORS = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError)
+CONNECTION_ERRORS = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, TimeoutError)
+"""InternalClientError: asyncpg's state after the server ended a session that was idle."""
 _log = EventLogger("meta_server.store")
 
 

@@ -52,7 +52,8 @@ class MetaClient:
         self._hello = Hello(protocol=PROTOCOL_VERSION, role=role, name=name)
         self._calls: dict[bytes, asyncio.Future[Message]] = {}
         self._ids = itertools.count(1)
-        self._context = zmq.Context()
+        # Shared and never ended: ending one that still has a socket would wait for ever.
+        self._context = zmq.Context.instance()
         self._socket: zmq.Socket[bytes] | None = None
         self._probe: asyncio.Task[None] | None = None
         self._starting = asyncio.Lock()
@@ -98,7 +99,6 @@ class MetaClient:
             if not call.done():
                 call.set_exception(Unavailable("the client was closed"))
         self._close_socket()
-        self._context.term()
 
     async def call(self, request: Message, reply_type: type[ReplyT], timeout_s: float | None = None) -> ReplyT:
         """Send one request; its reply.
