@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -85,14 +86,14 @@ def test_clients_over_the_limit_are_refused_and_come_in_later(strict: FrontThrea
     psycopg.connect(url, password=PASSWORD).close()
 
 
-@pytest.mark.parametrize(
-    "sent", [b"", b"\0\0\0", startup("postgres", "scram_user")], ids=["none", "cut", "no password"]
-)
-def test_client_that_does_not_log_in_is_closed(strict: FrontThread, sent: bytes) -> None:
-    with RawClient(strict.front.port) as client:
-        client.send(sent)
-        client.read_all()
-    eventually(lambda: strict.front.relay.num_sessions == 0)
+def test_clients_that_do_not_log_in_are_closed(strict: FrontThread) -> None:
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(RawClient(strict.front.port)) for _ in range(3)]
+        for client, sent in zip(clients, (b"", b"\0\0\0", startup("postgres", "scram_user")), strict=True):
+            client.send(sent)
+        for client in clients:
+            client.read_all()
+        eventually(lambda: not strict.front.relay.num_sessions and not strict.front.relay.handshakes)
 
 
 def test_encryption_is_declined_and_the_client_goes_on(front: FrontThread) -> None:
