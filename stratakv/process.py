@@ -65,6 +65,11 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def reachable_host(host: str) -> str:
+    """Where a process of this machine reaches a listener on `host`, which may stand for all addresses."""
+    return "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
+
+
 def require_loopback(host: str, setting: str, why: str) -> None:
     """Raises SetupError unless `host` is a loopback address: `why` says what is missing to listen elsewhere."""
     if not is_loopback(host):

@@ -70,7 +70,8 @@ class Cluster:
 def running_cluster(directory: Path, *options: str, **env: str) -> Iterator[Cluster]:
     """`stratakv up --ports auto` in `directory`, ready."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("STRATAKV_")}
-    environment = {**inherited, "STRATAKV_DMP_SEGMENT_BYTES": "64MiB", "STRATAKV_WORKER_L1_TOKENS": "4096", **env}
+    environment = {**inherited, "STRATAKV_DMP_SEGMENT_BYTES": "64MiB", "STRATAKV_WORKER_L1_TOKENS": "4096"}
+    environment |= {"STRATAKV_WORKER_THREADS": "1", **env}
     command = [sys.executable, "-m", "stratakv.cli", "up", "--ports", "auto", "--data-dir", str(directory / "data")]
     command += ["--state-file", str(directory / "state.json"), *options]
     log_file = directory / "up.log"

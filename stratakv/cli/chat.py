@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from stratakv.cli.options import ConfigOption, SetOption, read_settings
+from stratakv.process import reachable_host
 from stratakv.rest_client import Answer, RequestFailed, RestClient
 from stratakv.settings import Settings
 
@@ -26,7 +27,9 @@ def chat(
 ) -> None:
     """Talk to a model. An empty line or Ctrl-D ends it, /new starts over."""
     settings = read_settings(config, sets)
-    client = RestClient(url or f"http://{settings.rest.host}:{settings.rest.port}", api_key=settings.rest.api_key)
+    client = RestClient(
+        url or f"http://{reachable_host(settings.rest.host)}:{settings.rest.port}", api_key=settings.rest.api_key
+    )
     name = model or _served_model(client, settings)
     opening = [{"role": "system", "content": system}] if system else []
     history = list(opening)

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from stratakv.cli.options import ConfigOption, SetOption, read_settings
 from stratakv.errors import SetupError, Unavailable
+from stratakv.process import reachable_host
 from stratakv.settings import Settings
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def _connection(settings: Settings, user: str | None, dbname: str | None) -> dic
 
     backend = urlsplit(settings.sql.backend_url or settings.database.url or "")
     found = {
-        "host": settings.sql.host,
+        "host": reachable_host(settings.sql.host),
         "port": str(settings.sql.port),
         "user": user or unquote(backend.username or SUPERUSER),
         "dbname": dbname or unquote(backend.path.lstrip("/")) or METADATA_DATABASE,

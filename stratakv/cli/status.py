@@ -13,6 +13,7 @@ from rich.table import Table
 
 from stratakv.cli.options import ConfigOption, JsonOption, SetOption, print_json, read_settings
 from stratakv.errors import StrataError
+from stratakv.process import reachable_host
 from stratakv.settings import Settings
 from stratakv.wire import GetStats, ListNodes, ListWorkers, Nodes, NodeState, Stats, Workers, WorkerState
 
@@ -56,9 +57,13 @@ async def _ask(settings: Settings) -> Report:
 async def _ask_db_node(settings: Settings, report: Report) -> None:
     import aiohttp
 
-    url = f"http://{settings.rest.host}:{settings.rest.port}"
+    from stratakv.up.readiness import authorization
+
+    url = f"http://{reachable_host(settings.rest.host)}:{settings.rest.port}"
     report.db_node = {"url": url, "sql": f"{settings.sql.host}:{settings.sql.port}"}
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=TIMEOUT_S)) as session:
+    async with aiohttp.ClientSession(
+        timeout=aiohttp.ClientTimeout(total=TIMEOUT_S), headers=authorization(settings.rest)
+    ) as session:
         for name, path in (("health", "/health"), ("ready", "/ready")):
             try:
                 async with session.get(url + path) as response:

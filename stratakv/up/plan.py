@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from stratakv.config import options, value_text
+from stratakv.process import reachable_host
 from stratakv.settings import Settings
 from stratakv.up.ports import Ports
 from stratakv.wire import WorkerRole
@@ -59,8 +60,8 @@ def make_plan(settings: Settings, ports: Ports) -> list[ServiceSpec]:
         given = {"WORKER_NAME": name, "WORKER_ROLE": role.value, "WORKER_PORT": str(port), "WORKER_NODE": node}
         plan.append(_service(name, Kind.WORKER, port, "http", common, **given))
     workers = ",".join(spec.url for spec in plan if spec.kind is Kind.WORKER)
-    plan.append(_service("dbnode", Kind.DB_NODE, ports.rest, "http", common, ROUTER_WORKERS=workers))
-    return plan
+    db_node = _service("dbnode", Kind.DB_NODE, ports.rest, "http", common, ROUTER_WORKERS=workers)
+    return [*plan, replace(db_node, url=f"http://{reachable_host(settings.rest.host)}:{ports.rest}")]
 
 
 def _service(name: str, kind: Kind, port: int, scheme: str, common: Mapping[str, str], **given: str) -> ServiceSpec:

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Self
 
 import aiohttp
 
 from stratakv.errors import StrataError
 from stratakv.pool.meta_client import MetaClient
-from stratakv.settings import MetaSettings
+from stratakv.process import reachable_host
+from stratakv.settings import RestSettings, Settings
 from stratakv.up.plan import Kind, ServiceSpec
 from stratakv.wire import PROTOCOL_VERSION, Hello, ListNodes, Nodes, Welcome
 
 PROBE_TIMEOUT_S = 2.0
 
 
+def authorization(settings: RestSettings) -> dict[str, str]:
+    """The headers by which the DB node's REST API knows us; it guards everything but /health."""
+    return {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
+
+
 class Readiness:
     """One HTTP session and one client of the meta server, for as long as it is entered."""
 
-    def __init__(self, meta: MetaSettings) -> None:
-        self._meta_settings = meta
+    def __init__(self, settings: Settings) -> None:
+        self._meta_settings = replace(settings.meta, host=reachable_host(settings.meta.host))
+        self._headers = authorization(settings.rest)
 
     async def __aenter__(self) -> Self:
-        self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S))
+        self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S), headers=self._headers)
         self._meta = MetaClient(self._meta_settings)
         return self
 

@@ -17,11 +17,12 @@ from stratakv import migrate, sqlfunctions
 from stratakv.log import configure_logging
 from stratakv.models.progress import pull_with_progress
 from stratakv.postgres import EmbeddedPostgres
+from stratakv.process import reachable_host
 from stratakv.settings import Secret, Settings
 from stratakv.up.plan import ServiceSpec, make_plan, place_ports
 from stratakv.up.ports import PortChoice, choose_ports
 from stratakv.up.readiness import Readiness
-from stratakv.up.state import StateFile
+from stratakv.up.state import StateFile, sql_url
 from stratakv.up.supervisor import Supervisor
 
 _INTERRUPTED = 128
@@ -118,7 +119,7 @@ async def _run(
                 shown.stop()
 
         try:
-            async with Readiness(replace(settings.meta, host="127.0.0.1")) as readiness:
+            async with Readiness(settings) as readiness:
                 supervisor = Supervisor(
                     plan,
                     readiness=readiness,
@@ -134,12 +135,12 @@ async def _run(
 
 def _announce(settings: Settings, state_path: Path, console: Console) -> None:
     """The ready banner."""
-    sql, rest = settings.sql, settings.rest
+    rest = settings.rest
     lines = [
         "",
         "StrataKV is ready.",
-        f"  SQL    psql -h 127.0.0.1 -p {sql.port} -U postgres stratakv      SELECT infer('Why is the sky blue?');",
-        f"  REST   http://127.0.0.1:{rest.port}/v1      the base URL for OpenAI clients",
+        f"  SQL    psql {sql_url(settings)}      SELECT infer('Why is the sky blue?');",
+        f"  REST   http://{reachable_host(rest.host)}:{rest.port}/v1      the base URL for OpenAI clients",
         f"  state  {state_path}",
         "Ctrl-C stops it.",
         "",

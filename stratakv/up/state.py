@@ -6,9 +6,19 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from stratakv.postgres import METADATA_DATABASE, SUPERUSER
+from stratakv.process import reachable_host
 from stratakv.settings import Settings
 from stratakv.up.supervisor import Supervisor
+
+
+def sql_url(settings: Settings) -> str:
+    """Where PostgreSQL clients connect: the DB node, with the role and database of its backend; without a password."""
+    backend = urlsplit(settings.sql.backend_url or settings.database.url or "")
+    user, database = backend.username or SUPERUSER, backend.path.lstrip("/") or METADATA_DATABASE
+    return f"postgresql://{user}@{reachable_host(settings.sql.host)}:{settings.sql.port}/{database}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +35,9 @@ class StateFile:
         state = {
             "ready": supervisor.is_ready,
             "pid": os.getpid(),
-            "sql_url": f"postgresql://postgres@127.0.0.1:{settings.sql.port}/stratakv",
+            "sql_url": sql_url(settings),
             "sql_port": settings.sql.port,
-            "rest_url": f"http://127.0.0.1:{settings.rest.port}",
+            "rest_url": f"http://{reachable_host(settings.rest.host)}:{settings.rest.port}",
             "meta_host": settings.meta.host,
             "meta_port": settings.meta.native_port,
             "database_url": str(settings.database.url),

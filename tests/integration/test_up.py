@@ -69,6 +69,6 @@ def test_children_end_with_a_killed_supervisor_and_the_next_one_starts(tmp_path:
         cluster.stop(signal.SIGKILL)
         eventually(lambda: not any(_alive(pid) for pid in pids), what="all children ended")
     (tmp_path / "state.json").unlink()
-    with running_cluster(tmp_path, *few) as cluster:
+    with running_cluster(tmp_path, *few, STRATAKV_REST_API_KEY="sk-test") as cluster:
         assert _infer(cluster)
         assert cluster.stop(signal.SIGINT) == 0
