@@ -33,6 +33,8 @@ from stratakv.settings import MetaSettings
 from stratakv.version import version
 
 Answer = wire.Message | Awaitable[wire.Message]
+UNDECIDED_MAX = 4096
+"""Puts looked up for one heartbeat; the daemon asks for the others again."""
 
 
 class Handlers:
@@ -111,7 +113,7 @@ class Handlers:
         self._catalog.freed(node, request.freed)
         node.report_used(request.used_bytes)
         if request.undecided_puts:
-            return self._decide(node, request.undecided_puts)
+            return self._decide(node, request.undecided_puts[:UNDECIDED_MAX])
         return wire.NodeOrders(known=True, free=self._reclaimer.orders(node))
 
     def register_worker(self, request: wire.RegisterWorker) -> wire.Registered:

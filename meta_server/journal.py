@@ -45,16 +45,13 @@ class Journal:
             raise Overloaded("too many changes wait to be written")
 
     def register_segment(self, segment: Segment) -> asyncio.Future[None]:
-        self._next.segments.append(segment)
+        if segment not in self._next.segments:
+            self._next.segments.append(segment)
         return self.all_written()
 
     def register_worker(self, info: WorkerInfo) -> None:
-        self._next.workers.append(
-            (
-                *(info.worker, info.epoch, info.url, info.role.value, info.model),
-                *(info.namespace, info.block_size, info.max_model_len, info.node),
-            )
-        )
+        if info not in self._next.workers:
+            self._next.workers.append(info)
         self._wake.set()
 
     def start_put(self, put: StartedPut) -> None:

@@ -14,7 +14,7 @@ from meta_server.presence import Clock, Pulse, RetiredEpochs
 from stratakv.errors import InvalidRequest
 from stratakv.wire import Extent, NodeState, Segment
 
-ORDERS_MAX = 8192
+ORDERS_MAX = 65_536
 """Extents ordered free in one heartbeat's reply."""
 
 
@@ -54,7 +54,7 @@ class Node:
     def report_used(self, used_bytes: int) -> None:
         """Take over the daemon's own figure."""
         known = self.committed_bytes + self.pending_bytes + self.freeing_bytes
-        self.foreign_bytes = max(0, used_bytes - known)
+        self.foreign_bytes = max(0, min(used_bytes, self.segment.size_bytes) - known)
 
     def order_free(self, removal_id: int, extents: Iterable[Extent], page_bytes: Iterable[int]) -> None:
         for extent, size in zip(extents, page_bytes, strict=True):

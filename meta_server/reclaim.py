@@ -8,6 +8,8 @@ from meta_server.presence import Clock
 from stratakv.log import EventLogger
 from stratakv.wire import Extent
 
+PAGES_MAX = 16_384
+"""Reclaimed in one go, so that lookups do not wait; the next tick goes on."""
 _log = EventLogger("meta_server.reclaim")
 
 
@@ -37,7 +39,7 @@ class Reclaimer:
         size = node.segment.size_bytes
         target = min(int(self._low * size), size - min(size_bytes, size))
         excess = node.staying_bytes - target
-        slots = self._catalog.index.coldest(node.index, excess)
+        slots = self._catalog.index.coldest(node.index, excess)[:PAGES_MAX]
         if len(slots):
             self.evictions += self._catalog.remove(slots, "evicted")
             _log.debug("pages_evicted", node=node.segment.node, pages=len(slots))

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meta_server.index import ExtentArray
-from stratakv.wire import Extent, Segment
+from stratakv.wire import Extent, Segment, WorkerInfo
 
 EXTENT_BYTES = 16
 _PACKED = np.dtype(">i8")
@@ -107,7 +107,7 @@ class WriteBatch:
     """Changes that are written together, in the order of the fields."""
 
     segments: list[Segment] = field(default_factory=list)
-    workers: list[tuple[object, ...]] = field(default_factory=list)
+    workers: list[WorkerInfo] = field(default_factory=list)
     starts: list[StartedPut] = field(default_factory=list)
     voids: list[bytes] = field(default_factory=list)
     ends: list[tuple[bytes, bytes]] = field(default_factory=list)

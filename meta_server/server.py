@@ -102,32 +102,34 @@ class MetaServer:
             self._socket.send(client, request_id, wire.encode(message))
 
         try:
-            request = wire.decode_request(payload)
-        except msgspec.MsgspecError as error:
-            reply(failure_of(InvalidRequest(f"malformed request: {error}")))
-            return
-        try:
+            request = _decode(payload)
             answer = self._handlers.by_message[type(request)](request)
-        except StrataError as error:
-            reply(failure_of(error))
-        except Exception:
-            _log.exception("request_failed", request=type(request).__name__)
-            reply(failure_of(StrataError("internal error")))
-        else:
             if inspect.isawaitable(answer):
                 self._answer_later(answer, reply)
             else:
                 reply(answer)
+        except StrataError as error:
+            reply(failure_of(error))
+        except Exception:
+            _log.exception("request_failed")
+            reply(failure_of(StrataError("internal error")))
 
     def _answer_later(self, answer: Awaitable[wire.Message], reply: Callable[[wire.Message], None]) -> None:
         if len(self._waiting) >= REQUESTS_WAITING_MAX:
             if inspect.iscoroutine(answer):
                 answer.close()
-            reply(failure_of(Overloaded("too many requests wait for the metadata database")))
-            return
+            raise Overloaded("too many requests wait for the metadata database")
         task = asyncio.get_running_loop().create_task(_reply_when_done(answer, reply))
         self._waiting.add(task)
         task.add_done_callback(self._waiting.discard)
+
+
+def _decode(payload: bytes) -> wire.Message:
+    try:
+        request: wire.Message = wire.decode_request(payload)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidRequest(f"malformed request: {error}") from None
+    return request
 
 
 async def _reply_when_done(answer: Awaitable[wire.Message], reply: Callable[[wire.Message], None]) -> None:

@@ -124,8 +124,9 @@ class Store:
                 await durable.execute(
                     QUERIES["add_segment"], s.epoch, s.node, s.host, s.port, s.socket_name, s.size_bytes
                 )
-        for worker in batch.workers:
-            await lazy.execute(QUERIES["add_worker"], *worker)
+        for w in batch.workers:
+            row = (w.worker, w.epoch, w.url, w.role.value, w.model, w.namespace, w.block_size, w.max_model_len, w.node)
+            await lazy.execute(QUERIES["add_worker"], *row)
         if batch.starts:
             await lazy.execute(QUERIES["start_puts"], *_columns(batch.starts))
         if batch.voids:
@@ -147,7 +148,7 @@ class Store:
         options: dict[str, Any] = {
             "timeout": self._settings.connect_timeout_s,
             "command_timeout": STATEMENT_TIMEOUT_S,
-            "server_settings": {"application_name": "stratakv meta server"},
+            "server_settings": {"application_name": "stratakv meta server", "synchronous_commit": "on"},
         }
         self._durable = await asyncpg.connect(self._url, **options)
         await self._take_lock(self._durable)

@@ -33,7 +33,7 @@ class Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 
 
 class Failure(Message, frozen=True):
-    """The request was refused or failed; `code` is that of a stratakv.errors class or of meta_server.errors."""
+    """The request was refused or failed; `code` is that of a class in stratakv.errors or stratakv.pool.meta_errors."""
 
     code: str
     message: str
@@ -233,7 +233,11 @@ class PutStart(Message, frozen=True):
 
 
 class PutGrant(Message, frozen=True):
-    """Room for the missing pages, all on one segment; empty `wanted` means that all are there already."""
+    """Room for the missing pages, or for the first of them that fit, all on one segment.
+
+    Pages that are there already, or that another writer is just writing, are not wanted. With an empty `wanted` there is no
+    put: nothing is to be ended.
+    """
 
     wanted: list[int]
     """Indexes into the request's keys, ascending."""

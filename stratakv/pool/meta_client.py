@@ -53,7 +53,7 @@ class MetaClient:
         self._calls: dict[bytes, asyncio.Future[Message]] = {}
         self._ids = itertools.count(1)
         # Shared and never ended: ending one that still has a socket would wait for ever.
-        self._context = zmq.Context.instance()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._socket: zmq.Socket[bytes] | None = None
         self._probe: asyncio.Task[None] | None = None
         self._starting = asyncio.Lock()
@@ -212,7 +212,7 @@ class MetaClient:
                 continue  # the answer to a call that was given up
             try:
                 call.set_result(decode_reply(frames[1]))
-            except msgspec.MsgspecError as error:
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
                 call.set_exception(StrataError(f"the meta server's answer cannot be read: {error}"))
 
 
