@@ -67,8 +67,8 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def running_cluster(directory: Path, *options: str, **env: str) -> Iterator[Cluster]:
-    """`stratakv up --ports auto` in `directory`, ready."""
+def running_cluster(directory: Path, *options: str, loading: bool = False, **env: str) -> Iterator[Cluster]:
+    """`stratakv up --ports auto` in `directory`, ready; with `loading`, as soon as all its workers are processes."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("STRATAKV_")}
     environment = {**inherited, "STRATAKV_DMP_SEGMENT_BYTES": "64MiB", "STRATAKV_WORKER_L1_TOKENS": "4096"}
     environment |= {"STRATAKV_WORKER_THREADS": "1", **env}
@@ -79,7 +79,8 @@ def running_cluster(directory: Path, *options: str, **env: str) -> Iterator[Clus
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     cluster = Cluster(process, directory, environment)
     try:
-        eventually(lambda: _is_ready(cluster), timeout_s=START_TIMEOUT_S, what=f"stratakv up is ready, see {log_file}")
+        started = _has_workers if loading else _is_ready
+        eventually(lambda: started(cluster), timeout_s=START_TIMEOUT_S, what=f"stratakv up has started, see {log_file}")
         yield cluster
     finally:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -87,6 +88,13 @@ def running_cluster(directory: Path, *options: str, **env: str) -> Iterator[Clus
         if process.poll() is None:
             process.kill()
             process.wait()
+
+
+def _has_workers(cluster: Cluster) -> bool:
+    if not (cluster.directory / "state.json").exists():
+        return False
+    workers = [service for service in cluster.state["services"].values() if service["kind"] == "workers"]
+    return all(worker["pid"] is not None for worker in workers)
 
 
 def _is_ready(cluster: Cluster) -> bool:

@@ -11,12 +11,11 @@ import os
 import pwd
 import signal
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from stratakv import launch
 from stratakv.errors import SetupError
+from stratakv.launch import ending_with_us
 
 _ACCOUNTS = ("postgres", "nobody")
 _NOBODY_ID = 65534
@@ -46,8 +45,7 @@ class Account:
 
     def command(self, program: str, *arguments: str) -> list[str]:
         """The command line that runs `program` so that it gets SIGINT when the thread that started it ends."""
-        prefix = [sys.executable, "-I", "-S", launch.__file__, self.mode.value, str(self.uid), str(self.gid)]
-        return [*prefix, str(int(signal.SIGINT)), program, *arguments]
+        return ending_with_us(signal.SIGINT, [program, *arguments], mode=self.mode, uid=self.uid, gid=self.gid)
 
     def can_reach(self, path: Path) -> bool:
         """Whether the account may enter every directory above `path`."""

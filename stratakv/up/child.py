@@ -15,8 +15,8 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from stratakv import launch
 from stratakv.errors import SetupError
+from stratakv.launch import ending_with_us
 from stratakv.log import EventLogger
 from stratakv.process import EXIT_SETUP
 from stratakv.up.plan import ServiceSpec
@@ -55,9 +55,7 @@ class Child:
 
     async def start(self) -> None:
         """Start the process. The caller's thread must live as long as the process shall."""
-        kill = str(int(signal.SIGKILL))
-        command = [sys.executable, "-I", "-S", launch.__file__, "plain", "0", "0", kill]
-        command += [sys.executable, "-m", self.spec.kind.value]
+        command = ending_with_us(signal.SIGKILL, [sys.executable, "-m", self.spec.kind.value])
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("STRATAKV_")}
         with self.log_file.open("ab") as output:
             # A session of its own: Ctrl-C reaches the supervisor only, which then drains in order.

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stratakv import launch
 from stratakv.errors import SetupError
+from stratakv.launch import ending_with_us
 
 START_S_MAX = 300.0
 STOP_S_MAX = 90.0
@@ -56,17 +56,8 @@ def running_instance(*options: str, quiet: bool = False) -> Iterator[Instance]:
     """`stratakv up OPTIONS`, ready; ended on leaving. Raises SetupError."""
     with tempfile.TemporaryDirectory(prefix="stratakv-") as directory:
         state_file = Path(directory) / "state.json"
-        ended_with_us = [sys.executable, "-I", "-S", launch.__file__, "plain", "0", "0", str(int(signal.SIGTERM))]
-        command = [
-            *ended_with_us,
-            sys.executable,
-            "-m",
-            "stratakv.cli",
-            "up",
-            "--state-file",
-            str(state_file),
-            *options,
-        ]
+        up = [sys.executable, "-m", "stratakv.cli", "up", "--state-file", str(state_file), *options]
+        command = ending_with_us(signal.SIGTERM, up)
         instance = Instance(
             subprocess.Popen(command, stdout=subprocess.DEVNULL if quiet else None, start_new_session=True), state_file
         )
