@@ -18,7 +18,8 @@ from dbnode.errors import NoWorker, WorkerLost, WorkerRefused, WorkersExhausted,
 from dbnode.generate import FinishReason, PromptTiers, Sampling
 from dbnode.scheduler.scheduler import Plan, PromptKeys, Scheduler
 from dbnode.scheduler.workers import Sent, WorkerRecord
-from dbnode.worker_client import KVTransfer, WorkerClient, WorkerRequest, WorkerUsage
+from dbnode.worker_client import WorkerClient
+from dbnode.worker_messages import KVTransfer, WorkerRequest, WorkerUsage
 from stratakv.errors import DeadlineExceeded, Overloaded, StrataError
 from stratakv.log import EventLogger
 

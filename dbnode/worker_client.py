@@ -18,10 +18,10 @@ import aiohttp
 import msgspec
 
 from dbnode.errors import WorkerLost, WorkerRefused, WorkerUnreachable
-from dbnode.generate import PromptTiers
+from dbnode.worker_messages import UsageOptions, WorkerChunk, WorkerError, WorkerFacts, WorkerRequest
 from stratakv.errors import DeadlineExceeded, InvalidRequest, Overloaded, StrataError
 from stratakv.keys import NAMESPACE_BYTES
-from stratakv.wire import WorkerLoad, WorkerRole
+from stratakv.wire import WorkerLoad
 
 CONNECT_TIMEOUT_S = 2.0
 BODY_END_TIMEOUT_S = 1.0
@@ -31,89 +31,6 @@ ANSWER_BYTES_MAX = 8 * 1024 * 1024
 _NAMESPACE = re.compile(rf"[0-9a-f]{{{2 * NAMESPACE_BYTES}}}")
 ENDPOINT_GONE = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 CONNECTION_LOST = (aiohttp.ClientError, ConnectionError)
-
-
-class KVTransfer(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How prefill and decode on two workers hand a request over; also how an answer is continued elsewhere."""
-
-    do_remote_decode: bool = False
-    do_remote_prefill: bool = False
-    remote_engine_id: str = ""
-    remote_epoch: str = ""
-    num_tokens: int = 0
-    output_token_ids: list[int] = []
-
-
-class _UsageOptions(msgspec.Struct, frozen=True):
-    include_usage: bool = True
-
-
-class WorkerRequest(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Body of a worker's POST /v1/completions."""
-
-    model: str
-    prompt: list[int]
-    request_id: str
-    max_tokens: int
-    temperature: float
-    timeout_s: float
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
-    stop: list[str] = []
-    ignore_eos: bool = False
-    stream: bool = False
-    stream_options: _UsageOptions | None = None
-    return_token_ids: bool = False
-    kv_transfer_params: KVTransfer | None = None
-
-
-class _WorkerTimes(PromptTiers, frozen=True):
-    queue_ms: float = 0.0
-
-
-class WorkerUsage(msgspec.Struct, frozen=True):
-    """What a worker says it did."""
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    stratakv: _WorkerTimes | None = None
-
-
-class _Choice(msgspec.Struct, frozen=True):
-    token_ids: list[int] | None = None
-    finish_reason: str | None = None
-    kv_transfer_params: KVTransfer | None = None
-
-
-class _ErrorBody(msgspec.Struct, frozen=True):
-    message: str = "the worker said nothing more"
-    type: str | None = None
-    code: str | int | None = None
-    param: str | None = None
-
-
-class WorkerChunk(msgspec.Struct, frozen=True):
-    """One event of a worker's stream, or a whole answer."""
-
-    choices: list[_Choice] = []
-    usage: WorkerUsage | None = None
-    kv_transfer_params: KVTransfer | None = None
-    error: _ErrorBody | None = None
-
-
-class WorkerFacts(msgspec.Struct, frozen=True):
-    """GET /info."""
-
-    worker: str
-    epoch: str
-    role: WorkerRole
-    model: str
-    namespace: str
-    block_size: int
-    max_model_len: int
-    dtype: str = "bf16"
 
 
 State = TypeVar("State", WorkerFacts, WorkerLoad)
@@ -194,7 +111,7 @@ class WorkerClient:
 
     async def stream(self, url: str, request: WorkerRequest, deadline_s: float) -> WorkerStream:
         """Start a streamed completion. Raises before the first event what the module's docstring says."""
-        request = msgspec.structs.replace(request, stream=True, stream_options=_UsageOptions(), return_token_ids=True)
+        request = msgspec.structs.replace(request, stream=True, stream_options=UsageOptions(), return_token_ids=True)
         return WorkerStream(url, await self._post(url, request, deadline_s), deadline_s)
 
     async def complete(self, url: str, request: WorkerRequest, deadline_s: float) -> WorkerChunk:
@@ -301,10 +218,10 @@ def _refusal(url: str, status: int, body: bytes) -> StrataError:
         chunk = _decode_chunk(body)
     except (msgspec.DecodeError, UnicodeDecodeError):
         chunk = WorkerChunk()
-    return _told(url, chunk.error or _ErrorBody(), status)
+    return _told(url, chunk.error or WorkerError(), status)
 
 
-def _told(url: str, error: _ErrorBody, status: int | None) -> StrataError:
+def _told(url: str, error: WorkerError, status: int | None) -> StrataError:
     """The worker's own words, as the error whose handling fits: the client's mistakes go back to the client."""
     if error.code == DeadlineExceeded.code or status == DeadlineExceeded.http_status:
         return DeadlineExceeded(error.message)

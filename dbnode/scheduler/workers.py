@@ -16,7 +16,8 @@ from dbnode.errors import WorkerUnreachable
 from dbnode.scheduler.cost import Candidate
 from dbnode.scheduler.index import BlockIndex
 from dbnode.scheduler.pool_view import PoolView
-from dbnode.worker_client import WorkerClient, WorkerFacts
+from dbnode.worker_client import WorkerClient
+from dbnode.worker_messages import WorkerFacts
 from stratakv.log import EventLogger
 from stratakv.settings import RouterSettings
 from stratakv.wire import WorkerLoad

@@ -8,7 +8,8 @@ import pytest
 from dbnode.scheduler.pool_view import PoolView
 from dbnode.scheduler.scheduler import PromptKeys, Scheduler
 from dbnode.scheduler.workers import WorkerDirectory, WorkerRecord
-from dbnode.worker_client import WorkerClient, WorkerFacts
+from dbnode.worker_client import WorkerClient
+from dbnode.worker_messages import WorkerFacts
 from stratakv.settings import RouterSettings
 from stratakv.wire import WorkerLoad, WorkerRole
 

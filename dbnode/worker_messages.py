@@ -1,0 +1,91 @@
+"""What the DB node and its workers say to each other over HTTP: OpenAI's completions form, with token ids and KV transfer."""
+
+from __future__ import annotations
+
+import msgspec
+
+from dbnode.generate import PromptTiers
+from stratakv.wire import WorkerRole
+
+
+class KVTransfer(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How prefill and decode on two workers hand a request over; also how an answer is continued elsewhere."""
+
+    do_remote_decode: bool = False
+    do_remote_prefill: bool = False
+    remote_engine_id: str = ""
+    remote_epoch: str = ""
+    num_tokens: int = 0
+    output_token_ids: list[int] = []
+
+
+class UsageOptions(msgspec.Struct, frozen=True):
+    include_usage: bool = True
+
+
+class WorkerRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Body of a worker's POST /v1/completions."""
+
+    model: str
+    prompt: list[int]
+    request_id: str
+    max_tokens: int
+    temperature: float
+    timeout_s: float
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: list[str] = []
+    ignore_eos: bool = False
+    stream: bool = False
+    stream_options: UsageOptions | None = None
+    return_token_ids: bool = False
+    kv_transfer_params: KVTransfer | None = None
+
+
+class WorkerTimes(PromptTiers, frozen=True):
+    queue_ms: float = 0.0
+
+
+class WorkerUsage(msgspec.Struct, frozen=True):
+    """What a worker says it did."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    stratakv: WorkerTimes | None = None
+
+
+class WorkerChoice(msgspec.Struct, frozen=True):
+    token_ids: list[int] | None = None
+    finish_reason: str | None = None
+    kv_transfer_params: KVTransfer | None = None
+
+
+class WorkerError(msgspec.Struct, frozen=True):
+    message: str = "the worker said nothing more"
+    type: str | None = None
+    code: str | int | None = None
+    param: str | None = None
+
+
+class WorkerChunk(msgspec.Struct, frozen=True):
+    """One event of a worker's stream, or a whole answer."""
+
+    choices: list[WorkerChoice] = []
+    usage: WorkerUsage | None = None
+    kv_transfer_params: KVTransfer | None = None
+    error: WorkerError | None = None
+
+
+class WorkerFacts(msgspec.Struct, frozen=True):
+    """GET /info."""
+
+    worker: str
+    epoch: str
+    role: WorkerRole
+    model: str
+    namespace: str
+    block_size: int
+    max_model_len: int
+    dtype: str = "bf16"
