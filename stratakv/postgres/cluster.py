@@ -12,6 +12,7 @@ import hashlib
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import tempfile
 import time
@@ -198,10 +199,23 @@ class EmbeddedPostgres:
         if self._socket_dir is None:
             self._socket_dir = self._home / "socket"
             if len(os.fsencode(self._socket_dir)) > _SOCKET_PATH_BYTES_MAX:
-                self._socket_dir = Path(self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="stratakv-")))
+                self._socket_dir = self._short_socket_dir()
         self._socket_dir.mkdir(mode=0o700, exist_ok=True)
         self._socket_dir.chmod(0o700)
         self._give(self._socket_dir)
+
+    def _short_socket_dir(self) -> Path:
+        """A directory that the next start finds again, should this one not get to remove it."""
+        assert self._account is not None
+        digest = hashlib.sha256(os.fsencode(self._home)).hexdigest()[:12]
+        path = Path(tempfile.gettempdir()) / f"stratakv-{self._account.outer_uid}-{digest}"
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        found = path.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid not in (os.geteuid(), self._account.outer_uid):
+            raise SetupError(f"{path} belongs to somebody else.", hint="Choose a shorter STRATAKV_UP_DATA_DIR.")
+        self._cleanup.callback(shutil.rmtree, path, ignore_errors=True)
+        return path
 
     def _give(self, path: Path) -> None:
         """Let the server's account own `path`, if that is not ours."""
