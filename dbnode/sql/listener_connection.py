@@ -314,7 +314,9 @@ class ListenerConnection(asyncio.Protocol):
 
     def statement_ended(self) -> None:
         """Nobody waits for the call any more."""
-        if self._call is not None and not self._is_asked:
+        if self._call is not None:
+            if self._is_asked:
+                self._transport.write(reply(Status.GONE))
             self._drop_call()
 
 

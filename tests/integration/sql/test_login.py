@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -172,11 +173,20 @@ def test_cancel_keys_of_the_newest_protocol_work(front: FrontThread, url: str, c
         place = greeting.index(b"K\0\0") + 1
         length = int.from_bytes(greeting[place : place + 4], "big")
         client.send(message(b"Q", cstring("SELECT pg_sleep(60)")))
-        with RawClient(front.front.port) as canceller:
-            key = greeting[place + 4 : place + length]
-            canceller.send(int32(8 + len(key)) + int32((1234 << 16) | 5678) + key)
-            assert canceller.read_all() == b""
+        key = greeting[place + 4 : place + length]
+        eventually(lambda: _cancel(front.front.port, key) and _is_readable(client), what="the statement was cancelled")
         assert b"canceling statement due to user request" in client.read_until(b"Z\0\0\0\5I")
+
+
+def _cancel(port: int, key: bytes) -> bool:
+    """Whether a CancelRequest was taken; it may be too early for the statement it is meant for."""
+    with RawClient(port) as canceller:
+        canceller.send(int32(8 + len(key)) + int32((1234 << 16) | 5678) + key)
+        return canceller.read_all() == b""
+
+
+def _is_readable(client: RawClient) -> bool:
+    return bool(select.select([client.socket], [], [], 0.1)[0])
 
 
 def test_unreachable_backend_is_told_and_found_again(cluster: EmbeddedPostgres, tmp_path: Path) -> None:
