@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pwd
 
 from dbnode.sql.backend import BackendAddress
 from dbnode.sql.binding import BindingRegistry
@@ -17,12 +18,14 @@ from stratakv.sqlfunctions import ListenerAddress
 
 log = EventLogger(__name__)
 
+POSTGRES_ACCOUNT = "postgres"
+
 
 class SqlFront:
     """PostgreSQL clients on one side, infer()'s callbacks on the other.
 
     `trusted_backend` says that PostgreSQL lets everybody in who reaches it (the embedded cluster); `postgres_uid` is whom
-    the kernel must name at the private Unix socket, by default ourselves.
+    the kernel must name at the private Unix socket, by default the account `postgres`, or ourselves where there is none.
     """
 
     def __init__(
@@ -42,7 +45,7 @@ class SqlFront:
         limits = ListenerLimits(settings.prompt_bytes_max, settings.calls_waiting_max, settings.calls_waiting_max)
         self.address = ListenerAddress.from_settings(settings)
         """What `stratakv.sqlfunctions.install` takes."""
-        uid = os.geteuid() if postgres_uid is None else postgres_uid
+        uid = _postgres_uid() if postgres_uid is None else postgres_uid
         self.listener = Listener(self.address, limits, service, registry, postgres_uid=uid)
         self.relay = Relay(
             settings,
@@ -82,3 +85,10 @@ class SqlFront:
         """End everything now. Safe to repeat."""
         await self.relay.close()
         await self.listener.close()
+
+
+def _postgres_uid() -> int:
+    try:
+        return pwd.getpwnam(POSTGRES_ACCOUNT).pw_uid
+    except KeyError:
+        return os.geteuid()
