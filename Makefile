@@ -5,7 +5,7 @@
 #   make test-debian      tests against the distribution's PostgreSQL server
 #   make bench            quick benchmarks
 #
-# TORCH_INDEX names an extra package index for torch, for instance https://download.pytorch.org/whl/cpu: without a GPU,
+# TORCH_INDEX names an extra package index that has a CPU build of torch: without a GPU,
 # the default build brings gigabytes that are of no use.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -13,7 +13,7 @@ TORCH_INDEX ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-BENCHMARKS ?= chat_warm order zero_hit
+BENCHMARKS ?= chat_warm zero_hit
 
 .PHONY: install demo test lint format test-debian bench clean
 .DEFAULT_GOAL := install

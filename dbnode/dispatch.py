@@ -19,7 +19,7 @@ from dbnode.generate import FinishReason, PromptTiers, Sampling
 from dbnode.scheduler.scheduler import Plan, PromptKeys, Scheduler
 from dbnode.scheduler.workers import Sent, WorkerRecord
 from dbnode.worker_client import WorkerClient
-from dbnode.worker_messages import KVTransfer, WorkerRequest, WorkerUsage
+from dbnode.worker_messages import KVTransfer, WorkerChunk, WorkerRequest, WorkerUsage
 from stratakv.errors import DeadlineExceeded, Overloaded, StrataError
 from stratakv.log import EventLogger
 
@@ -98,66 +98,73 @@ class Dispatch:
         transfer = KVTransfer()
         worker = plan.worker
         if plan.prefill is not None and not self.output:
-            transfer = await self._prefill(plan.prefill, plan.uncached_tokens)
-            yield list(self.output)
+            async with aclosing(self._prefill(plan.prefill, plan.uncached_tokens)) as prefill:
+                async for chunk in prefill:
+                    transfer = chunk.transfer or transfer
+                    if chunk.token_ids:
+                        yield chunk.token_ids
             if self.finish_reason is not None:
                 return
             if not transfer.do_remote_prefill:
                 worker = plan.prefill  # the prompt did not get into the pool; it is only there
         uncached = 1 if transfer.do_remote_prefill else plan.uncached_tokens
-        async with aclosing(self._stream(worker, transfer, uncached)) as stream:
-            async for token_ids in stream:
+        async with aclosing(self._decode(worker, transfer, uncached)) as decode:
+            async for token_ids in decode:
                 yield token_ids
 
-    async def _prefill(self, record: WorkerRecord, num_tokens: int) -> KVTransfer:
-        """Compute the prompt and the first token on one worker, to go on elsewhere."""
+    async def _prefill(self, record: WorkerRecord, num_tokens: int) -> AsyncGenerator[WorkerChunk, None]:
+        """Compute the prompt and the first token on one worker, to go on elsewhere.
+
+        The token comes at once; the hand-over follows when the prompt's blocks can be found.
+        """
         request = msgspec.structs.replace(self._body(KVTransfer(do_remote_decode=True)), max_tokens=1)
-        with self._scheduler.sent(record, self._job.keys, num_tokens) as sent:
-            try:
-                async with _unless_silent(record, sent, self._job.deadline_s):
-                    answer = await self._client.complete(record.url, request, self._job.deadline_s)
-            except _ELSEWHERE as error:
-                raise _Failed(record, error) from error
-        choice = answer.choices[0] if answer.choices else None
-        if choice is None or (not choice.token_ids and choice.finish_reason != FinishReason.STOP):
+        reason: FinishReason | None = None
+        async with aclosing(self._chunks(record, request, num_tokens)) as chunks:
+            async for chunk in chunks:
+                reason = chunk.finish_reason or reason
+                yield chunk
+        if reason is None or (not self.output and reason is not FinishReason.STOP):
             raise _Failed(record, WorkerRefused(f"{record.url} answered without a token"))
-        self.output.extend(choice.token_ids or [])
-        self._take_usage(answer.usage)
-        if choice.finish_reason == FinishReason.STOP:
+        if reason is FinishReason.STOP:
             self.finish_reason = FinishReason.STOP
         elif len(self.output) >= self._job.max_tokens:
             self.finish_reason = FinishReason.LENGTH
-        return answer.kv_transfer_params or choice.kv_transfer_params or KVTransfer()
 
-    async def _stream(
+    async def _decode(
         self, record: WorkerRecord, transfer: KVTransfer, num_tokens: int
     ) -> AsyncGenerator[list[int], None]:
         """Generate on one worker up to the end."""
         if self.output:
             transfer = msgspec.structs.replace(transfer, output_token_ids=list(self.output))
         reason: FinishReason | None = None
-        with self._scheduler.sent(record, self._job.keys, num_tokens) as sent:
-            try:
-                async with _unless_silent(record, sent, self._job.deadline_s):
-                    stream = await self._client.stream(record.url, self._body(transfer), self._job.deadline_s)
-                sent.abort = stream.close
-                async with stream, aclosing(stream.chunks()) as chunks:
-                    async for chunk in chunks:
-                        for choice in chunk.choices:
-                            reason = FinishReason(choice.finish_reason) if choice.finish_reason else reason
-                            if choice.token_ids:
-                                self._scheduler.prefilled(record, sent)
-                                self.output.extend(choice.token_ids)
-                                yield choice.token_ids
-                        self._take_usage(chunk.usage)
-            except _ELSEWHERE as error:
-                raise _Failed(record, error) from error
-            except ValueError as error:
-                raise _Failed(record, WorkerRefused(f"{record.url} ended in an unknown way: {error}")) from error
+        async with aclosing(self._chunks(record, self._body(transfer), num_tokens)) as chunks:
+            async for chunk in chunks:
+                reason = chunk.finish_reason or reason
+                if chunk.token_ids:
+                    yield chunk.token_ids
         if reason is None:
             raise _Failed(record, WorkerRefused(f"{record.url} ended without saying why"))
         self._scheduler.answered(record, self._job.keys, self.output)
         self.finish_reason = reason
+
+    async def _chunks(
+        self, record: WorkerRecord, request: WorkerRequest, num_tokens: int
+    ) -> AsyncGenerator[WorkerChunk, None]:
+        """One worker's answer as it streams; its tokens are handed on. Raises _Failed."""
+        with self._scheduler.sent(record, self._job.keys, num_tokens) as sent:
+            try:
+                async with _unless_silent(record, sent, self._job.deadline_s):
+                    stream = await self._client.stream(record.url, request, self._job.deadline_s)
+                sent.abort = stream.close
+                async with stream, aclosing(stream.chunks()) as chunks:
+                    async for chunk in chunks:
+                        if chunk.token_ids:
+                            self._scheduler.prefilled(record, sent)
+                            self.output.extend(chunk.token_ids)
+                        self._take_usage(chunk.usage)
+                        yield chunk
+            except _ELSEWHERE as error:
+                raise _Failed(record, error) from error
 
     def _body(self, transfer: KVTransfer) -> WorkerRequest:
         job, sampling = self._job, self._job.sampling

@@ -19,8 +19,7 @@ from dbnode.scheduler.scheduler import Scheduler
 from dbnode.scheduler.workers import WorkerDirectory
 from dbnode.usage import UsageWriter
 from dbnode.worker_client import WorkerClient
-from stratakv.errors import SetupError
-from stratakv.models import resolve
+from stratakv.models import resolve, served_name
 from stratakv.settings import Settings
 from stratakv.text import load_tokenizer
 
@@ -79,14 +78,6 @@ class Node:
 
     def _on_workers_changed(self) -> None:
         self.inference.admission.wake()
-
-
-def served_name(name: str) -> str:
-    """What clients call the model: the last part of a path or of hf://org/name."""
-    served = name.rstrip("/").rsplit("/", 1)[-1]
-    if not served:
-        raise SetupError(f"model.name = {name!r} names no model")
-    return served
 
 
 def kv_bytes_per_token(model_dir: Path) -> int:

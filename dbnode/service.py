@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 
 from dbnode.node import Node
-from dbnode.rest.server import RestServer
 from dbnode.sql.front import SqlFront
 from dbnode.sql_inference import SqlInference
 from stratakv import migrate
 from stratakv.errors import SetupError
+from stratakv.http_server import HttpServer
 from stratakv.log import EventLogger
 from stratakv.pool.meta_client import MetaClient
+from stratakv.process import require_loopback
 from stratakv.settings import Settings
 
 log = EventLogger("dbnode")
@@ -30,7 +31,9 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         raise SetupError(
             "database.url is not set", hint="set STRATAKV_DATABASE_URL, or start everything with `stratakv up`"
         )
-    rest = RestServer(settings.rest)
+    if settings.rest.api_key is None:
+        require_loopback(settings.rest.host, "rest.host", "because rest.api_key is not set")
+    rest = HttpServer(settings.rest.host, settings.rest.port, "rest")
     await asyncio.to_thread(migrate.check, database_url)
     meta = MetaClient(settings.meta, role="dbnode", name=f"{settings.rest.host}:{rest.port}")
     node = Node(settings, meta)
@@ -52,7 +55,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         await meta.close()
 
 
-async def _run(settings: Settings, node: Node, rest: RestServer, sql: SqlFront, stop: asyncio.Event) -> None:
+async def _run(settings: Settings, node: Node, rest: HttpServer, sql: SqlFront, stop: asyncio.Event) -> None:
     async with asyncio.TaskGroup() as tasks:
         http = tasks.create_task(rest.run(node.rest_app()), name="rest")
         upkeep = tasks.create_task(node.run(), name="node")
@@ -64,8 +67,8 @@ async def _run(settings: Settings, node: Node, rest: RestServer, sql: SqlFront, 
         )
         await stop.wait()
         log.info("draining", in_flight=node.inference.in_flight)
+        await sql.drain()  # before new requests are refused: rows of running statements are new requests
         node.inference.draining = True
-        await sql.drain()
         if not await node.inference.drained(DRAIN_S_MAX):
             log.warning("drain_gave_up", in_flight=node.inference.in_flight)
         rest.stop()

@@ -114,21 +114,6 @@ class WorkerClient:
         request = msgspec.structs.replace(request, stream=True, stream_options=UsageOptions(), return_token_ids=True)
         return WorkerStream(url, await self._post(url, request, deadline_s), deadline_s)
 
-    async def complete(self, url: str, request: WorkerRequest, deadline_s: float) -> WorkerChunk:
-        """A completion in one piece. Raises what the module's docstring says."""
-        response = await self._post(url, request, deadline_s)
-        try:
-            async with asyncio.timeout_at(deadline_s):
-                return _checked(url, await _body(url, response))
-        except TimeoutError:
-            raise DeadlineExceeded("the request's deadline passed") from None
-        except CONNECTION_LOST as error:
-            raise WorkerLost(f"{url} went away: {type(error).__name__}") from error
-        finally:
-            if not response.content.is_eof():
-                response.close()
-            response.release()
-
     async def info(self, url: str, timeout_s: float) -> WorkerFacts:
         """Who the worker is. Raises WorkerUnreachable."""
         facts = _decode_state(url, _decode_facts, await self._get(f"{url}/info", timeout_s))

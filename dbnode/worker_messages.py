@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from dbnode.generate import PromptTiers
+from dbnode.generate import FinishReason, PromptTiers
 from stratakv.wire import WorkerRole
 
 
@@ -58,7 +58,7 @@ class WorkerUsage(msgspec.Struct, frozen=True):
 
 class WorkerChoice(msgspec.Struct, frozen=True):
     token_ids: list[int] | None = None
-    finish_reason: str | None = None
+    finish_reason: FinishReason | None = None
     kv_transfer_params: KVTransfer | None = None
 
 
@@ -70,12 +70,27 @@ class WorkerError(msgspec.Struct, frozen=True):
 
 
 class WorkerChunk(msgspec.Struct, frozen=True):
-    """One event of a worker's stream, or a whole answer."""
+    """One event of a worker's stream; requests ask for one choice."""
 
     choices: list[WorkerChoice] = []
     usage: WorkerUsage | None = None
     kv_transfer_params: KVTransfer | None = None
     error: WorkerError | None = None
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens of this event."""
+        return [token_id for choice in self.choices for token_id in choice.token_ids or ()]
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return next((choice.finish_reason for choice in self.choices if choice.finish_reason), None)
+
+    @property
+    def transfer(self) -> KVTransfer | None:
+        """The hand-over, which some servers put beside the choice and others into it."""
+        in_choices = (choice.kv_transfer_params for choice in self.choices)
+        return self.kv_transfer_params or next((params for params in in_choices if params), None)
 
 
 class WorkerFacts(msgspec.Struct, frozen=True):

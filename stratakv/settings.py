@@ -116,7 +116,9 @@ class SqlSettings:
     listener_dir: Path | None = setting(None, "directory of the private Unix socket that infer() calls back to")
     listener_host: str = setting("127.0.0.1", "address infer() calls back to when there is no listener_dir")
     listener_port: int = setting(6433, "its port; with listener_dir only part of the socket's name")
-    listener_key: Secret | None = setting(None, "key PostgreSQL shows there; with listener_dir one is made and kept in it")
+    listener_key: Secret | None = setting(
+        None, "key PostgreSQL shows there; with listener_dir one is made and kept in it"
+    )
     clients_max: int = setting(500, "client connections at once")
     startup_timeout_s: float = setting(30.0, "a client must finish logging in within so long")
     drain_grace_s: float = setting(10.0, "statements still running after a SIGTERM get so long")

@@ -103,7 +103,7 @@ class StandInWorker:
             await asyncio.sleep(3600)
         transfer = body.get("kv_transfer_params") or {}
         if transfer.get("do_remote_decode"):
-            return self._prefill(request, body)
+            return await self._prefill(request, body)
         try:
             return await self._stream(request, body, transfer.get("output_token_ids", []))
         except (asyncio.CancelledError, ConnectionError):
@@ -125,22 +125,27 @@ class StandInWorker:
             "stratakv": tiers | {"queue_ms": 0.5, "prefill_ms": 1.0, "decode_ms": 1.0},
         }
 
-    def _prefill(self, request: web.Request, body: dict[str, Any]) -> web.Response:
+    async def _prefill(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         if self.lose_prefills:
             assert request.transport is not None
             request.transport.abort()
             return web.Response()
         prompt = body["prompt"]
-        choice = {"index": 0, "text": "", "token_ids": [token_at(prompt, 0)], "finish_reason": "length"}
         handover = {
             "do_remote_prefill": not self.pool_writes_fail,
             "remote_engine_id": self.name,
             "remote_epoch": self.epoch.hex(),
             "num_tokens": len(prompt) // BLOCK_SIZE * BLOCK_SIZE,
         }
-        return web.json_response(
-            {"choices": [choice], "usage": self._usage(prompt, 1, 0), "kv_transfer_params": handover}
-        )
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        token = {"index": 0, "text": "", "token_ids": [token_at(prompt, 0)], "finish_reason": None}
+        await response.write(_event({"choices": [token]}))
+        end = {"index": 0, "text": "", "token_ids": [], "finish_reason": "length"}
+        await response.write(_event({"choices": [end], "kv_transfer_params": handover}))
+        await response.write(_event({"choices": [], "usage": self._usage(prompt, 1, 0)}))
+        await response.write(b"data: [DONE]\n\n")
+        return response
 
     async def _stream(self, request: web.Request, body: dict[str, Any], resumed: list[int]) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})

@@ -88,8 +88,9 @@ class Runtime:
 
     async def start(self, body: CompletionRequest, request_id: str, arrived: float) -> Generation:
         """Admit a request. Raises ContextTooLong, Overloaded or Unavailable before any work is done."""
-        if self.draining or not self.healthy:
-            raise Unavailable("this worker is going away" if self.draining else "this worker's engine has stopped")
+        reasons = self.not_ready_reasons()
+        if reasons:
+            raise Unavailable(f"this worker takes no requests: {', '.join(reasons)}")
         prompt = await self._token_ids(body.prompt)
         resumed = body.transfer.output_token_ids
         if len(prompt) + body.max_tokens > self.info.max_model_len:

@@ -6,19 +6,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import socket
-
-import uvicorn
-from stratakv.pool.meta_client import MetaClient
 
 from stratakv.errors import SetupError
+from stratakv.http_server import HttpServer
 from stratakv.keys import NamespaceScope
 from stratakv.log import EventLogger
-from stratakv.models import model_identity, resolve
-from stratakv.process import port_taken, require_loopback
-from stratakv.settings import Settings, WorkerSettings
+from stratakv.models import model_identity, resolve, served_name
+from stratakv.pool.meta_client import MetaClient
+from stratakv.process import require_loopback
+from stratakv.settings import Settings
 from stratakv.text import load_tokenizer
 from stratakv.wire import EPOCH_BYTES, WorkerInfo
 from workers.engine.config import EngineConfig, EngineDtype
@@ -34,26 +31,19 @@ from workers.warmup import warm_up
 log = EventLogger("workers")
 
 DRAIN_S_MAX = 30.0
-LISTEN_BACKLOG = 1024
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Run one worker until `stop` is set and what is in flight has ended, or DRAIN_S_MAX has passed."""
     worker = settings.worker
     require_loopback(worker.host, "worker.host", "node authentication is not configured")
-    listener = _bind(worker)
+    server = HttpServer(worker.host, worker.port, "worker")
     meta = MetaClient(settings.meta)
     runtime, engine, tiers, rates = await asyncio.to_thread(_build, settings, meta, asyncio.get_running_loop())
-    server = uvicorn.Server(
-        uvicorn.Config(
-            create_app(runtime), log_level="warning", lifespan="off", access_log=False, timeout_graceful_shutdown=5
-        )
-    )
-    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     engine.start()
     try:
         async with asyncio.TaskGroup() as tasks:
-            http = tasks.create_task(_serve_http(server, listener), name="http")
+            http = tasks.create_task(server.run(create_app(runtime)), name="http")
             await warm_up(engine, rates)
             runtime.open()
             log.info(
@@ -63,31 +53,13 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             await stop.wait()
             await _drain(runtime)
             registration.cancel()
-            server.should_exit = True
+            server.stop()
             await http
     finally:
         await asyncio.to_thread(engine.shutdown)
         if tiers is not None:
             await tiers.close()
         await meta.close()
-
-
-def _bind(worker: WorkerSettings) -> socket.socket:
-    """Take the port before the model is loaded, so that a clash shows at once."""
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((worker.host, worker.port))
-        listener.listen(LISTEN_BACKLOG)
-    except OSError:
-        listener.close()
-        raise port_taken(worker.host, worker.port, "worker.port") from None
-    return listener
-
-
-async def _serve_http(server: uvicorn.Server, listener: socket.socket) -> None:
-    with contextlib.closing(listener):
-        await server.serve(sockets=[listener])
 
 
 def _build(
@@ -123,7 +95,7 @@ def _build(
         epoch=os.urandom(EPOCH_BYTES),
         url=f"http://{worker.host}:{worker.port}",
         role=worker.role,
-        model=_served_name(settings.model.name),
+        model=served_name(settings.model.name),
         namespace=namespace,
         block_size=worker.block_size,
         max_model_len=facts.max_model_len,
@@ -141,14 +113,6 @@ def _dtype(name: str) -> EngineDtype:
         return EngineDtype(name)
     except ValueError:
         raise SetupError(f"worker.dtype = {name!r}: expected one of {', '.join(EngineDtype)}") from None
-
-
-def _served_name(name: str) -> str:
-    """What clients call the model: the last part of a path or of hf://org/name."""
-    served = name.rstrip("/").rsplit("/", 1)[-1]
-    if not served:
-        raise SetupError(f"model.name = {name!r} names no model")
-    return served
 
 
 async def _drain(runtime: Runtime) -> None:

@@ -7,6 +7,15 @@ workers.
 """
 
 from stratakv.models.identity import ModelIdentity, model_identity
-from stratakv.models.store import DEFAULT_MODEL, Progress, list_models, pull, resolve
+from stratakv.models.store import DEFAULT_MODEL, Progress, list_models, pull, resolve, served_name
 
-__all__ = ["DEFAULT_MODEL", "ModelIdentity", "Progress", "list_models", "model_identity", "pull", "resolve"]
+__all__ = [
+    "DEFAULT_MODEL",
+    "ModelIdentity",
+    "Progress",
+    "list_models",
+    "model_identity",
+    "pull",
+    "resolve",
+    "served_name",
+]

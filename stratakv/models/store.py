@@ -120,3 +120,11 @@ def _download_from_hub(repository: str, target: Path, report: Progress) -> None:
 
 def _report_nothing(stage: str, done: int, total: int) -> None:
     """Progress for callers that show none."""
+
+
+def served_name(name: str) -> str:
+    """What clients call the model: the last part of a path or of hf://org/name. Raises SetupError."""
+    served = name.rstrip("/").rsplit("/", 1)[-1]
+    if not served:
+        raise SetupError(f"model.name = {name!r} names no model")
+    return served

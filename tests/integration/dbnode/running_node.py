@@ -13,8 +13,8 @@ import aiohttp
 from openai import AsyncOpenAI
 
 from dbnode.node import Node
-from dbnode.rest.server import RestServer
 from dbnode.scheduler.pool_view import MetaCalls
+from stratakv.http_server import HttpServer
 from stratakv.models import DEFAULT_MODEL, pull
 from stratakv.settings import DatabaseSettings, ModelSettings, RestSettings, RouterSettings, Secret, Settings
 from stratakv.wire import ListWorkers, Match, Workers
@@ -70,7 +70,7 @@ async def running_node(
         database=DatabaseSettings(url=Secret(database_url) if database_url else None),
     )
     node = Node(settings, meta)
-    server = RestServer(settings.rest)
+    server = HttpServer(settings.rest.host, settings.rest.port, "rest")
     tasks = [asyncio.create_task(node.run()), asyncio.create_task(server.run(node.rest_app()))]
     running = RunningNode(node, server.port, settings.rest.api_key)
     try:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from stratakv.migrate import upgrade
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from stratakv import models
+from stratakv.migrate import upgrade
 from stratakv.postgres import EmbeddedPostgres
 from tests.integration.fleet.processes import Fleet, ServiceProcess, Worker
 from tests.support import eventually

@@ -134,7 +134,9 @@ class Fleet:
 
     def worker(self, name: str, *flags: str) -> Worker:
         port = free_port()
-        service = self._add("workers", name, ["--name", name, "--port", str(port), "--dtype", "fp32", "--threads", "1", *flags])
+        service = self._add(
+            "workers", name, ["--name", name, "--port", str(port), "--dtype", "fp32", "--threads", "1", *flags]
+        )
         return Worker(service, f"http://127.0.0.1:{port}")
 
     def stop(self) -> None:

@@ -8,10 +8,10 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
-from stratakv.pool.dmp_client import ConnectionCache
-from stratakv.pool.meta_client import MetaClient
 from transformers import PreTrainedTokenizerBase
 
+from stratakv.pool.dmp_client import ConnectionCache
+from stratakv.pool.meta_client import MetaClient
 from stratakv.settings import MetaSettings
 from stratakv.wire import ListNodes, Nodes, Segment
 from tests.integration.fleet.conftest import Pool

@@ -1,4 +1,7 @@
-"""Runs the REST application with uvicorn inside the process's own event loop; signals stay with the process."""
+"""One ASGI application on one port, inside the process's own event loop; signals stay with the process.
+
+Used by the DB node's REST face and by workers.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,12 @@ import contextlib
 import errno
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import uvicorn
 
-from dbnode.rest.http import Guard
 from stratakv.errors import SetupError
-from stratakv.process import port_taken, require_loopback
-from stratakv.settings import RestSettings
+from stratakv.process import port_taken
 
 BACKLOG = 2048
 KEEP_ALIVE_S = 75
@@ -28,21 +30,19 @@ class _Server(uvicorn.Server):
         yield
 
 
-class RestServer:
+class HttpServer:
     """The listening socket and the server on it."""
 
-    def __init__(self, settings: RestSettings) -> None:
-        """Binds the port, so that a taken one is known at once. Raises SetupError."""
-        if settings.api_key is None:
-            require_loopback(settings.host, "rest.host", "because rest.api_key is not set")
-        self._socket = _bind(settings)
+    def __init__(self, host: str, port: int, section: str) -> None:
+        """Binds the port, so that a taken one is known at once. Raises SetupError that names the section's settings."""
+        self._socket = _bind(host, port, section)
         self._server: _Server | None = None
 
     @property
     def port(self) -> int:
         return int(self._socket.getsockname()[1])
 
-    async def run(self, app: Guard) -> None:
+    async def run(self, app: Any) -> None:
         """Serve until `stop`."""
         config = uvicorn.Config(
             app,
@@ -64,17 +64,17 @@ class RestServer:
             self._server.should_exit = True
 
 
-def _bind(settings: RestSettings) -> socket.socket:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+def _bind(host: str, port: int, section: str) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((settings.host, settings.port))
+        listener.bind((host, port))
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
-            raise port_taken(settings.host, settings.port, "rest.port") from None
-        raise SetupError(f"rest.host = {settings.host}: cannot listen there: {error.strerror}") from None
+            raise port_taken(host, port, f"{section}.port") from None
+        raise SetupError(f"{section}.host = {host}: cannot listen there: {error.strerror}") from None
     listener.setblocking(False)
     return listener
