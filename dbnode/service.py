@@ -15,7 +15,7 @@ from stratakv.errors import SetupError
 from stratakv.http_server import HttpServer
 from stratakv.log import EventLogger
 from stratakv.pool.meta_client import MetaClient
-from stratakv.process import require_loopback
+from stratakv.process import require_loopback, started
 from stratakv.settings import Settings
 
 log = EventLogger("dbnode")
@@ -59,6 +59,7 @@ async def _run(settings: Settings, node: Node, rest: HttpServer, sql: SqlFront, 
     async with asyncio.TaskGroup() as tasks:
         http = tasks.create_task(rest.run(node.rest_app()), name="rest")
         upkeep = tasks.create_task(node.run(), name="node")
+        started()
         log.info(
             "ready",
             rest=f"http://{settings.rest.host}:{rest.port}/v1",

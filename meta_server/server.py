@@ -17,7 +17,7 @@ from meta_server.store import Store
 from stratakv import migrate, wire
 from stratakv.errors import InvalidRequest, Overloaded, SetupError, StrataError
 from stratakv.log import EventLogger
-from stratakv.process import require_loopback
+from stratakv.process import require_loopback, started
 from stratakv.settings import MetaSettings, Settings
 
 REQUESTS_WAITING_MAX = 20_000
@@ -73,6 +73,7 @@ class MetaServer:
                 background = [
                     tasks.create_task(work()) for work in (self._handlers.journal.run, filler.run, self._tick)
                 ]
+                started()
                 _log.info("ready", endpoint=endpoint)
                 if ready is not None:
                     ready(endpoint)

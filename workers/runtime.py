@@ -102,9 +102,11 @@ class Runtime:
         if len(resumed) >= body.max_tokens:
             raise ContextTooLong(f"all {body.max_tokens} tokens were generated elsewhere already", param="max_tokens")
         keys = block_keys(prompt + resumed, self.info.block_size)
-        external = None
-        if self._tiers is not None:
-            external = await self._tiers.lookup(keys, self._engine.num_cached_blocks(keys))
+        num_cached = self._engine.num_cached_blocks(keys)
+        external = await self._tiers.lookup(keys, num_cached) if self._tiers is not None else None
+        if external is not None:
+            num_cached += len(external.pages)
+        num_to_prefill = max(1, len(prompt) + len(resumed) - num_cached * self.info.block_size)
         detokenizer = Detokenizer(self._tokenizer, body.stop_strings)
         detokenizer.push(resumed)
         num_prompt_keys = len(prompt) // self.info.block_size
@@ -119,17 +121,17 @@ class Runtime:
             deadline=None if body.timeout_s is None else arrived + body.timeout_s,
         )
         try:
-            self._engine.submit(request, self._observed(generation, arrived, len(prompt)))
+            self._engine.submit(request, self._observed(generation, arrived, num_to_prefill))
         except StrataError:
             if external is not None:
                 external.release()
             raise
         self._in_flight += 1
         self._idle.clear()
-        self._tokens_to_prefill += len(prompt)
+        self._tokens_to_prefill += num_to_prefill
         return generation
 
-    def _observed(self, generation: Generation, arrived: float, num_prompt_tokens: int) -> OnEvent:
+    def _observed(self, generation: Generation, arrived: float, num_to_prefill: int) -> OnEvent:
         """The engine's listener: passes events on to the generation and counts them here."""
         loop = asyncio.get_running_loop()
         prefilling = True
@@ -138,7 +140,7 @@ class Runtime:
             nonlocal prefilling
             if prefilling:
                 prefilling = False
-                self._tokens_to_prefill -= num_prompt_tokens
+                self._tokens_to_prefill -= num_to_prefill
                 if not isinstance(event, FinishedEvent):
                     self.metrics.time_to_first_token(time.monotonic() - arrived)
             if isinstance(event, FinishedEvent):

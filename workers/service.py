@@ -14,7 +14,7 @@ from stratakv.keys import NamespaceScope
 from stratakv.log import EventLogger
 from stratakv.models import model_identity, resolve, served_name
 from stratakv.pool.meta_client import MetaClient
-from stratakv.process import require_loopback
+from stratakv.process import require_loopback, started
 from stratakv.settings import Settings
 from stratakv.text import load_tokenizer
 from stratakv.wire import EPOCH_BYTES, WorkerInfo
@@ -45,6 +45,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         async with asyncio.TaskGroup() as tasks:
             http = tasks.create_task(server.run(create_app(runtime)), name="http")
             await warm_up(engine, rates)
+            started()
             runtime.open()
             log.info(
                 "ready", worker=runtime.info.worker, url=runtime.info.url, model=runtime.info.model, role=worker.role

@@ -7,6 +7,8 @@ Owned by the engine's thread; `num_cached` may be called from any thread.
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,8 +42,8 @@ class KVCache:
     def __init__(self, facts: ModelFacts, num_blocks: int, block_size: int, device: torch.device) -> None:
         shape = (num_blocks, block_size, facts.num_kv_heads, facts.head_dim)
         dtype = facts.dtype.torch_dtype
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(facts.num_layers)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(facts.num_layers)]
+        self.k = [_zeros(shape, dtype, device) for _ in range(facts.num_layers)]
+        self.v = [_zeros(shape, dtype, device) for _ in range(facts.num_layers)]
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._refs = [0] * num_blocks
@@ -140,3 +142,12 @@ class KVCache:
         del self._unreferenced[block]
         del self._block_of[self._key_of.pop(block)]
         self._free.add(block)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros whose memory is really there: faulting a page in costs more than the load that fills it."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape).zero_()
