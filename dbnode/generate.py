@@ -63,7 +63,7 @@ class GenerateRequest:
     prompt: str | tuple[int, ...] | None = None
     sampling: Sampling = Sampling()
     deadline_s: float | None = None
-    """Monotonic."""
+    """Monotonic; the node's own limit holds too."""
     caller: Caller = Caller()
     trace_id: str | None = None
     """The client's name for the request, for logs."""

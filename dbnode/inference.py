@@ -185,6 +185,9 @@ class InferenceService:
                 f" the context of {context} tokens",
                 param="messages" if request.messages is not None else "prompt",
             )
+        deadline_s = request.arrived_s + self._request_timeout_s
+        if request.deadline_s is not None:
+            deadline_s = min(deadline_s, request.deadline_s)
         keys = PromptKeys(token_ids)
         await self._hash(keys)
         return Job(
@@ -193,7 +196,7 @@ class InferenceService:
             keys=keys,
             sampling=request.sampling,
             max_tokens=max_tokens,
-            deadline_s=request.deadline_s or request.arrived_s + self._request_timeout_s,
+            deadline_s=deadline_s,
         )
 
     async def _token_ids(self, request: GenerateRequest) -> list[int]:

@@ -23,7 +23,12 @@ STOPS_MAX = 16
 STOP_CHARS_MAX = 1024
 
 _NUMBERS = {"temperature": (0.0, 2.0), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0)}
-_INTEGERS = {"max_tokens": (1, 2**31 - 1), "top_k": (0, 2**31 - 1), "seed": (-(2**63), 2**63 - 1)}
+_INTEGERS = {
+    "max_tokens": (1, 2**31 - 1),
+    "top_k": (0, 2**31 - 1),
+    "seed": (-(2**63), 2**63 - 1),
+    "timeout_ms": (1, 2**31 - 1),
+}
 OPTIONS = frozenset({"system", "stop", *_NUMBERS, *_INTEGERS})
 
 
@@ -35,6 +40,7 @@ class SqlInference:
 
     async def infer_text(self, call: InferCall) -> str:
         """The answer. Cancelling it stops the work. Raises StrataError."""
+        arrived_s = time.monotonic()
         options = checked_options(call.options)
         messages: list[object] = [{"role": "user", "content": call.prompt}]
         if "system" in options:
@@ -42,11 +48,11 @@ class SqlInference:
         request = GenerateRequest(
             request_id=f"sql-{uuid.uuid4().hex}",
             source=Source.SQL,
-            arrived_s=time.monotonic(),
+            arrived_s=arrived_s,
             model=call.model,
             messages=tuple(messages),
             sampling=_sampling(options),
-            deadline_s=call.deadline,
+            deadline_s=arrived_s + options["timeout_ms"] / 1e3 if "timeout_ms" in options else None,
             caller=Caller(role=call.role, database=call.database, session=call.session),
         )
         async with aclosing(self._service.generate(request)) as chunks:

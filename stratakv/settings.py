@@ -145,7 +145,7 @@ class RouterSettings:
     split_tokens_min: int = setting(512, "uncached prompt tokens from which prefill and decode are split")
     refresh_s: float = setting(1.0, "how often worker states are read")
     index_blocks_max: int = setting(200_000, "blocks remembered per worker")
-    request_timeout_s: float = setting(600.0, "deadline of a request that names none")
+    request_timeout_s: float = setting(600.0, "deadline of every request; infer() may ask for a shorter one")
 
 
 @dataclass(frozen=True, slots=True)

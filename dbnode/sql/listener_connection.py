@@ -231,7 +231,6 @@ class ListenerConnection(asyncio.Protocol):
             role=command.role,
             database=command.database,
             session=self._binding.name if self._binding is not None else self._name,
-            deadline=self._deadline(command.options.get("timeout_ms")),
         )
         task = self._loop.create_task(_run(listener, call))
         listener.tasks.add(task)
@@ -239,12 +238,6 @@ class ListenerConnection(asyncio.Protocol):
         task.add_done_callback(self._on_done)
         self._call, self._call_pid = task, command.pid
         self._ask()
-
-    def _deadline(self, timeout_ms: object) -> float | None:
-        """Of the option; whoever runs the call refuses one of the wrong type."""
-        if not isinstance(timeout_ms, int | float) or isinstance(timeout_ms, bool) or timeout_ms <= 0:
-            return None
-        return self._loop.time() + timeout_ms / 1000
 
     def _on_poll(self) -> None:
         if self._call is None:

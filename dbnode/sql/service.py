@@ -20,8 +20,6 @@ class InferCall:
     database: str
     session: str
     """Names the gateway's session, or the connection if the call came from a session that is not the gateway's."""
-    deadline: float | None
-    """On the event loop's clock."""
 
 
 class InferenceService(Protocol):

@@ -111,6 +111,10 @@ async def test_sql_and_rest_end_in_the_same_place_and_usage_is_written_once(
         assert worker.requests[0]["temperature"] == 0.0
         with pytest.raises(psycopg.DataError, match="no_such"):
             await sql.execute("""SELECT stratakv.infer('Hello', NULL, '{"no_such": 9}')""")
+        worker.hang = True
+        with pytest.raises(psycopg.errors.QueryCanceled, match="deadline"):
+            await sql.execute("""SELECT stratakv.infer('Hello', NULL, '{"timeout_ms": 200}')""")
+        worker.hang = False
     async with aiohttp.ClientSession() as session:
         body = {"prompt": prompt, "max_tokens": 4}
         async with session.post(f"{node.url}/v1/completions", json=body) as response:

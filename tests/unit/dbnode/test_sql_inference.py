@@ -20,6 +20,8 @@ from stratakv.errors import InvalidRequest
         ("temperature", "hot"),
         ("top_p", -0.1),
         ("seed", 1.5),
+        ("timeout_ms", 0),
+        ("timeout_ms", 1.5),
         ("stop", ""),
         ("stop", [1]),
         ("stop", ["x"] * 17),
@@ -40,6 +42,15 @@ def test_all_wrong_values_are_named_at_once() -> None:
 
 
 def test_right_options_pass_and_nulls_are_defaults() -> None:
-    right = {"max_tokens": 5, "temperature": 0.5, "top_p": 1, "min_p": 0.0, "top_k": 4, "seed": 1, "stop": "x"}
+    right = {
+        "max_tokens": 5,
+        "temperature": 0.5,
+        "top_p": 1,
+        "min_p": 0.0,
+        "top_k": 4,
+        "seed": 1,
+        "stop": "x",
+        "timeout_ms": 9,
+    }
     assert checked_options({**right, "system": None}) == right
     assert set(right) | {"system"} == OPTIONS
