@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import random
 
-from stratakv.pool.meta_client import MetaClient
-
 from stratakv.errors import StrataError
 from stratakv.log import EventLogger
+from stratakv.pool.meta_client import MetaClient
 from stratakv.wire import HeartbeatWorker, Registered, RegisterWorker, WorkerOrders
 from workers.runtime import Runtime
 

@@ -11,14 +11,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from stratakv.pool.meta_client import MetaClient
-
 from stratakv.errors import StrataError
 from stratakv.keys import BlockKey, Namespace, pack_keys
 from stratakv.layout import KVLayout
 from stratakv.log import EventLogger
 from stratakv.pool.dmp_client import ConnectionCache, DmpConnection
 from stratakv.pool.errors import TransportError
+from stratakv.pool.meta_client import MetaClient
 from stratakv.pool.pages import PageWriter
 from stratakv.wire import PUT_ID_BYTES, Done, Extent, PutEnd, PutGrant, PutRevoke, PutStart, Segment
 from workers.tiers.window import Window

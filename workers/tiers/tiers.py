@@ -12,13 +12,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from stratakv.pool.meta_client import MetaClient
-
 from stratakv.errors import StrataError
 from stratakv.keys import BlockKey, Namespace, pack_keys
 from stratakv.layout import KVLayout
 from stratakv.log import EventLogger
 from stratakv.pool.dmp_client import ConnectionCache
+from stratakv.pool.meta_client import MetaClient
 from stratakv.pool.pages import PageReader
 from stratakv.settings import WorkerSettings
 from stratakv.wire import Done, Match, MatchPrefix, Place, ReleaseLease, ReportCorrupt, WorkerInfo

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from stratakv.cli.sql import _connection
+from stratakv.config import options
 from stratakv.settings import Secret, Settings, SqlSettings
 from tests.support import free_port
 
@@ -57,7 +58,8 @@ def test_a_database_can_be_migrated_up_and_down_again(postgres_url: str) -> None
     shown = json.loads(stratakv("migrate", "current", "--database", postgres_url, "--json").stdout)
     assert shown["current"] == shown["head"]
     assert stratakv("migrate", "downgrade", "base", "--database", postgres_url).returncode == 0
-    assert_setup_error(stratakv("migrate", "check", "--database", postgres_url), "revision none")
+    named = ("--set", f"database.url={postgres_url}")
+    assert_setup_error(stratakv("migrate", "check", *named), "revision none")
 
 
 def test_a_missing_database_is_told() -> None:
@@ -72,6 +74,11 @@ def test_an_unknown_model_is_told_with_the_names_that_work(tmp_path: Path) -> No
 def test_a_worker_without_its_model_tells_how_to_fetch_it(tmp_path: Path) -> None:
     done = stratakv("serve", "worker", "--port", str(free_port()), STRATAKV_MODEL_CACHE_DIR=str(tmp_path))
     assert_setup_error(done, "stratakv model pull smollm2-135m")
+
+
+@pytest.mark.parametrize("service", ["dbnode", "meta", "dmp", "worker"])
+def test_a_service_speaks_by_the_name_it_was_started_with(service: str) -> None:
+    assert_setup_error(stratakv("serve", service, STRATAKV_WRONG_KEY="1"), f"stratakv serve {service}: ")
 
 
 @pytest.mark.parametrize(
@@ -96,6 +103,12 @@ def test_settings_are_shown_with_secrets_masked() -> None:
     shown = json.loads(done.stdout)
     assert (shown["rest"]["api_key"], shown["worker"]["dtype"], shown["database"]["url"]) == ("***", "fp32", None)
     assert "geheim" not in stratakv("config", "show", STRATAKV_REST_API_KEY="geheim").stdout
+
+
+def test_no_name_is_cut_in_a_pipe() -> None:
+    shown = stratakv("config", "show", COLUMNS="80").stdout
+    assert [option.env for option in options() if option.env not in shown] == []
+    assert "…" not in shown
 
 
 def test_status_tells_programs_that_nothing_answers() -> None:
