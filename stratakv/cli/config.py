@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import typer
-from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
-from stratakv.cli.options import ConfigOption, JsonOption, SetOption, print_json, read_settings
+from stratakv.cli.options import ConfigOption, JsonOption, SetOption, print_json, read_settings, table_console
 from stratakv.config import options, show_value
 
 app = typer.Typer(help="Configuration: show.", no_args_is_help=True)
@@ -29,9 +28,9 @@ def show(config: ConfigOption = None, sets: SetOption = None, as_json: JsonOptio
             sections.setdefault(option.section, {})[option.key] = text
         print_json(sections)
         return
-    table = Table("setting", "value", "environment", "meaning")
+    table = Table(*(Column(name, overflow="fold") for name in ("setting", "value", "environment", "meaning")))
     for option, value in shown:
         style = "" if value == option.default else "bold"
         text = "" if value is None else show_value(option, value)
         table.add_row(f"{option.section}.{option.key}", text, option.env, option.doc, style=style)
-    Console().print(table, markup=False)
+    table_console().print(table, markup=False)

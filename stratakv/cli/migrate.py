@@ -8,10 +8,18 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from stratakv.cli.options import ConfigOption, DatabaseOption, JsonOption, database_url, print_json, read_settings
+from stratakv.cli.options import (
+    ConfigOption,
+    DatabaseOption,
+    JsonOption,
+    SetOption,
+    database_url,
+    print_json,
+    read_settings,
+    table_console,
+)
 
 app = typer.Typer(help="The metadata's schema: upgrade, downgrade, current, history, check.", no_args_is_help=True)
 
@@ -23,6 +31,7 @@ def upgrade(
     revision: Annotated[str, typer.Argument(help="Where to go, or from:to with --sql.")] = "head",
     database: DatabaseOption = None,
     config: ConfigOption = None,
+    sets: SetOption = None,
     sql: SqlOption = False,
 ) -> None:
     """Bring the database to a revision, by default the newest."""
@@ -31,7 +40,7 @@ def upgrade(
     if sql:
         print(migrations.upgrade_sql(revision))
         return
-    url = database_url(database, read_settings(config))
+    url = database_url(database, read_settings(config, sets))
     migrations.upgrade(url, revision)
     print(f"{migrations.masked_url(url)} is at revision {migrations.current(url)}")
 
@@ -41,6 +50,7 @@ def downgrade(
     revision: Annotated[str, typer.Argument(help="Where to go (`base`: before the first), or from:to with --sql.")],
     database: DatabaseOption = None,
     config: ConfigOption = None,
+    sets: SetOption = None,
     sql: SqlOption = False,
 ) -> None:
     """Take the database back to a revision."""
@@ -49,17 +59,19 @@ def downgrade(
     if sql:
         print(migrations.downgrade_sql(revision))
         return
-    url = database_url(database, read_settings(config))
+    url = database_url(database, read_settings(config, sets))
     migrations.downgrade(url, revision)
     print(f"{migrations.masked_url(url)} is at revision {migrations.current(url) or 'none'}")
 
 
 @app.command()
-def current(database: DatabaseOption = None, config: ConfigOption = None, as_json: JsonOption = False) -> None:
+def current(
+    database: DatabaseOption = None, config: ConfigOption = None, sets: SetOption = None, as_json: JsonOption = False
+) -> None:
     """The database's revision and the one this release needs."""
     from stratakv import migrate as migrations
 
-    at, needed = migrations.current(database_url(database, read_settings(config))), migrations.head()
+    at, needed = migrations.current(database_url(database, read_settings(config, sets))), migrations.head()
     if as_json:
         print_json({"current": at, "head": needed})
     else:
@@ -67,11 +79,13 @@ def current(database: DatabaseOption = None, config: ConfigOption = None, as_jso
 
 
 @app.command()
-def history(database: DatabaseOption = None, config: ConfigOption = None, as_json: JsonOption = False) -> None:
+def history(
+    database: DatabaseOption = None, config: ConfigOption = None, sets: SetOption = None, as_json: JsonOption = False
+) -> None:
     """All revisions, oldest first; the database's own is marked if one is named."""
     from stratakv import migrate as migrations
 
-    url = database or read_settings(config).database.url
+    url = database or read_settings(config, sets).database.url
     revisions = migrations.history(url)
     if as_json:
         print_json(
@@ -85,13 +99,13 @@ def history(database: DatabaseOption = None, config: ConfigOption = None, as_jso
     for revision in revisions:
         marks = [name for name, here in (("current", revision.is_current), ("head", revision.is_head)) if here]
         table.add_row(revision.revision, revision.message, ", ".join(marks))
-    Console().print(table)
+    table_console().print(table)
 
 
 @app.command()
-def check(database: DatabaseOption = None, config: ConfigOption = None) -> None:
+def check(database: DatabaseOption = None, config: ConfigOption = None, sets: SetOption = None) -> None:
     """Exit 0 if the database is at the revision that this release needs, else 2."""
     from stratakv import migrate as migrations
 
-    migrations.check(database_url(database, read_settings(config)))
+    migrations.check(database_url(database, read_settings(config, sets)))
     print(f"the database is at revision {migrations.head()}")

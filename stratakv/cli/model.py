@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from stratakv.cli.options import ConfigOption, JsonOption, SetOption, print_json, read_settings
+from stratakv.cli.options import ConfigOption, JsonOption, SetOption, print_json, read_settings, table_console
 
 app = typer.Typer(help="Models: pull, list.", no_args_is_help=True)
 
@@ -47,4 +46,4 @@ def list_pulled(config: ConfigOption = None, sets: SetOption = None, as_json: Js
     for name, directory in found.items():
         size_bytes = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
         table.add_row(name, f"{size_bytes / 1e6:,.0f} MB", str(directory))
-    Console().print(table)
+    table_console().print(table)

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from stratakv.config import load_settings
 from stratakv.errors import SetupError
 from stratakv.settings import Settings
+
+PIPE_WIDTH_CHARS = 1000
+"""Of tables that go into a file or a pipe: there a row is one line, for grep and its like."""
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="TOML file with settings.")]
 SetOption = Annotated[
@@ -52,3 +56,9 @@ def database_url(given: str | None, settings: Settings) -> str:
 def print_json(value: object) -> None:
     """One JSON document on standard output."""
     print(json.dumps(value, indent=2, default=str))
+
+
+def table_console() -> Console:
+    """Where tables are printed: they fit into a terminal, and are as wide as they need to be anywhere else."""
+    console = Console()
+    return console if console.is_terminal else Console(width=PIPE_WIDTH_CHARS)

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from stratakv.cli.options import ConfigOption, SetOption, read_settings
+from stratakv.cli.options import ConfigOption, SetOption, read_settings, table_console
 from stratakv.errors import SetupError, Unavailable
 from stratakv.process import reachable_host
 from stratakv.settings import Settings
@@ -82,7 +82,7 @@ def _prompt(connection: dict[str, str], commands: list[str]) -> None:
     """A prompt for machines without psql: one statement a line."""
     import psycopg
 
-    console = Console()
+    console = table_console()
     try:
         with psycopg.connect(**connection, autocommit=True) as session:  # type: ignore[arg-type]
             for statement in commands:

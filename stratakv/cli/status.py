@@ -8,10 +8,9 @@ from typing import Any
 
 import msgspec
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from stratakv.cli.options import ConfigOption, JsonOption, SetOption, print_json, read_settings
+from stratakv.cli.options import ConfigOption, JsonOption, SetOption, print_json, read_settings, table_console
 from stratakv.errors import StrataError
 from stratakv.process import reachable_host
 from stratakv.settings import Settings
@@ -19,8 +18,6 @@ from stratakv.wire import GetStats, ListNodes, ListWorkers, Nodes, NodeState, St
 
 TIMEOUT_S = 3.0
 EXIT_NOT_READY = 1
-WIDTH_CHARS = 140
-"""Of the tables when they go into a file or a pipe."""
 MIB = 1024 * 1024
 
 
@@ -105,9 +102,7 @@ def _hex(value: Any) -> Any:
 
 
 def _print(report: Report) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH_CHARS)
+    console = table_console()
     services = Table("service", "where", "alive", "ready", title="Services")
     services.add_row("DB node", report.db_node["url"], report.db_node["health"], report.db_node["ready"])
     services.add_row("meta server", report.meta_address, report.meta_server, report.meta_server)
@@ -139,7 +134,11 @@ def _print(report: Report) -> None:
     if report.stats is not None:
         stats = report.stats
         console.print(
-            f"{stats.blocks} blocks in the pool, {stats.lookups} lookups, {stats.lookup_hits} hits,"
-            f" {stats.evictions} evictions",
+            f"{_count(stats.blocks, 'block')} in the pool, {_count(stats.lookups, 'lookup')},"
+            f" {_count(stats.lookup_hits, 'hit')}, {_count(stats.evictions, 'eviction')}",
             markup=False,
         )
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from stratakv.cli.sql import _connection
+from stratakv.cli.status import Report, _print
 from stratakv.config import options
 from stratakv.settings import Secret, Settings, SqlSettings
+from stratakv.wire import Stats
 from tests.support import free_port
 
 TIMEOUT_S = 60
@@ -117,6 +119,12 @@ def test_status_tells_programs_that_nothing_answers() -> None:
     shown = json.loads(done.stdout)
     assert shown["db_node"]["ready"] == "no answer"
     assert shown["meta_server"].startswith("no answer")
+
+
+def test_status_counts_one_of_a_thing_and_several(capsys: pytest.CaptureFixture[str]) -> None:
+    db_node = {"url": "http://x", "sql": "x:1", "health": "yes", "ready": "yes"}
+    _print(Report(db_node, stats=Stats(1, 4096, 0, 0, 1, 1, lookups=2, lookup_hits=1, evictions=0)))
+    assert "1 block in the pool, 2 lookups, 1 hit, 0 evictions" in capsys.readouterr().out
 
 
 def test_chat_without_a_server_ends_with_one_message() -> None:
