@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Iterator
 
@@ -12,7 +13,8 @@ import pytest
 
 from stratakv.postgres import find_binaries
 from stratakv.rest_client import Messages, RestClient
-from tests.cluster import Cluster, running_cluster
+from stratakv.up.instance import Instance
+from tests.cluster import running_cluster, stratakv
 from tests.support import eventually
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
@@ -22,13 +24,13 @@ QUERY = f"""SELECT infer('{QUESTION}', options => '{{"temperature": 0}}')"""
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
     with running_cluster(tmp_path_factory.mktemp("up")) as running:
         yield running
         assert running.stop() == 0
 
 
-def test_psql_gets_an_answer(cluster: Cluster) -> None:
+def test_psql_gets_an_answer(cluster: Instance) -> None:
     psql = find_binaries(None).program("psql")
     shown = subprocess.run(
         [psql, cluster.state["sql_url"], "--no-psqlrc", "-At", "-c", QUERY],
@@ -40,14 +42,14 @@ def test_psql_gets_an_answer(cluster: Cluster) -> None:
     assert "Paris" in shown.stdout
 
 
-def test_psycopg_gets_an_answer(cluster: Cluster) -> None:
+def test_psycopg_gets_an_answer(cluster: Instance) -> None:
     with psycopg.connect(cluster.state["sql_url"]) as session:
         row = session.execute(QUERY).fetchone()
     assert row is not None
     assert "Paris" in row[0]
 
 
-async def test_asyncpg_gets_an_answer(cluster: Cluster) -> None:
+async def test_asyncpg_gets_an_answer(cluster: Instance) -> None:
     session = await asyncpg.connect(cluster.state["sql_url"], ssl=False)
     try:
         assert "Paris" in await session.fetchval(QUERY)
@@ -55,7 +57,7 @@ async def test_asyncpg_gets_an_answer(cluster: Cluster) -> None:
         await session.close()
 
 
-def test_the_openai_package_gets_an_answer(cluster: Cluster) -> None:
+def test_the_openai_package_gets_an_answer(cluster: Instance) -> None:
     client = openai.OpenAI(base_url=f"{cluster.rest_url}/v1", api_key="none")
     answer = client.chat.completions.create(
         model=cluster.state["model"], messages=[{"role": "user", "content": QUESTION}], temperature=0, max_tokens=20
@@ -65,7 +67,15 @@ def test_the_openai_package_gets_an_answer(cluster: Cluster) -> None:
     assert answer.usage.prompt_tokens_details is not None
 
 
-def test_a_long_prompt_is_split_between_workers_and_then_comes_from_the_pool(cluster: Cluster) -> None:
+def test_the_command_line_finds_it_by_its_state_file(cluster: Instance) -> None:
+    shown = json.loads(stratakv(cluster, "status", "--json").stdout)
+    assert shown["db_node"]["ready"] == "yes"
+    assert (len(shown["workers"]), len(shown["nodes"])) == (2, 2)
+    assert "Paris" in stratakv(cluster, "chat", QUESTION).stdout
+    assert "Paris" in stratakv(cluster, "sql", "-c", QUERY).stdout
+
+
+def test_a_long_prompt_is_split_between_workers_and_then_comes_from_the_pool(cluster: Instance) -> None:
     log = "\n".join(f"{minute // 60:02d}:{minute % 60:02d} device {minute} restarted" for minute in range(150))
     messages: Messages = [{"role": "system", "content": log}, {"role": "user", "content": "Which device was first?"}]
     client = RestClient(cluster.rest_url)
@@ -81,17 +91,18 @@ def test_a_long_prompt_is_split_between_workers_and_then_comes_from_the_pool(clu
     client.close()
 
 
-def test_usage_is_written_once_for_each_request(cluster: Cluster) -> None:
+def test_usage_is_written_once_for_each_request(cluster: Instance) -> None:
     client = RestClient(cluster.rest_url)
-    answer = client.chat([{"role": "user", "content": "Say yes."}], model=cluster.state["model"], max_tokens=4)
+    answer = client.chat([{"role": "user", "content": "Say yes, and nothing else at all."}], model=cluster.state["model"], max_tokens=4)
     client.close()
 
-    def written() -> list[tuple[int, int]]:
+    def times_written() -> int:
         with psycopg.connect(cluster.state["database_url"]) as session:
-            rows = session.execute(
-                "SELECT prompt_tokens, generated_tokens FROM stratakv.usage_events ORDER BY created_at DESC LIMIT 1"
-            )
-            return [(int(prompt), int(generated)) for prompt, generated in rows]
+            row = session.execute(
+                "SELECT count(*) FROM stratakv.usage_events WHERE prompt_tokens = %s AND generated_tokens = %s",
+                (answer.usage["prompt_tokens"], answer.usage["completion_tokens"]),
+            ).fetchone()
+            assert row is not None
+            return int(row[0])
 
-    expected = (answer.usage["prompt_tokens"], answer.usage["completion_tokens"])
-    eventually(lambda: written() == [expected], what="usage event of the last request")
+    eventually(lambda: times_written() == 1, what="usage event of the last request")

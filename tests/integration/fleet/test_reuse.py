@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tests.integration.fleet.conftest import Pool
 from tests.integration.fleet.processes import Worker
+from tests.support import eventually
 
 BLOCK = 16
 OUTPUT_TOKENS = 24
@@ -68,6 +69,26 @@ def test_cold_l1_l2_and_pool_hits_answer_alike(pool: Pool, tokenizer: PreTrained
         assert sum(answer.tiers.values()) == len(prompt)
     for hit in (from_l1, from_l2, from_pool, from_other_host):
         assert 1 <= hit.tiers["computed"] <= BLOCK
+
+
+def test_larger_blocks_answer_alike(pool: Pool, tokenizer: PreTrainedTokenizerBase) -> None:
+    wide = pool.fleet.worker("wide", "--node", "dmp-0", "--block-size", "32", "--l1-tokens", "2048")
+    eventually(wide.is_ready, timeout_s=90, what="worker with blocks of 32 ready")
+    prompt = prompt_of(tokenizer, 300, seed=11)
+    expected = pool.decode.complete(prompt, OUTPUT_TOKENS).token_ids
+
+    cold = wide.complete(prompt, OUTPUT_TOKENS)
+    from_l1 = wide.complete(prompt, OUTPUT_TOKENS)
+    published(wide, prompt)
+    wide.drop("l1")
+    from_l2 = wide.complete(prompt, OUTPUT_TOKENS)
+    wide.drop("l1", "l2")
+    from_pool = wide.complete(prompt, OUTPUT_TOKENS)
+
+    assert cold.tiers == {"computed": 300}, "blocks of another size are of another namespace"
+    assert [set(hit.tiers) - {"computed"} for hit in (from_l1, from_l2, from_pool)] == [{"l1"}, {"l2"}, {"pool"}]
+    for answer in (cold, from_l1, from_l2, from_pool):
+        assert answer.token_ids == expected
 
 
 def test_split_prefill_and_decode_answer_like_one_worker(pool: Pool, tokenizer: PreTrainedTokenizerBase) -> None:
