@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from stratakv.cli.options import ConfigOption, SetOption, read_settings
+from stratakv.cli.options import ConfigOption, SetOption, StateFileOption, running_settings
 from stratakv.process import reachable_host
 from stratakv.rest_client import Answer, RequestFailed, RestClient
 from stratakv.settings import Settings
@@ -22,11 +22,12 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    state_file: StateFileOption = None,
     config: ConfigOption = None,
     sets: SetOption = None,
 ) -> None:
     """Talk to a model. An empty line or Ctrl-D ends it, /new starts over."""
-    settings = read_settings(config, sets)
+    settings = running_settings(config, sets, state_file)
     client = RestClient(
         url or f"http://{reachable_host(settings.rest.host)}:{settings.rest.port}", api_key=settings.rest.api_key
     )

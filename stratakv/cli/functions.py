@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,22 +12,32 @@ from stratakv.cli.options import (
     DatabaseOption,
     JsonOption,
     SetOption,
+    StateFileOption,
     database_url,
     print_json,
     read_settings,
+    running_settings,
 )
+from stratakv.settings import Secret, Settings
+
+if TYPE_CHECKING:
+    from stratakv.sqlfunctions import ListenerAddress
 
 
 def install(
-    database: DatabaseOption = None, config: ConfigOption = None, sets: SetOption = None, as_json: JsonOption = False
+    database: DatabaseOption = None,
+    state_file: StateFileOption = None,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Put infer() and its kin into a database; brings older versions up to date."""
     from stratakv import sqlfunctions
     from stratakv.migrate import masked_url
 
-    settings = read_settings(config, sets)
+    settings = running_settings(config, sets, state_file)
     url = database_url(database or settings.sql.backend_url, settings)
-    done = sqlfunctions.install(url, sqlfunctions.ListenerAddress.from_settings(settings.sql))
+    done = sqlfunctions.install(url, _listener(settings))
     if as_json:
         print_json(
             {"version": done.version, "dblink_schema": done.dblink_schema, "public_wrapper": done.public_wrapper}
@@ -36,6 +47,17 @@ def install(
         "infer() and stratakv.infer()" if done.public_wrapper else "stratakv.infer() (the name public.infer is taken)"
     )
     print(f"{names}, version {done.version}, installed in {masked_url(url)}")
+
+
+def _listener(settings: Settings) -> ListenerAddress:
+    """Where infer() shall call back to; the key is the one that `stratakv up` keeps if the settings name none."""
+    from stratakv.sqlfunctions import KEY_FILE, ListenerAddress, kept_key
+
+    sql = settings.sql
+    home = settings.up.data_dir.expanduser()
+    if sql.listener_dir is None and sql.listener_key is None and (home / KEY_FILE).exists():
+        sql = replace(sql, listener_key=Secret(kept_key(home)))
+    return ListenerAddress.from_settings(sql)
 
 
 def uninstall(

@@ -22,6 +22,12 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any setting; repeatable.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+StateFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--state-file", metavar="FILE", help="State file of a `stratakv up`; by default up.json in the data directory."
+    ),
+]
 DatabaseOption = Annotated[
     str | None, typer.Option("--database", metavar="URL", help="PostgreSQL URL instead of STRATAKV_DATABASE_URL.")
 ]
@@ -40,6 +46,26 @@ def read_settings(
         overrides[section, key] = value
     overrides |= {place: str(value) for place, value in (flags or {}).items() if value is not None}
     return load_settings(overrides, config_file=config)
+
+
+def running_settings(config: Path | None, sets: list[str] | None, state_file: Path | None) -> Settings:
+    """Settings that reach the `stratakv up` of this state file, by default of the data directory; `--set` goes before them.
+
+    Where none runs they are the configured ones. Raises SetupError, also if a file was named and none runs.
+    """
+    from stratakv.up.state import FILE_NAME, running_state
+
+    settings = read_settings(config, sets)
+    state = running_state(state_file or settings.up.data_dir.expanduser() / FILE_NAME)
+    if state is None:
+        if state_file is not None:
+            raise SetupError(
+                f"--state-file {state_file}: no running `stratakv up` wrote it.",
+                hint="Name the file that `stratakv up` shows as its state, or leave the option out.",
+            )
+        return settings
+    told = [f"{name}={text}" for name, text in state["settings"].items()]
+    return read_settings(config, [*told, *(sets or ())])
 
 
 def database_url(given: str | None, settings: Settings) -> str:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from typing import TYPE_CHECKING, Annotated
-from urllib.parse import unquote, urlsplit
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from stratakv.cli.options import ConfigOption, SetOption, read_settings, table_console
+from stratakv.cli.options import ConfigOption, SetOption, StateFileOption, running_settings, table_console
 from stratakv.errors import SetupError, Unavailable
-from stratakv.process import reachable_host
 from stratakv.settings import Settings
 
 if TYPE_CHECKING:
@@ -29,13 +27,14 @@ def sql(
     command: Annotated[
         list[str] | None, typer.Option("--command", "-c", help="Run a statement and leave; repeatable.")
     ] = None,
+    state_file: StateFileOption = None,
     config: ConfigOption = None,
     sets: SetOption = None,
 ) -> None:
     """Open psql on the DB node; further arguments are psql's."""
     from psycopg.conninfo import make_conninfo
 
-    settings = read_settings(config, sets)
+    settings = running_settings(config, sets, state_file)
     connection = _connection(settings, user, dbname)
     psql = _find_psql(settings)
     if psql is None:
@@ -51,18 +50,15 @@ def sql(
 
 
 def _connection(settings: Settings, user: str | None, dbname: str | None) -> dict[str, str]:
-    """Connection parameters: the DB node's address with the backend's role, database and password."""
-    from stratakv.postgres import METADATA_DATABASE, SUPERUSER
+    """Connection parameters; the backend's password is its own role's."""
+    from stratakv.backend import client_parameters
 
-    backend = urlsplit(settings.sql.backend_url or settings.database.url or "")
-    found = {
-        "host": reachable_host(settings.sql.host),
-        "port": str(settings.sql.port),
-        "user": user or unquote(backend.username or SUPERUSER),
-        "dbname": dbname or unquote(backend.path.lstrip("/")) or METADATA_DATABASE,
-    }
-    if backend.password and user is None:
-        found["password"] = unquote(backend.password)
+    found = client_parameters(settings)
+    if user is not None:
+        found["user"] = user
+        found.pop("password", None)
+    if dbname is not None:
+        found["dbname"] = dbname
     return found
 
 
@@ -89,7 +85,7 @@ def _prompt(connection: dict[str, str], commands: list[str]) -> None:
                 _run(session, statement, console)
             while not commands:
                 try:
-                    statement = input(f"{connection['dbname']}=> ").strip()
+                    statement = input(f"{session.info.dbname}=> ").strip()
                 except EOFError:
                     return
                 if statement in ("\\q", "quit", "exit"):

@@ -10,7 +10,15 @@ import msgspec
 import typer
 from rich.table import Table
 
-from stratakv.cli.options import ConfigOption, JsonOption, SetOption, print_json, read_settings, table_console
+from stratakv.cli.options import (
+    ConfigOption,
+    JsonOption,
+    SetOption,
+    StateFileOption,
+    print_json,
+    running_settings,
+    table_console,
+)
 from stratakv.errors import StrataError
 from stratakv.process import reachable_host
 from stratakv.settings import Settings
@@ -33,9 +41,14 @@ class Report:
     workers: list[WorkerState] = field(default_factory=list)
 
 
-def status(config: ConfigOption = None, sets: SetOption = None, as_json: JsonOption = False) -> None:
+def status(
+    state_file: StateFileOption = None,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Health of the DB node, the meta server, the pool and the workers. Exits 1 if the DB node is not ready."""
-    settings = read_settings(config, sets)
+    settings = running_settings(config, sets, state_file)
     report = asyncio.run(_ask(settings))
     if as_json:
         print_json(_as_json(report))

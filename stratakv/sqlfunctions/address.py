@@ -31,10 +31,11 @@ class ListenerAddress:
 
     @classmethod
     def from_settings(cls, settings: SqlSettings) -> ListenerAddress:
-        """Of the DB node that runs with `settings`. Makes the key on first use. Raises SetupError."""
+        """Of the DB node that runs with `settings`. Makes the key of a listener_dir on first use. Raises SetupError."""
         if settings.listener_dir is not None:
             directory = settings.listener_dir.expanduser().absolute()
-            key = settings.listener_key or _kept_key(directory)
+            # PostgreSQL's account must reach the socket; the key stays ours.
+            key = settings.listener_key or kept_key(directory, mode=0o711)
             address = cls(str(directory), settings.listener_port, str(key))
             if len(os.fsencode(address.socket_path or "")) > _SOCKET_PATH_BYTES_MAX:
                 raise SetupError(f"sql.listener_dir: {directory} is too long for a Unix socket's path")
@@ -42,7 +43,9 @@ class ListenerAddress:
         if not settings.listener_key:
             raise SetupError(
                 "infer() has nowhere to call back to",
-                hint="set sql.listener_dir for a PostgreSQL on this host, else sql.listener_key (any long random text)",
+                hint="Set sql.listener_dir for a PostgreSQL on this host, else sql.listener_key (any long random text), the"
+                f" same for the DB node and for `stratakv install`; `stratakv up` keeps a key in up.data_dir/{KEY_FILE}"
+                " when it runs with a database of yours.",
             )
         return cls(settings.listener_host, settings.listener_port, str(settings.listener_key))
 
@@ -77,12 +80,11 @@ def _quoted(value: str) -> str:
     return f"'{escaped}'"
 
 
-def _kept_key(directory: Path) -> str:
-    """The key in the directory's key file, made if there is none."""
+def kept_key(directory: Path, *, mode: int = 0o700) -> str:
+    """The key in the directory's key file; both are made if they are missing. Raises SetupError."""
     path = directory / KEY_FILE
     try:
-        # PostgreSQL's account must reach the socket; the key stays ours.
-        directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+        directory.mkdir(mode=mode, parents=True, exist_ok=True)
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError:
@@ -92,7 +94,7 @@ def _kept_key(directory: Path) -> str:
             file.write(key)
         return key
     except OSError as error:
-        raise SetupError(f"sql.listener_dir: {path}: {error.strerror}") from error
+        raise SetupError(f"the key of the private listener: {path}: {error.strerror}") from error
 
 
 def _read_key(path: Path) -> str:

@@ -43,8 +43,12 @@ class Installed:
     """False if something else is called public.infer; then only stratakv.infer is there."""
 
 
+class NotAllowed(SetupError):
+    """The role may not install."""
+
+
 def install(url: str, listener: ListenerAddress) -> Installed:
-    """Install or renew the functions; `listener` becomes the default one. Idempotent. Raises SetupError."""
+    """Install or renew the functions; `listener` becomes the default one. Idempotent. Raises NotAllowed, SetupError."""
     with _transaction(url) as connection:
         _check_server(connection)
         _make_schema(connection)
@@ -53,6 +57,16 @@ def install(url: str, listener: ListenerAddress) -> Installed:
         connection.execute(script.encode())
         _write_tables(connection, listener)
         return Installed(VERSION, dblink, _make_wrapper(connection))
+
+
+def is_installed(url: str) -> bool:
+    """Whether the database has the functions, whoever put them there. Raises SetupError."""
+    with _transaction(url) as connection:
+        found = connection.execute(
+            "SELECT FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace"
+            " WHERE n.nspname = 'stratakv' AND p.proname = 'infer'"
+        ).fetchone()
+        return found is not None
 
 
 def uninstall(url: str, *, cascade: bool = False) -> None:
@@ -83,7 +97,7 @@ def _transaction(url: str) -> Iterator[Connection]:
             f"others use the functions: {error.diag.message_detail or error}", hint="drop those first, or use --cascade"
         ) from error
     except psycopg.errors.InsufficientPrivilege as error:
-        raise SetupError(
+        raise NotAllowed(
             f"this role may not do that: {error.diag.message_primary}",
             hint="connect as a superuser, or as the role that may create extensions on a managed PostgreSQL",
         ) from error

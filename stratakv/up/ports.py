@@ -44,7 +44,7 @@ def choose_ports(settings: Settings, choice: PortChoice) -> Ports:
         tuple(settings.worker.port + i for i in range(num_workers)),
     )
     wanted = [("sql.port", ports.sql), ("rest.port", ports.rest), ("meta.native_port", ports.meta)]
-    if settings.sql.listener_dir is None and settings.database.url is not None:
+    if settings.sql.listener_dir is None and (settings.sql.backend_url or settings.database.url):
         wanted.append(("sql.listener_port", ports.listener))
     wanted += [("dmp.port", port) for port in ports.daemons] + [("worker.port", port) for port in ports.workers]
     _require_free(wanted)

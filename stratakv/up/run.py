@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import secrets
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
 from stratakv import migrate, sqlfunctions
+from stratakv.backend import client_parameters, client_url
+from stratakv.errors import SetupError
 from stratakv.log import configure_logging
 from stratakv.models.progress import pull_with_progress
 from stratakv.postgres import EmbeddedPostgres
@@ -22,11 +24,10 @@ from stratakv.settings import Secret, Settings
 from stratakv.up.plan import ServiceSpec, make_plan, place_ports
 from stratakv.up.ports import PortChoice, choose_ports
 from stratakv.up.readiness import Readiness
-from stratakv.up.state import StateFile, sql_url
+from stratakv.up.state import FILE_NAME, StateFile
 from stratakv.up.supervisor import Supervisor
 
 _INTERRUPTED = 128
-LISTENER_KEY_BYTES = 32
 
 
 def run_up(settings: Settings, ports: PortChoice, state_file: Path | None) -> None:
@@ -35,49 +36,64 @@ def run_up(settings: Settings, ports: PortChoice, state_file: Path | None) -> No
     chosen = choose_ports(settings, ports)
     settings = place_ports(settings, chosen)
     console = Console(stderr=True)
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     home = settings.up.data_dir.expanduser().absolute()
     log_dir = home / "log"
     model_dir = pull_with_progress(settings.model.name, settings.model.cache_dir)
-    console.print(f"model     {settings.model.name} in {model_dir}", highlight=False, markup=False, soft_wrap=True)
+    say(f"model     {settings.model.name} in {model_dir}")
     with _database(settings, home) as (cluster, ready_settings):
         url = str(ready_settings.database.url)
         migrate.upgrade(url)
-        if ready_settings.sql.backend_url is None:
-            sqlfunctions.install(url, sqlfunctions.ListenerAddress.from_settings(ready_settings.sql))
-        console.print(f"database  {migrate.masked_url(url)}", highlight=False, markup=False, soft_wrap=True)
+        say(f"database  {migrate.masked_url(url)}")
+        say(f"functions {install_functions(ready_settings)}")
         log_dir.mkdir(parents=True, exist_ok=True)
         plan = make_plan(ready_settings, chosen)
-        state = StateFile(state_file or home / "up.json", ready_settings)
+        state = StateFile(state_file or home / FILE_NAME, ready_settings)
         asyncio.run(_run(ready_settings, plan, cluster, log_dir, state, console))
-    console.print("stopped", highlight=False)
+    say("stopped")
 
 
 @contextlib.contextmanager
 def _database(settings: Settings, home: Path) -> Iterator[tuple[EmbeddedPostgres | None, Settings]]:
     """The database that was configured, or the embedded one, running until the end; and the settings that reach it."""
-    sql = settings.sql
     if settings.database.url is not None:
-        if sql.listener_dir is None and sql.listener_key is None:
-            sql = replace(sql, listener_key=_kept_listener_key(home))
-        yield None, replace(settings, sql=sql)
+        yield None, _with_key(settings, home)
         return
     with EmbeddedPostgres(settings.postgres, home / "postgres") as cluster:
-        sql = replace(sql, listener_dir=sql.listener_dir or cluster.listener_dir())
-        if sql.backend_url is None:
-            sql = replace(sql, backend_trusted=True, backend_uid=cluster.uid)
-        yield cluster, replace(settings, database=replace(settings.database, url=Secret(cluster.url)), sql=sql)
+        ready = replace(settings, database=replace(settings.database, url=Secret(cluster.url)))
+        if settings.sql.backend_url is not None:
+            yield cluster, _with_key(ready, home)
+            return
+        listener_dir = settings.sql.listener_dir or cluster.listener_dir()
+        sql = replace(settings.sql, listener_dir=listener_dir, backend_trusted=True, backend_uid=cluster.uid)
+        yield cluster, replace(ready, sql=sql)
 
 
-def _kept_listener_key(home: Path) -> Secret:
-    """The key by which PostgreSQL knows itself to the DB node over TCP; made once."""
-    home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path = home / "listener.key"
-    with (
-        contextlib.suppress(FileExistsError),
-        open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file,
-    ):
-        file.write(secrets.token_urlsafe(LISTENER_KEY_BYTES))
-    return Secret(path.read_text())
+def _with_key(settings: Settings, home: Path) -> Settings:
+    """A PostgreSQL of the user's own calls back over TCP, unless told otherwise, with a key that is made once."""
+    if settings.sql.listener_dir is not None or settings.sql.listener_key is not None:
+        return settings
+    key = Secret(sqlfunctions.kept_key(home))
+    return replace(settings, sql=replace(settings.sql, listener_key=key))
+
+
+def install_functions(settings: Settings) -> str:
+    """Put infer() into the backend's database, if one is named; what was done. Raises SetupError."""
+    if "dbname" not in client_parameters(settings):
+        return "sql.backend_url names no database; `stratakv install --database URL` puts infer() into one"
+    url = settings.sql.backend_url or settings.database.url
+    assert url is not None, "no database"
+    try:
+        sqlfunctions.install(url, sqlfunctions.ListenerAddress.from_settings(settings.sql))
+    except sqlfunctions.NotAllowed as error:
+        if sqlfunctions.is_installed(url):
+            return f"installed before in {migrate.masked_url(url)}; this role may not renew them"
+        raise SetupError(
+            f"infer() cannot be installed in {migrate.masked_url(url)}: {error.message}",
+            hint="Install it once with `stratakv install --database URL` as a superuser, or as the role that may create"
+            " extensions on a managed PostgreSQL; then start again.",
+        ) from error
+    return f"infer() in {migrate.masked_url(url)}"
 
 
 async def _run(
@@ -139,7 +155,7 @@ def _announce(settings: Settings, state_path: Path, console: Console) -> None:
     lines = [
         "",
         "StrataKV is ready.",
-        f"  SQL    psql {sql_url(settings)}      SELECT infer('Why is the sky blue?');",
+        f"  SQL    psql {client_url(settings)}      SELECT infer('Why is the sky blue?');",
         f"  REST   http://{reachable_host(rest.host)}:{rest.port}/v1      the base URL for OpenAI clients",
         f"  state  {state_path}",
         "Ctrl-C stops it.",
