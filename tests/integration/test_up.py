@@ -11,7 +11,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from tests.cluster import Cluster, running_cluster
+from stratakv.up.instance import Instance
+from tests.cluster import running_cluster
 from tests.support import eventually
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
@@ -24,12 +25,12 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def _all_pids(cluster: Cluster) -> list[int | None]:
+def _all_pids(cluster: Instance) -> list[int | None]:
     state = cluster.state
     return [state["database_pid"], *(service["pid"] for service in state["services"].values())]
 
 
-def _is_ready(cluster: Cluster) -> bool:
+def _is_ready(cluster: Instance) -> bool:
     try:
         with urllib.request.urlopen(f"{cluster.rest_url}/ready", timeout=5) as response:
             return bool(response.status == 200)
@@ -37,7 +38,7 @@ def _is_ready(cluster: Cluster) -> bool:
         return False
 
 
-def _infer(cluster: Cluster) -> str:
+def _infer(cluster: Instance) -> str:
     with psycopg.connect(host="127.0.0.1", port=cluster.sql_port, user="postgres", dbname="stratakv") as session:
         row = session.execute("SELECT infer('The capital of France is', NULL, '{\"max_tokens\": 8}')").fetchone()
     assert row is not None
@@ -68,7 +69,6 @@ def test_children_end_with_a_killed_supervisor_and_the_next_one_starts(tmp_path:
         pids = [pid for pid in _all_pids(cluster) if pid is not None]
         cluster.stop(signal.SIGKILL)
         eventually(lambda: not any(_alive(pid) for pid in pids), what="all children ended")
-    (tmp_path / "state.json").unlink()
     with running_cluster(tmp_path, *few, STRATAKV_REST_API_KEY="sk-test") as cluster:
         assert _infer(cluster)
         assert cluster.stop(signal.SIGINT) == 0
