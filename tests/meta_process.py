@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -26,6 +23,7 @@ from stratakv.wire import (
     RegisterNode,
     Segment,
 )
+from tests.service_process import ServiceProcess
 from tests.support import eventually_async, free_port
 
 ROOT = Path(__file__).parents[1]
@@ -38,44 +36,23 @@ def new_keys(count: int) -> bytes:
     return os.urandom(32 * count)
 
 
-class MetaProcess:
+class MetaProcess(ServiceProcess):
     """`python -m meta_server` on a database."""
 
-    def __init__(self, url: str, **settings: object) -> None:
+    def __init__(self, url: str, directory: Path, **settings: object) -> None:
         self.port = free_port()
-        self._flags = [f"--native-port={self.port}"]
-        self._flags += [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-        self._env = {**os.environ, "STRATAKV_DATABASE_URL": url, "OMP_NUM_THREADS": "1"}
-        self._process: subprocess.Popen[str] | None = None
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+        env = {"STRATAKV_DATABASE_URL": url}
+        super().__init__("meta_server", [f"--native-port={self.port}", *flags], env, directory / "meta.log")
 
     @property
     def endpoint(self) -> str:
         return f"tcp://127.0.0.1:{self.port}"
 
-    def start(self) -> None:
-        command = [sys.executable, "-m", "meta_server", *self._flags]
-        self._process = subprocess.Popen(command, env=self._env, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-
-    def kill(self) -> None:
-        """kill -9."""
-        self._end(signal.SIGKILL)
-
-    def stop(self) -> int:
-        """SIGTERM; the exit status."""
-        return self._end(signal.SIGTERM)
-
     def run(self) -> tuple[int, str]:
-        """Run a server that is expected to end by itself; exit status and standard error."""
+        """Run a server that is expected to end by itself; exit status and what it said."""
         self.start()
-        assert self._process is not None
-        _, errors = self._process.communicate(timeout=START_TIMEOUT_S)
-        return self._process.returncode, errors
-
-    def _end(self, number: int) -> int:
-        assert self._process is not None
-        self._process.send_signal(number)
-        self._process.communicate(timeout=START_TIMEOUT_S)
-        return self._process.returncode
+        return self.wait(), self.log()
 
 
 @asynccontextmanager

@@ -13,7 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from stratakv import models
 from stratakv.migrate import upgrade
 from stratakv.postgres import EmbeddedPostgres
-from tests.integration.fleet.processes import Fleet, ServiceProcess, Worker
+from tests.integration.fleet.processes import Fleet, Worker
+from tests.service_process import ServiceProcess
 from tests.support import eventually
 
 MODEL = "smollm2-135m"

@@ -1,60 +1,15 @@
-"""Real services on free ports, each its own process, for tests that kill and restart them one by one."""
+"""A fleet of real services on free ports, for tests that kill and restart them one by one."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.service_process import ServiceProcess
 from tests.support import free_port
-
-STOP_S_MAX = 20.0
-
-
-@dataclass
-class ServiceProcess:
-    """One `python -m MODULE flags…`."""
-
-    module: str
-    flags: list[str]
-    env: dict[str, str]
-    log_file: Path
-    process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        with self.log_file.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", self.module, *self.flags], env=os.environ | self.env, stdout=log, stderr=log
-            )
-
-    def signal(self, number: int) -> None:
-        assert self.process is not None
-        self.process.send_signal(number)
-
-    def kill(self) -> None:
-        """kill −9, and wait for the end."""
-        assert self.process is not None
-        self.process.kill()
-        self.process.wait(STOP_S_MAX)
-
-    def stop(self) -> int:
-        """SIGTERM; the exit status."""
-        assert self.process is not None
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        try:
-            return self.process.wait(STOP_S_MAX)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            raise AssertionError(
-                f"{self.module} did not end on SIGTERM:\n{self.log_file.read_text()[-2000:]}"
-            ) from None
 
 
 @dataclass
@@ -79,8 +34,8 @@ class Worker:
         try:
             self.get("/ready")
         except OSError:
-            if self.process.process is not None and self.process.process.poll() is not None:
-                raise AssertionError(f"worker ended:\n{self.process.log_file.read_text()[-3000:]}") from None
+            if self.process.has_ended():
+                raise AssertionError(f"worker ended:\n{self.process.log_tail()}") from None
             return False
         return True
 

@@ -15,8 +15,9 @@ from stratakv.pool.meta_client import MetaClient
 from stratakv.settings import MetaSettings
 from stratakv.wire import ListNodes, Nodes, Segment
 from tests.integration.fleet.conftest import Pool
-from tests.integration.fleet.processes import Completion, ServiceProcess
+from tests.integration.fleet.processes import Completion
 from tests.integration.fleet.test_reuse import BLOCK, OUTPUT_TOKENS, prompt_of
+from tests.service_process import ServiceProcess
 from tests.support import eventually
 
 BITS_FLIPPED = 64

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -61,8 +62,8 @@ async def test_malformed_bytes_harm_nobody(migrated_url: str) -> None:
         await client.close()
 
 
-async def test_a_server_that_is_away_costs_one_timeout_and_is_found_again(migrated_url: str) -> None:
-    server = MetaProcess(migrated_url)
+async def test_a_server_that_is_away_costs_one_timeout_and_is_found_again(migrated_url: str, tmp_path: Path) -> None:
+    server = MetaProcess(migrated_url, tmp_path)
     settings = MetaSettings(native_port=server.port, request_timeout_s=0.5)
     client = MetaClient(settings, role="test", name="c0")
     with pytest.raises(Unavailable):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from pathlib import Path
 
 import pytest
 
@@ -19,8 +20,10 @@ async def count_found(client: MetaClient, keys: bytes) -> int:
     return (await client.call(MatchPrefix(NAMESPACE, keys), Match)).num_blocks
 
 
-async def test_what_was_acknowledged_is_found_and_what_was_not_finished_is_not(migrated_url: str) -> None:
-    server = MetaProcess(migrated_url, lease_s_max=1)
+async def test_what_was_acknowledged_is_found_and_what_was_not_finished_is_not(
+    migrated_url: str, tmp_path: Path
+) -> None:
+    server = MetaProcess(migrated_url, tmp_path, lease_s_max=1)
     server.start()
     client = await connected(server.endpoint)
     daemon = TestDaemon(client, "n0", pages=100_000)
@@ -59,8 +62,8 @@ async def test_what_was_acknowledged_is_found_and_what_was_not_finished_is_not(m
     assert server.stop() == 0
 
 
-async def test_what_was_flushed_stays_away_and_is_ordered_free_until_it_is(migrated_url: str) -> None:
-    server = MetaProcess(migrated_url, lease_s_max=0.2)
+async def test_what_was_flushed_stays_away_and_is_ordered_free_until_it_is(migrated_url: str, tmp_path: Path) -> None:
+    server = MetaProcess(migrated_url, tmp_path, lease_s_max=0.2)
     server.start()
     client = await connected(server.endpoint)
     daemon = TestDaemon(client, "n0", pages=1000)
@@ -87,8 +90,8 @@ async def test_what_was_flushed_stays_away_and_is_ordered_free_until_it_is(migra
     assert server.stop() == 0
 
 
-async def test_a_restarted_daemon_voids_its_places_and_its_puts(migrated_url: str) -> None:
-    server = MetaProcess(migrated_url)
+async def test_a_restarted_daemon_voids_its_places_and_its_puts(migrated_url: str, tmp_path: Path) -> None:
+    server = MetaProcess(migrated_url, tmp_path)
     server.start()
     client = await connected(server.endpoint)
     old = TestDaemon(client, "n0", pages=100)

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import psycopg
 
 from stratakv.errors import SetupError
 from tests.meta_process import MetaProcess, connected, meta_server
 
 
-def test_an_unmigrated_database_is_refused(postgres_url: str) -> None:
-    status, errors = MetaProcess(postgres_url).run()
+def test_an_unmigrated_database_is_refused(postgres_url: str, tmp_path: Path) -> None:
+    status, errors = MetaProcess(postgres_url, tmp_path).run()
     assert status == 2
     assert "is at revision none" in errors
     assert "stratakv migrate upgrade" in errors
 
 
-def test_a_database_of_an_unknown_revision_is_refused(migrated_url: str) -> None:
+def test_a_database_of_an_unknown_revision_is_refused(migrated_url: str, tmp_path: Path) -> None:
     with psycopg.connect(migrated_url, autocommit=True) as connection:
         connection.execute("UPDATE stratakv.schema_version SET version_num = '9999'")
-    status, errors = MetaProcess(migrated_url).run()
+    status, errors = MetaProcess(migrated_url, tmp_path).run()
     assert status == 2
     assert "9999" in errors
 
 
-def test_it_does_not_listen_beyond_this_machine(migrated_url: str) -> None:
-    status, errors = MetaProcess(migrated_url, host="0.0.0.0").run()
+def test_it_does_not_listen_beyond_this_machine(migrated_url: str, tmp_path: Path) -> None:
+    status, errors = MetaProcess(migrated_url, tmp_path, host="0.0.0.0").run()
     assert status == 2
     assert "node authentication is not configured" in errors
 

@@ -28,9 +28,9 @@ from stratakv.wire import (
     PutRevoke,
     PutStart,
 )
-from tests.integration.fleet.processes import ServiceProcess
 from tests.integration.pool.daemon import DaemonProcess
 from tests.integration.pool.pages import LAYOUT, NAMESPACE, WrittenPages, soon, write_pages
+from tests.service_process import ServiceProcess
 from tests.support import eventually_async, free_port
 
 StartDaemon = Callable[..., DaemonProcess]
@@ -48,9 +48,7 @@ def meta_server(postgres_url: str, meta_port: int, tmp_path: Path) -> Iterator[S
     service = ServiceProcess("meta_server", ["--heartbeat-s", "0.2"], env, tmp_path / "meta.log")
     service.start()
     yield service
-    assert service.process is not None
-    if service.process.poll() is None:
-        service.kill()
+    service.kill()
 
 
 @pytest.fixture
