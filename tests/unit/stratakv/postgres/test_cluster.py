@@ -95,6 +95,17 @@ def test_a_path_too_long_for_a_socket_is_no_obstacle(tmp_path: Path) -> None:
     assert not socket_dir.exists()
 
 
+def test_data_of_another_major_version_are_left_alone_and_told_with_the_settings_to_change(tmp_path: Path) -> None:
+    version_file = tmp_path / "data" / "PG_VERSION"
+    version_file.parent.mkdir()
+    version_file.write_text("14\n")
+    with pytest.raises(SetupError, match=r"made by PostgreSQL 14, but .* holds \d+") as caught:
+        EmbeddedPostgres(SETTINGS, tmp_path).__enter__()
+    for setting in ("STRATAKV_POSTGRES_BIN", "STRATAKV_UP_DATA_DIR"):
+        assert setting in str(caught.value.hint)
+    assert [path.name for path in version_file.parent.iterdir()] == ["PG_VERSION"]
+
+
 def test_a_directory_without_binaries_is_refused_with_the_setting_to_change(tmp_path: Path) -> None:
     with pytest.raises(SetupError) as caught:
         find_binaries(tmp_path)
