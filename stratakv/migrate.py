@@ -1,6 +1,6 @@
 """Migrations of the metadata schema: what `stratakv migrate` calls, and the check every service makes at its start.
 
-Works from an installed wheel: alembic's configuration is built here, the revisions are the package `migrations`.
+Works from an installed wheel: alembic's configuration and the revisions are in the package `migrations`.
 All functions are synchronous; services call `check` in a thread.
 """
 
@@ -152,8 +152,8 @@ def _unreachable(url: str, error: OperationalError) -> SetupError:
 
 
 def _config(url: str, output: io.StringIO | None = None) -> Config:
-    config = Config(output_buffer=output) if output is not None else Config()
-    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    path = str(Path(migrations.__file__).with_name("alembic.ini"))
+    config = Config(path, output_buffer=output) if output is not None else Config(path)
     # configparser reads % as the start of an interpolation.
     config.set_main_option("sqlalchemy.url", url.replace("%", "%%"))
     return config

@@ -22,11 +22,16 @@ FORBIDDEN = (
 TEXT_SUFFIXES = {".py", ".sql", ".md", ".toml", ".txt", ".cpp", ".h", ".mako", ".html", ".ini", ".sh", ""}
 
 
-def _tracked() -> list[Path]:
+def tracked_names() -> list[str]:
+    """Paths, from the root, of the files git knows."""
     done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         pytest.skip("not a git checkout")
-    paths = (ROOT / name for name in done.stdout.split("\0") if name)
+    return [name for name in done.stdout.split("\0") if name]
+
+
+def _tracked() -> list[Path]:
+    paths = (ROOT / name for name in tracked_names())
     return [path for path in paths if path.suffix in TEXT_SUFFIXES and path.is_file()]
 
 
