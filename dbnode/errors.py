@@ -2,7 +2,6 @@
 
 StrataError
 ├── InvalidRequest
-│   ├── BodyTooLarge
 │   └── Unauthenticated
 ├── Unavailable
 │   ├── NoWorker
@@ -15,21 +14,6 @@ StrataError
 from __future__ import annotations
 
 from stratakv.errors import InvalidRequest, StrataError, Unavailable
-
-
-class BodyTooLarge(InvalidRequest):
-    """The request body is over the limit."""
-
-    code = "body_too_large"
-    http_status = 413
-    sqlstate = "54000"
-
-
-class BodyTooSlow(InvalidRequest):
-    """The request body did not arrive in time."""
-
-    code = "body_too_slow"
-    http_status = 408
 
 
 class Unauthenticated(InvalidRequest):

@@ -15,11 +15,12 @@ from typing import Any
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from stratakv.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, StrataError
+from stratakv.errors import InvalidRequest, ModelNotFound, StrataError
+from stratakv.http_body import read_body
 from stratakv.log import EventLogger
 from workers.api import CompletionRequest, parse_completion, usage_body
 from workers.generation import Delta, Finished, Generation
@@ -65,7 +66,7 @@ class _Face:
 
     async def completions(self, request: Request) -> Response:
         arrived = time.monotonic()
-        body = parse_completion(await _read_body(request))
+        body = parse_completion(await read_body(request, BODY_BYTES_MAX))
         if body.model and body.model != self._runtime.info.model:
             raise ModelNotFound(f"this worker serves {self._runtime.info.model}, not {body.model}", param="model")
         request_id = body.request_id or request.headers.get("x-request-id") or uuid.uuid4().hex
@@ -140,7 +141,7 @@ class _Face:
     async def drop_cache(self, request: Request) -> Response:
         try:
             tiers = msgspec.json.decode(
-                await _read_body(request) or b'{"tiers":["l1","l2"]}', type=dict[str, list[str]]
+                await read_body(request, BODY_BYTES_MAX) or b'{"tiers":["l1","l2"]}', type=dict[str, list[str]]
             )
         except msgspec.DecodeError as error:
             raise InvalidRequest(f'expected {{"tiers": ["l1", "l2"]}}: {error}') from None
@@ -199,28 +200,6 @@ async def _handover(body: CompletionRequest, generation: Generation, runtime: Ru
         "remote_epoch": info.epoch.hex(),
         "num_tokens": len(generation.prompt_keys) * info.block_size,
     }
-
-
-async def _read_body(request: Request) -> bytes:
-    """Raises InvalidRequest (413) as soon as the body is longer than BODY_BYTES_MAX."""
-    parts: list[bytes] = []
-    size_bytes = 0
-    try:
-        async for part in request.stream():
-            size_bytes += len(part)
-            if size_bytes > BODY_BYTES_MAX:
-                raise BodyTooLarge(f"the request body is longer than {BODY_BYTES_MAX} bytes")
-            parts.append(part)
-    except ClientDisconnect:
-        raise DeadlineExceeded("the client went away before its request was whole") from None
-    return b"".join(parts)
-
-
-class BodyTooLarge(InvalidRequest):
-    """The request body is over the limit."""
-
-    code = "body_too_large"
-    http_status = 413
 
 
 async def _cancel_on_disconnect(request: Request, generation: Generation) -> None:

@@ -15,9 +15,10 @@ from starlette.routing import Route
 from dbnode.inference import InferenceService
 from dbnode.rest.bodies import json_bytes
 from dbnode.rest.completions import Completions
-from dbnode.rest.http import Guard, error_response, read_body
+from dbnode.rest.http import Guard, error_response
 from dbnode.worker_client import WorkerClient
 from stratakv.errors import InvalidRequest, ModelNotFound, StrataError
+from stratakv.http_body import read_body
 from stratakv.settings import RestSettings
 from stratakv.version import version
 

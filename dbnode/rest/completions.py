@@ -16,9 +16,10 @@ from starlette.types import Receive, Scope, Send
 from dbnode.generate import Answer, Chunk
 from dbnode.inference import InferenceService
 from dbnode.rest.bodies import DONE, EventWriter, Form, error_event, whole_answer
-from dbnode.rest.http import cancelled_by_disconnect, error_response, read_body
+from dbnode.rest.http import cancelled_by_disconnect, error_response
 from dbnode.rest.parse import Parsed, parse_chat, parse_completion
 from stratakv.errors import Cancelled, Overloaded, StrataError
+from stratakv.http_body import read_body
 from stratakv.log import EventLogger
 from stratakv.settings import RestSettings
 

@@ -10,19 +10,17 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dbnode.errors import BodyTooLarge, BodyTooSlow, Unauthenticated
+from dbnode.errors import Unauthenticated
 from dbnode.rest.bodies import json_bytes
-from stratakv.errors import Cancelled, InvalidRequest, StrataError
+from stratakv.errors import Cancelled, StrataError
 from stratakv.log import EventLogger
 
 log = EventLogger("dbnode.rest")
 
 RETRY_AFTER_S = 1
-BODY_TIMEOUT_S = 60.0
 OPEN_PATHS = frozenset({"/health"})
 """Paths that need no API key."""
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -84,29 +82,6 @@ def error_response(error: Exception) -> Response:
 
 def _json(content: object, status: int, headers: dict[str, str]) -> Response:
     return Response(json_bytes(content), status, headers, media_type="application/json")
-
-
-async def read_body(request: Request, bytes_max: int) -> bytes:
-    """The whole body. Raises BodyTooLarge as soon as it is known to be longer than allowed, BodyTooSlow."""
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > bytes_max:
-        raise BodyTooLarge(f"the request body is longer than {bytes_max} bytes")
-    parts: list[bytes] = []
-    size_bytes = 0
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            async for part in request.stream():
-                size_bytes += len(part)
-                if size_bytes > bytes_max:
-                    raise BodyTooLarge(f"the request body is longer than {bytes_max} bytes")
-                parts.append(part)
-    except TimeoutError:
-        raise BodyTooSlow(f"the request body did not arrive within {BODY_TIMEOUT_S:g} s") from None
-    except ClientDisconnect:
-        raise Cancelled("the client went away before its request was whole") from None
-    if not size_bytes:
-        raise InvalidRequest("the request has no body")
-    return b"".join(parts)
 
 
 @asynccontextmanager

@@ -119,6 +119,8 @@ def _fields(body: bytes, supported: frozenset[str]) -> _Fields:
     try:
         fields = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        if not body:
+            raise InvalidRequest("the request has no body") from None
         raise InvalidRequest(f"the body is not valid JSON: {error}") from None
     if not isinstance(fields, dict):
         raise InvalidRequest("the body must be a JSON object")
