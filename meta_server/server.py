@@ -17,7 +17,7 @@ from meta_server.store import Store
 from stratakv import migrate, wire
 from stratakv.errors import InvalidRequest, Overloaded, SetupError, StrataError
 from stratakv.log import EventLogger
-from stratakv.process import require_loopback, started
+from stratakv.process import first_setup_error, require_loopback, started
 from stratakv.settings import MetaSettings, Settings
 
 REQUESTS_WAITING_MAX = 20_000
@@ -46,7 +46,7 @@ async def serve(settings: Settings, stop: asyncio.Event, ready: Ready | None = N
         _log.info("index_rebuilt", blocks=server.num_blocks, seconds=round(time.monotonic() - began, 3))
         await server.run(Filler(store), stop, ready)
     except* SetupError as group:
-        raise _first(group) from None
+        raise first_setup_error(group) from None
     finally:
         await store.close()
 
@@ -141,11 +141,3 @@ async def _reply_when_done(answer: Awaitable[wire.Message], reply: Callable[[wir
     except Exception:
         _log.exception("request_failed")
         reply(failure_of(StrataError("internal error")))
-
-
-def _first(group: BaseExceptionGroup[SetupError]) -> SetupError:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, SetupError)
-    return error

@@ -56,6 +56,15 @@ async def _until_stopped(service: Service, settings: Settings) -> None:
     await service(settings, stop)
 
 
+def first_setup_error(group: BaseExceptionGroup[SetupError]) -> SetupError:
+    """Of those that a TaskGroup gathered: an operator mends one thing at a time."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, SetupError)
+    return error
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches a listener on `host`."""
     if host == "localhost":

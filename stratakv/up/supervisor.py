@@ -14,6 +14,7 @@ from pathlib import Path
 from stratakv.errors import SetupError
 from stratakv.log import EventLogger
 from stratakv.postgres import EmbeddedPostgres
+from stratakv.process import first_setup_error
 from stratakv.up.child import Child
 from stratakv.up.plan import ServiceSpec
 from stratakv.up.readiness import Readiness
@@ -56,7 +57,7 @@ class Supervisor:
             if work.done():
                 work.result()
         except* SetupError as group:
-            raise _first(group) from None
+            raise first_setup_error(group) from None
         finally:
             stopped.cancel()
             work.cancel()
@@ -108,11 +109,3 @@ class Supervisor:
 
     def _changed(self) -> None:
         self._on_change(self)
-
-
-def _first(group: BaseExceptionGroup[SetupError]) -> SetupError:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, SetupError)
-    return error
