@@ -18,7 +18,7 @@ import pytest_asyncio
 
 from dbnode.generate import GenerateRequest, Sampling, Source
 from tests.integration.dbnode.running_node import PoolOfBlocks, RunningNode, running_node
-from tests.stand_in_worker import MODEL, StandInWorker, expected_tokens
+from tests.stand_in_worker import MAX_MODEL_LEN, MODEL, StandInWorker, expected_tokens
 from tests.support import eventually_async, free_port
 
 PROMPT = list(range(1000, 1100))
@@ -207,6 +207,20 @@ async def test_a_worker_that_hangs_costs_no_more_than_the_deadline(stack: AsyncE
     with pytest.raises(openai.InternalServerError) as caught:
         await node.openai.completions.create(model=MODEL, prompt=PROMPT, max_tokens=5)
     assert caught.value.status_code == 504
+
+
+async def test_a_chat_that_names_no_limit_is_bounded_by_the_context_and_ends_at_the_deadline(
+    stack: AsyncExitStack,
+) -> None:
+    worker = StandInWorker("w", token_delay_s=0.05)
+    node = await started(stack, worker, request_timeout_s=0.5)
+    with pytest.raises(openai.InternalServerError) as caught:
+        await node.openai.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "Go on."}])
+    assert caught.value.status_code == 504
+    (sent,) = worker.requests
+    assert sent["max_tokens"] == MAX_MODEL_LEN - len(sent["prompt"])
+    await eventually_async(lambda: worker.cancelled == 1, what="the worker's work is stopped")
+    assert node.node.inference.admission.running == 0
 
 
 async def test_siblings_follow_the_first_to_the_same_worker(stack: AsyncExitStack) -> None:
