@@ -1,6 +1,6 @@
 """The memory a daemon gives to the pool: one memfd, so that no kind of death leaves a file behind.
 
-Its pages are touched when they are first written. The descriptor is handed to processes of the same host; it is sealed, so
+Its memory is brought in once, in the background (`populate`). The descriptor is handed to processes of the same host; it is sealed, so
 that none of them can shrink it under the others.
 """
 
@@ -10,8 +10,10 @@ import fcntl
 import mmap
 import os
 import secrets
+from collections.abc import Callable
 
 from stratakv.errors import SetupError
+from stratakv.pool.populate import populate
 from stratakv.wire import EPOCH_BYTES
 
 SEGMENT_ALIGNMENT_BYTES = 2 * 1024 * 1024
@@ -30,6 +32,10 @@ class MemorySegment:
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         self._map = mmap.mmap(self.fd, self.size_bytes)
         self.memory = memoryview(self._map)
+
+    def populate(self, should_stop: Callable[[], bool]) -> None:
+        """Bring all of it in; blocks."""
+        populate(self._map, should_stop)
 
     @property
     def socket_name(self) -> str:

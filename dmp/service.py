@@ -48,7 +48,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     try:
         async with MetaClient(settings.meta, role="dmp", name=segment.node) as client:
             heartbeat = Heartbeat(client, segment, puts, random.Random())
-            await _until_stopped(stop, server.accept(), heartbeat.run())
+            await _until_stopped(stop, server.accept(), heartbeat.run(), _populate(memory, stop))
     finally:
         server.close()
         log.info("stopped", node=segment.node)
@@ -68,6 +68,11 @@ async def _until_stopped(stop: asyncio.Event, *parts: Coroutine[None, None, None
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _populate(memory: MemorySegment, stop: asyncio.Event) -> None:
+    await asyncio.to_thread(memory.populate, stop.is_set)
+    await stop.wait()
 
 
 async def _wait(stop: asyncio.Event) -> None:

@@ -12,11 +12,13 @@ import mmap
 import os
 import select
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 
 from stratakv.pool.errors import OutOfBounds, PutRefused, TransportError
 from stratakv.pool.framing import remaining_s
+from stratakv.pool.populate import populate
 from stratakv.pool.transport import Buffer, Cancellation
 
 STEP_BYTES = 1024 * 1024
@@ -30,6 +32,10 @@ class ShmTransport:
     def __init__(self, fd: int, size_bytes: int, control: socket.socket) -> None:
         self._control = control
         self._map = mmap.mmap(fd, size_bytes)
+        self._closed = False
+        threading.Thread(
+            target=populate, args=(self._map, lambda: self._closed), name="shm-populate", daemon=True
+        ).start()
         self._memory = memoryview(self._map)
         self._put_deadlines: dict[bytes, float] = {}
         self._hangup = select.poll()
@@ -89,8 +95,9 @@ class ShmTransport:
         self._put_deadlines.pop(put_id, None)
 
     def close(self) -> None:
-        self._memory.release()
+        self._closed = True
         try:
+            self._memory.release()
             self._map.close()
         except BufferError:
             # Somebody still holds a view of the mapping; it goes with the last of them.
