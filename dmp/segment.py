@@ -1,7 +1,7 @@
 """The memory a daemon gives to the pool: one memfd, so that no kind of death leaves a file behind.
 
-Its memory is brought in once, in the background (`populate`). The descriptor is handed to processes of the same host; it is sealed, so
-that none of them can shrink it under the others.
+Its memory is brought in once, in the background (`populate`). The descriptor is handed to processes of the same host; it
+is sealed, so that none of them can shrink it under the others.
 """
 
 from __future__ import annotations
