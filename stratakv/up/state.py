@@ -24,6 +24,7 @@ _TOLD = {
     "meta": ("host", "native_port"),
     "sql": ("host", "port", "backend_url", "listener_host", "listener_port"),
     "rest": ("host", "port"),
+    "up": ("data_dir",),
 }
 """Settings by which other commands reach what runs."""
 

@@ -13,7 +13,7 @@ import pytest
 
 from stratakv.cli.options import running_settings
 from stratakv.errors import SetupError
-from stratakv.settings import DatabaseSettings, MetaSettings, RestSettings, Secret, Settings, SqlSettings
+from stratakv.settings import DatabaseSettings, MetaSettings, RestSettings, Secret, Settings, SqlSettings, UpSettings
 from stratakv.up.readiness import authorization
 from stratakv.up.state import FILE_NAME, StateFile
 
@@ -22,6 +22,7 @@ RUNNING = Settings(
     sql=SqlSettings(port=7001, listener_port=7002),
     rest=RestSettings(port=7003),
     meta=MetaSettings(native_port=7004),
+    up=UpSettings(data_dir=Path("/kept")),
 )
 
 
@@ -49,7 +50,7 @@ def test_what_runs_in_the_data_directory_is_found(tmp_path: Path, pid: int) -> N
 def test_a_state_file_can_be_named_and_set_goes_before_it(tmp_path: Path, pid: int) -> None:
     _write(tmp_path / "state.json", pid)
     found = running_settings(None, ["rest.port=9"], tmp_path / "state.json")
-    assert (found.sql.port, found.rest.port) == (7001, 9)
+    assert (found.sql.port, found.rest.port, found.up) == (7001, 9, RUNNING.up)
 
 
 def test_what_has_ended_is_passed_over_unless_it_was_named(tmp_path: Path) -> None:
