@@ -93,7 +93,9 @@ def test_a_long_prompt_is_split_between_workers_and_then_comes_from_the_pool(clu
 
 def test_usage_is_written_once_for_each_request(cluster: Instance) -> None:
     client = RestClient(cluster.rest_url)
-    answer = client.chat([{"role": "user", "content": "Say yes, and nothing else at all."}], model=cluster.state["model"], max_tokens=4)
+    answer = client.chat(
+        [{"role": "user", "content": "Say yes, and nothing else at all."}], model=cluster.state["model"], max_tokens=4
+    )
     client.close()
 
     def times_written() -> int:
