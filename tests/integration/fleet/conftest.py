@@ -26,7 +26,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(models.pull(MODEL, CACHE_DIR))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def fleet(postgres: EmbeddedPostgres, tmp_path_factory: pytest.TempPathFactory, tokenizer: object) -> Iterator[Fleet]:
     """No service started yet."""
     with psycopg.connect(postgres.database_url("postgres"), autocommit=True) as connection:
@@ -50,7 +50,7 @@ class Pool:
     alone: Worker
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def pool(fleet: Fleet) -> Pool:
     meta = fleet.meta()
     daemons = (fleet.daemon("dmp-0"), fleet.daemon("dmp-1"))
