@@ -6,7 +6,7 @@ A statement that is misread here only loses its hints, or has its SELECT run onc
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -14,6 +14,10 @@ from itertools import pairwise
 import sqlglot
 from sqlglot import Token, TokenType, exp
 from sqlglot.errors import SqlglotError
+
+from stratakv.log import EventLogger
+
+log = EventLogger(__name__)
 
 TEXT_CHARS_MAX = 32 * 1024
 """Longest statement that is parsed; longer ones go without hints."""
@@ -23,6 +27,7 @@ _FORBIDDEN = (exp.TableSample, exp.Lock, exp.DML, exp.Into, exp.Command)
 """What reads at random, locks or writes."""
 _BOUNDED = (exp.Limit, exp.Fetch, exp.Exists)
 _QUERY_STARTS = (TokenType.SELECT, TokenType.WITH, TokenType.L_PAREN)
+_QUOTED = (TokenType.IDENTIFIER, TokenType.STRING)
 _FILLED = ("TABLE", "MATERIALIZED")
 _CREATE_WORDS = 4
 """CREATE LOCAL TEMPORARY TABLE is the longest beginning."""
@@ -53,6 +58,9 @@ def collectable(text: str) -> Collectable | None:
             return None
         statements = sqlglot.parse(select, dialect=_DIALECT)
     except (SqlglotError, RecursionError):
+        return None
+    except Exception as error:  # the parser's own mistakes; its messages would show the statement
+        log.warning("statement_not_parsed", error=type(error).__name__)
         return None
     if len(statements) != 1:
         return None
@@ -85,6 +93,10 @@ def _inner_select(text: str, tokens: list[Token]) -> str | None:
         return _created(text, tokens)
     if first is TokenType.COPY:
         return _copied(text, tokens)
+    if first is TokenType.UPDATE:
+        return _updated(text, tokens[1:])
+    if first is TokenType.DELETE and len(tokens) > 1:
+        return _deleted(text, tokens[2:])
     return None
 
 
@@ -142,5 +154,54 @@ def _copied(text: str, tokens: list[Token]) -> str | None:
     return _slice(text, tokens[2:end])
 
 
-def _slice(text: str, tokens: list[Token]) -> str | None:
-    return text[tokens[0].start : tokens[-1].end + 1] if tokens else None
+def _updated(text: str, tokens: list[Token]) -> str | None:
+    """UPDATE target SET column = value, … FROM … WHERE … RETURNING …"""
+    target, clauses = _clauses(tokens, ("SET", "FROM", "WHERE", "RETURNING"))
+    values = []
+    for assignment in _split(clauses.get("SET", []), lambda token: token.token_type is TokenType.COMMA):
+        sides = _split(assignment, lambda token: token.token_type is TokenType.EQ)
+        if len(sides) < 2 or not sides[0] or not sides[1]:
+            return None
+        value = assignment[len(sides[0]) + 1 :]
+        if [token.text.upper() for token in value] != ["DEFAULT"]:
+            values.append(_slice(text, value))
+    return _read(text, ", ".join(values) or "1", target, clauses.get("FROM"), clauses.get("WHERE"))
+
+
+def _deleted(text: str, tokens: list[Token]) -> str | None:
+    """DELETE FROM target USING … WHERE … RETURNING …"""
+    target, clauses = _clauses(tokens, ("USING", "WHERE", "RETURNING"))
+    return _read(text, "1", target, clauses.get("USING"), clauses.get("WHERE"))
+
+
+def _read(
+    text: str, values: str, target: list[Token], others: list[Token] | None, condition: list[Token] | None
+) -> str | None:
+    """What such a statement reads, before it writes."""
+    if not target or others == [] or condition == []:
+        return None
+    source = _slice(text, target) + (f", {_slice(text, others)}" if others else "")
+    return f"SELECT {values} FROM {source}" + (f" WHERE {_slice(text, condition)}" if condition else "")
+
+
+def _clauses(tokens: list[Token], words: tuple[str, ...]) -> tuple[list[Token], dict[str, list[Token]]]:
+    """What stands before the first of the keywords, and what follows each, outside parentheses."""
+    starts = [
+        position
+        for position in _top_level(tokens)
+        if tokens[position].text.upper() in words and tokens[position].token_type not in _QUOTED
+    ]
+    ends = [*starts[1:], len(tokens)] if starts else []
+    clauses = {tokens[a].text.upper(): tokens[a + 1 : b] for a, b in zip(starts, ends, strict=True)}
+    return tokens[: starts[0]] if starts else tokens, clauses
+
+
+def _split(tokens: list[Token], is_separator: Callable[[Token], bool]) -> list[list[Token]]:
+    """Parts between separators outside parentheses."""
+    separators = [position for position in _top_level(tokens) if is_separator(tokens[position])]
+    starts, ends = [0, *(position + 1 for position in separators)], [*separators, len(tokens)]
+    return [tokens[a:b] for a, b in zip(starts, ends, strict=True)]
+
+
+def _slice(text: str, tokens: list[Token]) -> str:
+    return text[tokens[0].start : tokens[-1].end + 1] if tokens else ""

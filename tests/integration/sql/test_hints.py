@@ -59,7 +59,7 @@ def test_rows_are_inferred_together_and_once_each(
     with psycopg.connect(url, autocommit=True, cursor_factory=cursor_class) as connection:
         connection.execute("CREATE TABLE rows AS SELECT 'row ' || i AS body FROM generate_series(1, 400) i")
         rows = connection.execute(f"SELECT body, infer(%s || body, {SLOW}) FROM rows", ("a ",)).fetchall()
-    assert rows == [(f"row {i}", f"a row {i}"[::-1]) for i in range(1, 401)]
+    assert set(rows) == {(f"row {i}", f"a row {i}"[::-1]) for i in range(1, 401)}
     assert len(model.calls) == 400
     assert model.most_running > MANY
     eventually(lambda: stats() == HintStats(passes=2, collected=800, distinct=400, consumed=400, wasted=0))
@@ -120,6 +120,8 @@ async def test_asyncpg_is_looked_ahead_for_from_the_first_run_on(url: str, front
         f"CREATE TABLE made AS SELECT infer(body, {SLOW}) FROM t",
         f"CREATE MATERIALIZED VIEW made AS SELECT infer(body, {SLOW}) FROM t WITH DATA",
         f"COPY (SELECT infer(body, {SLOW}) FROM t) TO STDOUT",
+        f"UPDATE t AS x SET g = DEFAULT, maybe = infer(x.body, {SLOW}) FROM t y WHERE x.i = y.i RETURNING x.maybe",
+        f"DELETE FROM t WHERE infer(body, {SLOW}) <> 'x'",
     ],
 )
 def test_statements_around_a_select_are_looked_ahead_in(
