@@ -93,7 +93,7 @@ class Structure:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            reason = self._matcher.get_error()[:REASON_CHARS_MAX]
+            reason = _tidy(self._matcher.get_error())
             raise InvalidRequest(f"structured_outputs: {reason}", param="structured_outputs")
 
 
@@ -132,6 +132,8 @@ class Structures:
             matcher = LLMatcher(self._prepared, grammar, log_level=0, limits=limits)
         except (ValueError, RecursionError) as error:
             raise _wrong(form, str(error)) from None
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # every answer starts from what it learns by that
         if matcher.is_error():
             raise _wrong(form, matcher.get_error())
         return matcher
@@ -158,4 +160,8 @@ def _grammar(form: Form) -> str:
 def _wrong(form: Form, reason: str) -> InvalidRequest:
     field = f"structured_outputs.{form.kind.value}"
     what = {FormKind.JSON: "JSON schema", FormKind.CHOICE: "list of choices", FormKind.REGEX: "regular expression"}
-    return InvalidRequest(f"the {what[form.kind]} cannot be used: {reason[:REASON_CHARS_MAX]}", param=field)
+    return InvalidRequest(f"the {what[form.kind]} cannot be used: {_tidy(reason)}", param=field)
+
+
+def _tidy(reason: str) -> str:
+    return reason.replace("<non-verbose/>", "").strip()[:REASON_CHARS_MAX]

@@ -201,6 +201,18 @@ def test_form_that_cannot_be_used_is_refused_and_says_why(tiny_model: Model, for
     assert caught.value.sqlstate == "22023"
 
 
+def test_form_that_grows_too_large_on_the_way_fails_its_own_request_only(tiny_model: Model) -> None:
+    explosive = schema({"type": "object", "properties": {f"key{i}": {} for i in range(2000)}})
+    plain = tiny_model.answer(None, "plain", max_tokens=20)[0]
+    for _ in range(2):
+        tokens, end = tiny_model.answer(explosive, "x")
+        assert (end.reason, end.stop_token_id) == (FinishReason.ERROR, None)
+        assert isinstance(end.error, InvalidRequest)
+        assert len(tokens) < MAX_TOKENS
+    assert tiny_model.answer(None, "plain", max_tokens=20)[0] == plain
+    assert tiny_model.engine.failure is None
+
+
 def test_tokens_that_do_not_fit_the_form_are_refused(tiny_model: Model) -> None:
     with pytest.raises(InvalidRequest, match="structured_outputs"):
         tiny_model.structures.structure(choice("yes"), encode(tiny_model.tokenizer, "maybe"))
