@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from dbnode.sql.messages import HEADER_BYTES, Kind, int16
 
 HELD_BYTES_MAX = 4 * 1024 * 1024
-"""A longer batch is forwarded at once."""
+"""A longer batch is forwarded at once. So much of a client is held, besides what is being read."""
 PREPARED_MAX = 256
 """Prepared statements of a session that are remembered; the oldest are forgotten first."""
 PREPARED_CHARS_MAX = 32 * 1024

@@ -124,7 +124,7 @@ class StatementHints:
         if key in self._new or not is_repeatable(command):
             return None
         window = self._limits.window
-        size_bytes = self._size_bytes + len(command.prompt)
+        size_bytes = self._size_bytes + len(command.prompt.encode())
         if (window is not None and len(self._new) >= window) or size_bytes > self._limits.bytes_max:
             raise PassEnded("enough prompts have been seen")
         self._size_bytes = size_bytes

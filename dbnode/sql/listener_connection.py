@@ -11,13 +11,13 @@ import enum
 import secrets
 import socket
 import struct
-from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
 
 from dbnode.sql.binding import SessionBinding
 from dbnode.sql.commands import Bind, Infer, Poll, SetEncoding, Status, answer_reply, parse_command, reply
 from dbnode.sql.errors import MessageTooLong, ProtocolViolation
-from dbnode.sql.hints import StatementHints
+from dbnode.sql.hints import Hint, StatementHints
 from dbnode.sql.messages import (
     Kind,
     MessageReader,
@@ -241,8 +241,7 @@ class ListenerConnection(asyncio.Protocol):
             database=command.database,
             session=self._binding.name if self._binding is not None else self._name,
         )
-        answering = listener.service.infer_text(call) if hints is None or hint is None else hints.answer(hint)
-        task = self._loop.create_task(_run(answering, call))
+        task = self._loop.create_task(_run(listener, call, hints, hint))
         listener.tasks.add(task)
         task.add_done_callback(listener.tasks.discard)
         task.add_done_callback(self._on_done)
@@ -328,9 +327,11 @@ class ListenerConnection(asyncio.Protocol):
             self._drop_call()
 
 
-async def _run(answering: Coroutine[Any, Any, str], call: InferCall) -> str:
+async def _run(listener: Listener, call: InferCall, hints: StatementHints | None, hint: Hint | None) -> str:
     try:
-        return await answering
+        if hints is not None and hint is not None:
+            return await hints.answer(hint)
+        return await listener.service.infer_text(call)
     except StrataError:
         raise
     except Exception:

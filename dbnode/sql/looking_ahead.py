@@ -10,7 +10,15 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING
 
-from dbnode.sql.client_batch import INFER, Batch, BatchReader, PreparedStatements, Readiness, bound_statement
+from dbnode.sql.client_batch import (
+    HELD_BYTES_MAX,
+    INFER,
+    Batch,
+    BatchReader,
+    PreparedStatements,
+    Readiness,
+    bound_statement,
+)
 from dbnode.sql.collect_pass import check_exchange, circumstances, pass_exchange, rollback_exchange
 from dbnode.sql.errors import GatewayFailed, ProtocolViolation
 from dbnode.sql.hints import PassLimits, StatementHints
@@ -86,7 +94,7 @@ class Lookahead:
         """What the client sends meanwhile."""
         assert self._reader is not None
         self._reader.held += data
-        if len(self._reader.held) > self._session.relay.settings.hints_bytes_max:
+        if len(self._reader.held) > HELD_BYTES_MAX:
             self._session.client.stop_reading()
 
     def _go_on(self) -> None:

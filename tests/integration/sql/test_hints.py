@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -389,3 +390,28 @@ def test_many_sessions_look_ahead_at_once(url: str, model: ReversingModel) -> No
         found = list(pool.map(ask, range(8)))
     assert found == [[(f"{number}-{i}"[::-1],) for i in range(1, 31)] for number in range(8)]
     assert len(model.calls) == 240
+
+
+def test_cancels_that_hit_a_statement_of_the_gateway_leave_the_session_sound(url: str, direct_url: str) -> None:
+    right = [(f"p{i}"[::-1],) for i in range(1, 101)]
+    query = "SELECT infer('p' || i) FROM generate_series(1, 1000) i LIMIT 100"
+    ended = threading.Event()
+    with psycopg.connect(url, autocommit=True) as connection, ThreadPoolExecutor(1) as pool:
+        connection.execute("SELECT infer('bind')")
+
+        def disturb(pid: int) -> None:
+            with psycopg.connect(direct_url, autocommit=True) as other:
+                while not ended.wait(0.003):
+                    other.execute("SELECT pg_cancel_backend(%s)", (pid,))
+
+        disturbing = pool.submit(disturb, connection.info.backend_pid)
+        try:
+            for _ in range(40):
+                with contextlib.suppress(errors.QueryCanceled):
+                    assert connection.execute(query).fetchall() == right
+                assert connection.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
+        finally:
+            ended.set()
+        disturbing.result()
+        assert connection.execute(query).fetchall() == right
+        connection.execute("CREATE TABLE sound (i int)")
