@@ -30,7 +30,7 @@ _INTEGERS = {
     "seed": (-(2**63), 2**63 - 1),
     "timeout_ms": (1, 2**31 - 1),
 }
-OPTIONS = frozenset({"system", "stop", "on_error", *_NUMBERS, *_INTEGERS})
+OPTIONS = frozenset({"system", "stop", "on_error", "dedupe", *_NUMBERS, *_INTEGERS})
 _TYPED = frozenset({JSON_SCHEMA, CHOICES, COUNT_TOKENS})
 
 
@@ -73,6 +73,8 @@ def _problem(name: str, value: Any) -> str | None:
     if name == "on_error":
         known = isinstance(value, str) and value in frozenset(OnError)
         return None if known else f"on_error must be one of {', '.join(OnError)}"
+    if name == "dedupe":
+        return None if isinstance(value, bool) else "dedupe must be true or false"
     if name in _TYPED:
         return None
     stops = _stops(value)

@@ -28,6 +28,7 @@ from stratakv.errors import InvalidRequest
         ("stop", ["x"] * 17),
         ("system", 5),
         ("on_error", "ignore"),
+        ("dedupe", 1),
         ("on_error", True),
         ("on_error", "detail"),
         ("made_up", None),
