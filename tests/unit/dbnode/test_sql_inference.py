@@ -59,6 +59,7 @@ def test_right_options_pass_and_nulls_are_defaults() -> None:
         "stop": "x",
         "timeout_ms": 9,
         "on_error": "null",
+        "dedupe": False,
     }
     assert checked_options({**right, "system": None}) == right
     assert set(right) | {"system"} == OPTIONS

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dbnode.sql.statements import TEXT_CHARS_MAX, collectable
+from dbnode.sql.statements import TEXT_CHARS_MAX, TOKENS_MAX, collectable
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,7 @@ def test_a_select_is_run_as_it_is_written(statement: str) -> None:
         "this is no infer SQL ' at all",
         "(" * 10_000 + "infer",
         "SELECT infer(a) FROM t -- " + "x" * TEXT_CHARS_MAX,
+        "SELECT infer(a) FROM t WHERE b IN (1" + ", 1" * (TOKENS_MAX // 2) + ")",
     ],
 )
 def test_others_are_left_alone(statement: str) -> None:
