@@ -145,6 +145,9 @@ def main() -> int:
         session.hints(on=True)
         distinct = session.inferences(DISTINCT)
         limited = session.inferences(LIMIT)
+        before = face.model.num_calls
+        ahead = session.stats(lambda: session.seconds(ALL)).distinct
+        inferred = face.model.num_calls - before
         governed = session.stats(lambda: session.seconds(GOVERNED))
     spread, row_at_a_time = Spread.of(ours), Spread.of(baseline)
     # What the model itself takes at full concurrency; the rest is ours.
@@ -156,6 +159,7 @@ def main() -> int:
             "seconds_400_rows": spread.as_json(),
             "inferences_500_distinct": distinct,
             "inferences_limit_20": limited,
+            "final_miss_share": round((inferred - ahead) / inferred, 3),
             "wasted_share": round(governed.wasted / max(1, governed.distinct), 3),
             "memo_hit_rows_per_s": Spread.of(memo).as_json(0),
             "collect_overhead_share": round((spread.median - least_s) / spread.median, 3),
