@@ -182,6 +182,7 @@ class Dispatch:
             stop=list(sampling.stop),
             ignore_eos=sampling.ignore_eos,
             kv_transfer_params=transfer if transfer != KVTransfer() else None,
+            structured_outputs=sampling.structured_outputs,
         )
 
     def _take_usage(self, usage: WorkerUsage | None) -> None:

@@ -7,6 +7,8 @@ StrataError
 │   ├── NoWorker
 │   ├── WorkerUnreachable    the request did not reach the worker
 │   └── WorkerRefused        the worker is draining or full, or failed the request in an orderly way
+├── AnswerCut                a typed answer does not fit max_tokens
+├── AnswerUnfit              a worker's answer is not of its type
 ├── WorkerLost               the worker went away with the request in hand
 └── WorkersExhausted         what was tried on several workers failed on all
 """
@@ -57,3 +59,17 @@ class WorkersExhausted(StrataError):
     code = "workers_exhausted"
     http_status = 502
     sqlstate = "XX000"
+
+
+class AnswerCut(StrataError):
+    """An answer that must be whole to be of use is longer than it may be."""
+
+    code = "answer_cut"
+    sqlstate = "54000"
+
+
+class AnswerUnfit(StrataError):
+    """A worker's answer does not have the form it was told."""
+
+    code = "answer_unfit"
+    http_status = 502

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
@@ -22,6 +23,14 @@ class FinishReason(enum.StrEnum):
     LENGTH = "length"
 
 
+class StructuredOutputs(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The form an answer must have; exactly one is given. As workers are told."""
+
+    json: dict[str, Any] | None = None
+    """A JSON schema."""
+    choice: list[str] | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How tokens are chosen, and when to stop."""
@@ -36,6 +45,7 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    structured_outputs: StructuredOutputs | None = None
 
 
 @dataclass(frozen=True, slots=True)

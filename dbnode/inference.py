@@ -152,6 +152,14 @@ class InferenceService:
                 self._idle.set()
             self._settle(progress, outcome, error)
 
+    async def count_tokens(self, text: str, model: str | None) -> int:
+        """Tokens of the text itself, without what a chat puts around it. Raises ModelNotFound."""
+        self._check_model(model)
+        make = partial(encode, self._tokenizer, text, special=False)
+        if len(text) <= TOKENIZE_INLINE_CHARS_MAX:
+            return len(make())
+        return len(await asyncio.get_running_loop().run_in_executor(self._tokenize, make))
+
     async def drained(self, timeout_s: float) -> bool:
         """Take nothing new, and wait until what is in flight has ended."""
         self.draining = True
@@ -169,8 +177,7 @@ class InferenceService:
         """All that can refuse a request before it costs a worker anything."""
         if self.draining and request.source is Source.REST:  # statements that run may still ask for rows
             raise Unavailable("this DB node is shutting down")
-        if request.model is not None and request.model != self.model:
-            raise ModelNotFound(f"model {request.model!r} is not served here; {self.model!r} is", param="model")
+        self._check_model(request.model)
         token_ids = await self._token_ids(request)
         progress.prompt_tokens = len(token_ids)
         context = self.max_model_len()
@@ -198,6 +205,10 @@ class InferenceService:
             max_tokens=max_tokens,
             deadline_s=deadline_s,
         )
+
+    def _check_model(self, name: str | None) -> None:
+        if name is not None and name != self.model:
+            raise ModelNotFound(f"model {name!r} is not served here; {self.model!r} is", param="model")
 
     async def _token_ids(self, request: GenerateRequest) -> list[int]:
         if isinstance(request.prompt, tuple):

@@ -6,30 +6,23 @@ statement that is run twice should answer the same. The default of max_tokens is
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Mapping
 from contextlib import aclosing
 from typing import Any
 
-from dbnode.generate import Caller, GenerateRequest, Sampling, Source
+from dbnode.errors import AnswerCut, AnswerUnfit, WorkerLost, WorkersExhausted
+from dbnode.generate import Answer, Caller, FinishReason, GenerateRequest, Source, StructuredOutputs
 from dbnode.inference import InferenceService
-from dbnode.sql.service import InferCall
-from stratakv.errors import InvalidRequest
+from dbnode.sql.commands import NulInAnswer
+from dbnode.sql.service import InferCall, NullAnswer
+from dbnode.sql_options import COUNT_TOKENS, OnError, checked_options, sampling
+from stratakv.errors import ContextTooLong, DeadlineExceeded, StrataError
 
-MAX_TOKENS_DEFAULT = 256
-TEMPERATURE_DEFAULT = 0.0
-STOPS_MAX = 16
-STOP_CHARS_MAX = 1024
-
-_NUMBERS = {"temperature": (0.0, 2.0), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0)}
-_INTEGERS = {
-    "max_tokens": (1, 2**31 - 1),
-    "top_k": (0, 2**31 - 1),
-    "seed": (-(2**63), 2**63 - 1),
-    "timeout_ms": (1, 2**31 - 1),
-}
-OPTIONS = frozenset({"system", "stop", *_NUMBERS, *_INTEGERS})
+_OF_ONE_ROW = (ContextTooLong, DeadlineExceeded, AnswerCut, AnswerUnfit, NulInAnswer, WorkerLost, WorkersExhausted)
+"""What `on_error` is about. Other errors would meet every row alike, or say that the statement is to end."""
 
 
 class SqlInference:
@@ -39,9 +32,17 @@ class SqlInference:
         self._service = service
 
     async def infer_text(self, call: InferCall) -> str:
-        """The answer. Cancelling it stops the work. Raises StrataError."""
+        """The answer. Cancelling it stops the work. Raises StrataError, or NullAnswer."""
         arrived_s = time.monotonic()
         options = checked_options(call.options)
+        if COUNT_TOKENS in options:
+            return str(await self._service.count_tokens(call.prompt, call.model))
+        try:
+            return await self._answer(call, options, arrived_s)
+        except _OF_ONE_ROW as error:
+            return _instead(OnError(options.get("on_error", OnError.RAISE)), error)
+
+    async def _answer(self, call: InferCall, options: Mapping[str, Any], arrived_s: float) -> str:
         messages: list[object] = [{"role": "user", "content": call.prompt}]
         if "system" in options:
             messages.insert(0, {"role": "system", "content": options["system"]})
@@ -51,57 +52,39 @@ class SqlInference:
             arrived_s=arrived_s,
             model=call.model,
             messages=tuple(messages),
-            sampling=_sampling(options),
+            sampling=sampling(options),
             deadline_s=arrived_s + options["timeout_ms"] / 1e3 if "timeout_ms" in options else None,
             caller=Caller(role=call.role, database=call.database, session=call.session),
         )
+        answer = Answer()
         async with aclosing(self._service.generate(request)) as chunks:
-            return "".join([chunk.text async for chunk in chunks])
+            async for chunk in chunks:
+                answer.add(chunk)
+        text = "".join(answer.text)
+        if "\0" in text:
+            raise NulInAnswer("the model's answer contains a NUL character")
+        if request.sampling.structured_outputs is not None:
+            _check_form(request.sampling.structured_outputs, text, answer.finish_reason)
+        return text
 
 
-def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that are not null, names and types checked. Raises InvalidRequest that names all that are wrong."""
-    given = {name: value for name, value in options.items() if value is not None}
-    unknown = sorted(name[:64] for name in options if name not in OPTIONS)
-    if unknown:
-        known = ", ".join(sorted(OPTIONS))
-        raise InvalidRequest(
-            f"infer: unknown option {', '.join(unknown)}", hint=f"Options are {known}.", param=unknown[0]
-        )
-    wrong = [problem for name, value in given.items() if (problem := _problem(name, value))]
-    if wrong:
-        raise InvalidRequest(f"infer: option {'; '.join(wrong)}", param=wrong[0].split(" ")[0])
-    return given
+def _check_form(wanted: StructuredOutputs, text: str, reason: FinishReason | None) -> None:
+    """Workers hold answers to their form, but stop at max_tokens, and not all workers are ours."""
+    if reason is FinishReason.LENGTH:
+        raise AnswerCut("the answer is longer than max_tokens", hint="Raise the option max_tokens.")
+    if wanted.choice is not None and text not in wanted.choice:
+        raise AnswerUnfit("the worker's answer is none of the choices")
+    if wanted.json is not None:
+        try:
+            json.loads(text)
+        except (ValueError, RecursionError):
+            raise AnswerUnfit("the worker's answer is not JSON") from None
 
 
-def _problem(name: str, value: Any) -> str | None:
-    if name in _NUMBERS:
-        low, high = _NUMBERS[name]
-        right = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
-        return None if right else f"{name} must be a number from {low:g} to {high:g}"
-    if name in _INTEGERS:
-        least, most = _INTEGERS[name]
-        return (
-            None if type(value) is int and least <= value <= most else f"{name} must be an integer of at least {least}"
-        )
-    if name == "system":
-        return None if isinstance(value, str) else "system must be a string"
-    stops = _stops(value)
-    right = len(stops) <= STOPS_MAX and all(isinstance(s, str) and 0 < len(s) <= STOP_CHARS_MAX for s in stops)
-    return None if right else f"stop must be at most {STOPS_MAX} strings of 1 to {STOP_CHARS_MAX} characters"
-
-
-def _stops(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def _sampling(options: Mapping[str, Any]) -> Sampling:
-    return Sampling(
-        max_tokens=options.get("max_tokens", MAX_TOKENS_DEFAULT),
-        temperature=float(options.get("temperature", TEMPERATURE_DEFAULT)),
-        top_p=float(options.get("top_p", 1.0)),
-        top_k=options.get("top_k", 0),
-        min_p=float(options.get("min_p", 0.0)),
-        seed=options.get("seed"),
-        stop=tuple(_stops(options["stop"])) if "stop" in options else (),
-    )
+def _instead(on_error: OnError, error: StrataError) -> str:
+    """What a failed row is answered with, if the statement is to go on."""
+    if on_error is OnError.NULL:
+        raise NullAnswer("the answer is NULL") from error
+    if on_error is OnError.DETAIL:
+        return json.dumps({"error": {"sqlstate": error.sqlstate, "code": error.code, "message": error.message}})
+    raise error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from dbnode.generate import FinishReason, PromptTiers
+from dbnode.generate import FinishReason, PromptTiers, StructuredOutputs
 from stratakv.wire import WorkerRole
 
 
@@ -42,6 +42,7 @@ class WorkerRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     stream_options: UsageOptions | None = None
     return_token_ids: bool = False
     kv_transfer_params: KVTransfer | None = None
+    structured_outputs: StructuredOutputs | None = None
 
 
 class WorkerTimes(PromptTiers, frozen=True):

@@ -124,6 +124,10 @@ class SqlSettings:
     drain_grace_s: float = setting(10.0, "statements still running after a SIGTERM get so long")
     prompt_bytes_max: Bytes = setting(Bytes(4 * MIB), "longest prompt infer() takes")
     calls_waiting_max: int = setting(4096, "infer() calls in progress at once")
+    hints: bool = setting(True, "look ahead for the infer() calls of a statement, to run them together")
+    hints_budget_s: float = setting(2.0, "longest time of a statement that is spent on looking ahead")
+    hints_window: int = setting(32, "prompts looked for at first where a statement may stop early; doubled each time")
+    hints_bytes_max: Bytes = setting(Bytes(64 * MIB), "prompts of one statement that are looked ahead for")
 
 
 @dataclass(frozen=True, slots=True)

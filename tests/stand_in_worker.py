@@ -43,6 +43,8 @@ class StandInWorker:
     lose_prefills: bool = False
     refuse_status: int | None = None
     pool_writes_fail: bool = False
+    finish_reason: str = "length"
+    """What it says at the end, having generated max_tokens in any case."""
     warming_up: bool = False
     hang: bool = False
     """Accept requests and say nothing."""
@@ -161,7 +163,7 @@ class StandInWorker:
             choice = {"index": 0, "text": "", "token_ids": [token_at(prompt, index)], "finish_reason": None}
             await response.write(_event({"choices": [choice]}))
         await response.write(
-            _event({"choices": [{"index": 0, "text": "", "token_ids": [], "finish_reason": "length"}]})
+            _event({"choices": [{"index": 0, "text": "", "token_ids": [], "finish_reason": self.finish_reason}]})
         )
         pool_tokens = (body.get("kv_transfer_params") or {}).get("num_tokens", 0)
         usage = self._usage(prompt, body["max_tokens"], pool_tokens)

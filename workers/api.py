@@ -13,9 +13,12 @@ import msgspec
 from stratakv.errors import InvalidRequest
 from workers.engine.connector import Tier
 from workers.engine.requests import RequestUsage, SamplingParams
+from workers.engine.structured import Form, FormKind
 
 STOP_STRINGS_MAX = 16
 STOP_STRING_CHARS_MAX = 1024
+CHOICES_MAX = 1000
+FORM_CHARS_MAX = 64 * 1024
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -36,6 +39,36 @@ class KVTransferParams(msgspec.Struct, frozen=True):
     num_tokens: int = 0
 
 
+class StructuredOutputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The form the answer must have; exactly one of them is given."""
+
+    json: dict[str, Any] | None = None
+    """A JSON schema."""
+    choice: list[str] | None = None
+    regex: str | None = None
+
+    def form(self) -> Form:
+        """Raises InvalidRequest that names the field."""
+        given = [name for name in FormKind if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise InvalidRequest(
+                f"structured_outputs: expected one of {', '.join(FormKind)}, got {len(given)}",
+                param="structured_outputs",
+            )
+        if self.choice is not None and not all(self.choice):
+            raise InvalidRequest("structured_outputs.choice: a choice is empty", param="structured_outputs.choice")
+        if self.choice is not None and not 0 < len(self.choice) <= CHOICES_MAX:
+            raise InvalidRequest(
+                f"structured_outputs.choice: expected 1 to {CHOICES_MAX} strings", param="structured_outputs.choice"
+            )
+        value = self.json if self.json is not None else self.choice
+        text = self.regex if self.regex is not None else msgspec.json.encode(value).decode()
+        if len(text) > FORM_CHARS_MAX:
+            field = f"structured_outputs.{given[0]}"
+            raise InvalidRequest(f"{field}: longer than {FORM_CHARS_MAX} characters", param=field)
+        return Form(given[0], text)
+
+
 class CompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """POST /v1/completions."""
 
@@ -54,6 +87,7 @@ class CompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     return_token_ids: bool = False
     kv_transfer_params: KVTransferParams | None = None
     request_id: str = ""
+    structured_outputs: StructuredOutputs | None = None
     timeout_s: float | None = None
     """Deadline of the request, counted from its arrival."""
 
@@ -86,7 +120,7 @@ def parse_completion(body: bytes) -> CompletionRequest:
     """Raises InvalidRequest that names the field."""
     try:
         request = _decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"the request body is not valid: {error}") from None
     stops = request.stop_strings
     if len(stops) > STOP_STRINGS_MAX or any(not 0 < len(s) <= STOP_STRING_CHARS_MAX for s in stops):

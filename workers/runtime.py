@@ -20,6 +20,7 @@ from stratakv.wire import WorkerInfo, WorkerLoad
 from workers.api import CompletionRequest
 from workers.engine.engine import Engine
 from workers.engine.requests import EngineEvent, EngineRequest, FinishedEvent, OnEvent
+from workers.engine.structured import Structure, Structures
 from workers.generation import Generation
 from workers.metrics import WorkerMetrics
 from workers.rates import Rates
@@ -38,6 +39,7 @@ class Runtime:
         engine: Engine,
         tiers: Tiers | None,
         tokenizer: Any,
+        structures: Structures,
         rates: Rates,
         metrics: WorkerMetrics,
     ) -> None:
@@ -49,12 +51,14 @@ class Runtime:
         self._engine = engine
         self._tiers = tiers
         self._tokenizer = tokenizer
+        self._structures = structures
         self._rates = rates
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._tokens_to_prefill = 0
         self._tokenize = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        self._compile = ThreadPoolExecutor(1, thread_name_prefix="compile")
 
     @property
     def healthy(self) -> bool:
@@ -101,6 +105,7 @@ class Runtime:
             )
         if len(resumed) >= body.max_tokens:
             raise ContextTooLong(f"all {body.max_tokens} tokens were generated elsewhere already", param="max_tokens")
+        structure = await self._structure(body, resumed)
         keys = block_keys(prompt + resumed, self.info.block_size)
         num_cached = self._engine.num_cached_blocks(keys)
         external = await self._tiers.lookup(keys, num_cached) if self._tiers is not None else None
@@ -119,6 +124,7 @@ class Runtime:
             keys=keys,
             external=external,
             deadline=None if body.timeout_s is None else arrived + body.timeout_s,
+            structure=structure,
         )
         try:
             self._engine.submit(request, self._observed(generation, arrived, num_to_prefill))
@@ -162,6 +168,14 @@ class Runtime:
         loop = asyncio.get_running_loop()
         encode = self._tokenizer.encode
         return await loop.run_in_executor(self._tokenize, lambda: list(encode(prompt, add_special_tokens=False)))
+
+    async def _structure(self, body: CompletionRequest, resumed: list[int]) -> Structure | None:
+        if body.structured_outputs is None:
+            return None
+        form = body.structured_outputs.form()
+        return await asyncio.get_running_loop().run_in_executor(
+            self._compile, self._structures.structure, form, resumed
+        )
 
     async def wait_saved(self, keys: Sequence[BlockKey], timeout_s: float) -> bool:
         """Whether these blocks can be found in the pool, waiting for writes that are under way."""

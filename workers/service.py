@@ -20,6 +20,7 @@ from stratakv.text import load_tokenizer
 from stratakv.wire import EPOCH_BYTES, WorkerInfo
 from workers.engine.config import EngineConfig, EngineDtype
 from workers.engine.engine import Engine
+from workers.engine.structured import Structures
 from workers.http import create_app
 from workers.metrics import WorkerMetrics
 from workers.rates import Rates
@@ -106,7 +107,10 @@ def _build(
     rates = Rates()
     tiers = Tiers(info, layout, worker, meta, engine.kv_cache, rates, metrics, loop) if worker.pool_enabled else None
     engine.attach(tiers)
-    return Runtime(info, facts.dtype, engine, tiers, load_tokenizer(directory), rates, metrics), engine, tiers, rates
+    tokenizer = load_tokenizer(directory)
+    structures = Structures(tokenizer, facts.vocab_size, sorted(facts.eos_token_ids))
+    runtime = Runtime(info, facts.dtype, engine, tiers, tokenizer, structures, rates, metrics)
+    return runtime, engine, tiers, rates
 
 
 def _dtype(name: str) -> EngineDtype:

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from dbnode.generate import GenerateRequest, Sampling, Source
+from dbnode.generate import GenerateRequest, Sampling, Source, StructuredOutputs
 from stratakv.errors import InvalidRequest
 
 STOPS_MAX = 16
@@ -33,7 +33,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0, 0.0),
     "frequency_penalty": (0, 0.0),
     "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none",),
     "functions": ([],),
@@ -54,6 +53,7 @@ _SHARED = frozenset(
         "min_p",
         "seed",
         "stop",
+        "response_format",
         "stream",
         "stream_options",
         "user",
@@ -100,6 +100,7 @@ def _parsed(fields: _Fields, request_id: str, trace_id: str, max_tokens: int | N
         seed=_integer(fields, "seed", None, -SEED_MAX, SEED_MAX),
         stop=_stop(fields.get("stop")),
         ignore_eos=_boolean(fields, "ignore_eos"),
+        structured_outputs=_response_format(fields.get("response_format")),
     )
     _string(fields, "user", USER_CHARS_MAX)
     request = GenerateRequest(
@@ -154,6 +155,39 @@ def _stop(stop: Any) -> tuple[str, ...]:
             f"stop: expected at most {STOPS_MAX} strings of 1 to {STOP_CHARS_MAX} characters", param="stop"
         )
     return tuple(stops)
+
+
+def _response_format(value: Any) -> StructuredOutputs | None:
+    """The form of the answer, in OpenAI's words."""
+    if value is None:
+        return None
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind not in ("text", "json_object", "json_schema"):
+        raise InvalidRequest(
+            "response_format.type: expected text, json_object or json_schema", param="response_format.type"
+        )
+    for name in value.keys() - {"type", *(("json_schema",) if kind == "json_schema" else ())}:
+        raise InvalidRequest(f"response_format.{name[:64]}: unknown field", param=f"response_format.{name[:64]}")
+    if kind == "json_schema":
+        return StructuredOutputs(json=_json_schema(value.get("json_schema")))
+    return StructuredOutputs(json={"type": "object"}) if kind == "json_object" else None
+
+
+def _json_schema(value: Any) -> dict[str, Any]:
+    place = "response_format.json_schema"
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"{place}: expected an object", param=place)
+    for name in value.keys() - {"name", "description", "schema", "strict"}:
+        raise InvalidRequest(f"{place}.{name[:64]}: unknown field", param=f"{place}.{name[:64]}")
+    for name in ("name", "description"):  # OpenAI shows them to the model; here they do nothing
+        if not isinstance(value.get(name, ""), str | None):
+            raise InvalidRequest(f"{place}.{name}: expected a string", param=f"{place}.{name}")
+    if not isinstance(value.get("strict"), bool | None):
+        raise InvalidRequest(f"{place}.strict: expected true or false", param=f"{place}.strict")
+    schema = value.get("schema")
+    if not isinstance(schema, dict):
+        raise InvalidRequest(f"{place}.schema: expected an object", param=f"{place}.schema")
+    return schema
 
 
 def _include_usage(options: Any, stream: bool) -> bool:

@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Callable
 from typing import Protocol
 
+from dbnode.sql.hints import StatementHints
 from stratakv.errors import PermissionDenied
 
 NONCE_BYTES = 16
@@ -40,12 +41,14 @@ class BoundCaller(Protocol):
 class SessionBinding:
     """One session of the gateway, as the listener knows it."""
 
-    __slots__ = ("caller", "name", "pid")
+    __slots__ = ("caller", "hints", "name", "pid")
 
     def __init__(self, name: str, pid: int) -> None:
         self.name = name
         self.pid = pid
         self.caller: BoundCaller | None = None
+        self.hints: StatementHints | None = None
+        """What is known of the statement that runs; only the gateway sets it."""
 
 
 class BindingRegistry:

@@ -19,6 +19,7 @@ from typing import Any
 
 from dbnode.sql.errors import ProtocolViolation
 from dbnode.sql.messages import text_row
+from dbnode.sql.service import NullAnswer
 from stratakv.errors import InvalidRequest, StrataError
 
 _INFER_WORDS = 6
@@ -143,6 +144,8 @@ class Status(enum.StrEnum):
 
 def reply(status: Status, answer: str | None = None, error: StrataError | None = None) -> bytes:
     """One row, all of it ASCII: PostgreSQL decodes the answer itself, so that any database encoding works."""
+    if isinstance(error, NullAnswer):
+        status, error = Status.OK, None
     encoded = None if answer is None else base64.b64encode(answer.encode()).decode()
     return text_row(
         [

@@ -63,6 +63,12 @@ class StartupTimeout(InvalidRequest):
     sqlstate = "08006"
 
 
+class GatewayFailed(Unavailable):
+    """A statement of the gateway's own did not end as it must."""
+
+    sqlstate = "08006"
+
+
 class AdminShutdown(Unavailable):
     """The DB node ends this session."""
 

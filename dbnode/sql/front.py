@@ -8,6 +8,7 @@ import pwd
 
 from dbnode.sql.backend import BackendAddress
 from dbnode.sql.binding import BindingRegistry
+from dbnode.sql.hints import HintStats
 from dbnode.sql.listener import Listener, ListenerLimits
 from dbnode.sql.relay import Relay
 from dbnode.sql.service import InferenceService
@@ -54,7 +55,13 @@ class SqlFront:
             self.address.name,
             trusted_backend=trusted_backend,
             is_calling=self.listener.is_calling,
+            make_hints=self.listener.make_hints,
         )
+
+    @property
+    def hint_stats(self) -> HintStats:
+        """Counters of looking ahead."""
+        return self.listener.hint_stats
 
     @property
     def port(self) -> int:

@@ -15,6 +15,7 @@ from itertools import count
 from pathlib import Path
 
 from dbnode.sql.binding import BindingRegistry
+from dbnode.sql.hints import HintStats, StatementHints
 from dbnode.sql.listener_connection import ListenerConnection
 from dbnode.sql.scram import Verifier
 from dbnode.sql.service import InferenceService
@@ -68,6 +69,7 @@ class Listener:
         self.connections: set[ListenerConnection] = set()
         self.tasks: set[asyncio.Task[str]] = set()
         self.draining = False
+        self.hint_stats = HintStats()
         self._numbers = count(1)
         self._server: asyncio.Server | None = None
 
@@ -75,6 +77,13 @@ class Listener:
     def is_full(self) -> bool:
         """Whether no more calls are taken."""
         return len(self.tasks) >= self.limits.calls_max
+
+    def make_hints(self, session: str) -> StatementHints:
+        """For one statement of a session of the gateway."""
+        return StatementHints(self.service, session, self.hint_stats, self.tasks, self._num_free)
+
+    def _num_free(self) -> int:
+        return 0 if self.draining else max(0, self.limits.calls_max - len(self.tasks))
 
     def next_number(self) -> int:
         """Of a connection, for its name."""

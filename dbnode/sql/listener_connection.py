@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, cast
 from dbnode.sql.binding import SessionBinding
 from dbnode.sql.commands import Bind, Infer, Poll, SetEncoding, Status, answer_reply, parse_command, reply
 from dbnode.sql.errors import MessageTooLong, ProtocolViolation
+from dbnode.sql.hints import Hint, StatementHints
 from dbnode.sql.messages import (
     Kind,
     MessageReader,
@@ -219,6 +220,14 @@ class ListenerConnection(asyncio.Protocol):
             raise Unavailable("the DB node is shutting down", hint="Run the statement again.")
         if len(command.prompt.encode()) > listener.limits.prompt_bytes_max:
             raise _prompt_too_long(listener.limits.prompt_bytes_max)
+        hints = self._binding.hints if self._binding is not None else None
+        if hints is not None and hints.is_collecting:
+            self._answer_pass(hints, command)
+            return
+        hint = hints.find(command) if hints is not None else None
+        if hint is not None and hint.answer is not None:
+            self._transport.write(answer_reply(hint.answer))
+            return
         if listener.is_full:
             raise Overloaded(
                 f"{listener.limits.calls_max} infer() calls are in progress, which is the limit",
@@ -232,12 +241,17 @@ class ListenerConnection(asyncio.Protocol):
             database=command.database,
             session=self._binding.name if self._binding is not None else self._name,
         )
-        task = self._loop.create_task(_run(listener, call))
+        task = self._loop.create_task(_run(listener, call, hints, hint))
         listener.tasks.add(task)
         task.add_done_callback(listener.tasks.discard)
         task.add_done_callback(self._on_done)
         self._call, self._call_pid = task, command.pid
         self._ask()
+
+    def _answer_pass(self, hints: StatementHints, command: Infer) -> None:
+        """A call of a collect pass: NULL stands for what is not known yet."""
+        answer = hints.collect(command)
+        self._transport.write(reply(Status.OK) if answer is None else answer_reply(answer))
 
     def _on_poll(self) -> None:
         if self._call is None:
@@ -313,8 +327,10 @@ class ListenerConnection(asyncio.Protocol):
             self._drop_call()
 
 
-async def _run(listener: Listener, call: InferCall) -> str:
+async def _run(listener: Listener, call: InferCall, hints: StatementHints | None, hint: Hint | None) -> str:
     try:
+        if hints is not None and hint is not None:
+            return await hints.answer(hint)
         return await listener.service.infer_text(call)
     except StrataError:
         raise

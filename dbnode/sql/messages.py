@@ -25,10 +25,17 @@ class Kind(enum.IntEnum):
     """First byte of the messages that we look at."""
 
     AUTHENTICATION = ord("R")
+    BIND = ord("B")
     BACKEND_KEY_DATA = ord("K")
+    CLOSE = ord("C")
     COPY_IN_RESPONSE = ord("G")
+    DATA_ROW = ord("D")
+    DESCRIBE = ord("D")
     ERROR_RESPONSE = ord("E")
+    EXECUTE = ord("E")
+    FLUSH = ord("H")
     FUNCTION_CALL = ord("F")
+    NO_DATA = ord("n")
     NOTICE_RESPONSE = ord("N")
     NOTIFICATION_RESPONSE = ord("A")
     PARAMETER_STATUS = ord("S")
@@ -36,6 +43,7 @@ class Kind(enum.IntEnum):
     PASSWORD = ord("p")
     QUERY = ord("Q")
     READY_FOR_QUERY = ord("Z")
+    ROW_DESCRIPTION = ord("T")
     SYNC = ord("S")
     TERMINATE = ord("X")
 

@@ -10,6 +10,7 @@ from dbnode.sql.backend import BackendAddress
 from dbnode.sql.binding import BindingRegistry
 from dbnode.sql.errors import AdminShutdown, BackendUnreachable, TooManyClients
 from dbnode.sql.handshake import ClientHandshake
+from dbnode.sql.hints import StatementHints
 from dbnode.sql.messages import Severity, error_response
 from dbnode.sql.session import Session
 from dbnode.sql.startup import CancelKey, StartupPacket, cancel_request
@@ -37,11 +38,13 @@ class Relay:
         *,
         trusted_backend: bool,
         is_calling: Callable[[int], bool],
+        make_hints: Callable[[str], StatementHints],
     ) -> None:
         self.settings = settings
         self.registry = registry
         self.listener_name = listener_name
         self.trusted_backend = trusted_backend
+        self.make_hints = make_hints
         self.draining = False
         self.handshakes: set[ClientHandshake] = set()
         self._address = address
@@ -116,7 +119,8 @@ class Relay:
         session = self._by_key.get(packet.cancel_key)
         try:
             if session is not None:
-                await session.bind_ended.wait()  # else our own statement would be cancelled, not the client's
+                session.cancel_lookahead()
+                await session.own_ended.wait()  # else our own statement would be cancelled, not the client's
             await self._address.send_cancel(packet.raw)
             if session is not None and session.binding is not None and session.binding.caller is not None:
                 session.binding.caller.interrupt()
@@ -141,7 +145,11 @@ class Relay:
     def stop_inference(self, key: CancelKey) -> None:
         """The client of a session is gone: cancel its statement, if that waits for the model."""
         if self._is_calling(key.pid):
-            self._spawn(self._cancel(key))
+            self.stop_statement(key)
+
+    def stop_statement(self, key: CancelKey) -> None:
+        """Cancel what the backend of a session runs."""
+        self._spawn(self._cancel(key))
 
     async def _cancel(self, key: CancelKey) -> None:
         try:

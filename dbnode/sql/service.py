@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from stratakv.errors import StrataError
+
 
 @dataclass(frozen=True, slots=True)
 class InferCall:
@@ -22,9 +24,13 @@ class InferCall:
     """Names the gateway's session, or the connection if the call came from a session that is not the gateway's."""
 
 
+class NullAnswer(StrataError):
+    """No failure of the call: its value is NULL, as `on_error` asks for."""
+
+
 class InferenceService(Protocol):
     """Runs calls. Cancelling the task stops the work."""
 
     async def infer_text(self, call: InferCall) -> str:
-        """The answer. Raises StrataError."""
+        """The answer. Raises StrataError, or NullAnswer."""
         ...

@@ -15,6 +15,7 @@ from dbnode.sql.bind_exchange import BindExchange
 from dbnode.sql.binding import SessionBinding
 from dbnode.sql.errors import AdminShutdown, BackendLost, PasswordlessLogin, ProtocolViolation, StartupTimeout
 from dbnode.sql.login import LoginReader
+from dbnode.sql.looking_ahead import Lookahead
 from dbnode.sql.messages import TRANSACTION_IDLE, Kind, MessageWalker, Severity, error_response, message
 from dbnode.sql.startup import CancelKey, StartupPacket
 from stratakv.errors import StrataError
@@ -34,6 +35,7 @@ _CLIENT_WATCHED = frozenset({Kind.QUERY, Kind.SYNC, Kind.FUNCTION_CALL, Kind.TER
 _BACKEND_WATCHED = frozenset({Kind.READY_FOR_QUERY, Kind.COPY_IN_RESPONSE})
 _SETTLED = frozenset({0, Kind.PASSWORD, Kind.QUERY, Kind.SYNC, Kind.FUNCTION_CALL})
 """Kinds of a client's last message after which nothing is half said."""
+_DESCRIBED = frozenset({Kind.ROW_DESCRIPTION, Kind.NO_DATA})
 
 
 class Phase(enum.Enum):
@@ -43,8 +45,16 @@ class Phase(enum.Enum):
     LOGIN = enum.auto()
     OPEN = enum.auto()
     BINDING = enum.auto()
+    HOLDING = enum.auto()
+    """A batch that is not whole yet is held."""
+    COLLECTING = enum.auto()
+    """It is whole, and still held."""
     REPLICATION = enum.auto()
     CLOSED = enum.auto()
+
+
+_FOLLOWED = frozenset({Phase.OPEN, Phase.HOLDING, Phase.COLLECTING})
+"""Phases in which both sides are an ordinary session's."""
 
 
 class Side(asyncio.Protocol):
@@ -98,10 +108,15 @@ class ClientSide(Side):
                 if session.may_bind and self.walker.at_boundary and session.must_bind(data):
                     session.start_bind(data)
                     return
-                found = self.walker.feed(data)
-                if found:
-                    session.on_client_messages(found)
-                session.backend.transport.write(data)  # type: ignore[union-attr]
+                if session.lookahead is not None and self.walker.at_boundary and session.lookahead.wants(data):
+                    session.phase = Phase.HOLDING
+                    session.lookahead.hold(data)
+                    return
+                self.forward(data)
+            elif session.phase is Phase.HOLDING:
+                session.lookahead.hold(data)  # type: ignore[union-attr]
+            elif session.phase is Phase.COLLECTING:
+                session.lookahead.add(data)  # type: ignore[union-attr]
             elif session.phase is Phase.REPLICATION:
                 session.backend.write(data)
             elif session.phase is Phase.LOGIN:
@@ -111,6 +126,13 @@ class ClientSide(Side):
                 session.held += data
         except ProtocolViolation as error:
             session.end(error)
+
+    def forward(self, data: bytes) -> None:
+        """Of an open session. Raises ProtocolViolation."""
+        found = self.walker.feed(data)
+        if found:
+            self.session.on_client_messages(found)
+        self.session.backend.transport.write(data)  # type: ignore[union-attr]
 
     def pause_writing(self) -> None:
         self.session.backend.stop_reading()
@@ -129,7 +151,9 @@ class BackendSide(Side):
     def data_received(self, data: bytes) -> None:
         session = self.session
         try:
-            if session.phase is Phase.OPEN:
+            if session.lookahead is not None and session.lookahead.is_exchanging:
+                session.lookahead.on_backend_data(data)
+            elif session.phase in _FOLLOWED:
                 found = self.walker.feed(data)
                 session.client.transport.write(data)  # type: ignore[union-attr]
                 if found:
@@ -173,9 +197,11 @@ class Session:
         self.binding: SessionBinding | None = None
         self.may_bind = False
         """No attempt has been made yet."""
-        self.bind_ended = asyncio.Event()
-        """Clear while the backend runs a statement of the gateway's own."""
-        self.bind_ended.set()
+        self.own_ended = asyncio.Event()
+        """Clear while the backend runs a statement of the gateway's own, or may."""
+        self.own_ended.set()
+        self.lookahead: Lookahead | None = None
+        """Once there is a session to look ahead in."""
         self._wants_bind = False
         self._bind: BindExchange | None = None
         self._nonce = ""
@@ -187,13 +213,21 @@ class Session:
     @property
     def is_idle(self) -> bool:
         """Outside a transaction, with nothing under way in either direction."""
-        client = self.client.walker
+        return self._is_quiet and self.client.walker.last_kind in _SETTLED
+
+    @property
+    def is_described(self) -> bool:
+        """The same, but for a Describe that is answered and whose batch is still open."""
+        return self._is_quiet and self.backend.walker.last_kind in _DESCRIBED
+
+    @property
+    def _is_quiet(self) -> bool:
         return (
             self.phase is Phase.OPEN
             and self._num_expected == 0
             and self.backend.walker.transaction_status == TRANSACTION_IDLE
-            and client.last_kind in _SETTLED
-            and client.at_boundary
+            and self.client.walker.at_boundary
+            and self.backend.walker.at_boundary
         )
 
     # Login
@@ -220,6 +254,8 @@ class Session:
         if self.cancel_key is not None and self.phase is Phase.OPEN:
             self.binding = SessionBinding(self.name, self.cancel_key.pid)
             self.may_bind = True
+            if self.relay.settings.hints:
+                self.lookahead = Lookahead(self)
         self.relay.on_login(self)
         if rest:
             self.backend.data_received(rest)
@@ -233,6 +269,9 @@ class Session:
         self._num_expected += len(kinds) - kinds.count(Kind.TERMINATE)
 
     def on_backend_messages(self, kinds: list[int]) -> None:
+        if self.binding is not None and self.binding.hints is not None and Kind.READY_FOR_QUERY in kinds:
+            self.binding.hints.close()
+            self.binding.hints = None
         for kind in kinds:
             if kind == Kind.READY_FOR_QUERY:
                 self._num_expected -= 1
@@ -261,7 +300,7 @@ class Session:
     def start_bind(self, data: bytes) -> None:
         assert self.binding is not None
         self.may_bind = False
-        self.bind_ended.clear()
+        self.own_ended.clear()
         self.phase = Phase.BINDING
         self.held = data
         self.client.stop_reading()
@@ -288,12 +327,32 @@ class Session:
     def _end_bind(self) -> None:
         self.relay.registry.revoke(self._nonce)
         self._bind = None
-        self.bind_ended.set()
+        self.own_ended.set()
 
     def _feed_held(self) -> None:
         held, self.held = self.held, b""
         if held:
             self.client.data_received(held)
+
+    # Looking ahead
+
+    def start_collecting(self) -> None:
+        """The batch that is held is whole, and is not forwarded yet."""
+        self.phase = Phase.COLLECTING
+        self.own_ended.clear()
+
+    def go_on(self, held: bytes) -> None:
+        """Forward what was held. Raises ProtocolViolation."""
+        self.phase = Phase.OPEN
+        self.own_ended.set()
+        self.client.forward(held)
+        if not self.backend.is_full:
+            self.client.read_on()
+
+    def cancel_lookahead(self) -> None:
+        """The client has sent a cancel."""
+        if self.lookahead is not None:
+            self.lookahead.cancel()
 
     # The end
 
@@ -310,7 +369,9 @@ class Session:
 
     def on_client_lost(self) -> None:
         """What the client asked for goes on as if it were connected directly, but no inference does."""
-        if self.phase in (Phase.OPEN, Phase.BINDING) and self._num_expected and self.cancel_key is not None:
+        if self.cancel_key is not None and self.lookahead is not None and self.lookahead.is_exchanging:
+            self.relay.stop_statement(self.cancel_key)
+        elif self.phase in (Phase.OPEN, Phase.BINDING) and self._num_expected and self.cancel_key is not None:
             self.relay.stop_inference(self.cancel_key)
         self._close()
 
@@ -319,7 +380,9 @@ class Session:
             return
         if self._bind is not None:
             self.client.write(self._bind.last_error)
-        elif self.phase is Phase.OPEN and self.backend.walker.last_kind != Kind.ERROR_RESPONSE:
+        elif self.lookahead is not None and self.lookahead.last_error:
+            self.client.write(self.lookahead.last_error)
+        elif self.phase in _FOLLOWED and self.backend.walker.last_kind != Kind.ERROR_RESPONSE:
             self._tell_loss()
         self._close()
 
@@ -335,6 +398,8 @@ class Session:
         self.phase = Phase.CLOSED
         self._timer.cancel()
         self._end_bind()
+        if self.lookahead is not None:
+            self.lookahead.close()
         if self.binding is not None and self.binding.caller is not None:
             self.binding.caller.close()
         self.client.close()

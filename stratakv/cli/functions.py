@@ -39,14 +39,12 @@ def install(
     url = database_url(database or settings.sql.backend_url, settings)
     done = sqlfunctions.install(url, _listener(settings))
     if as_json:
-        print_json(
-            {"version": done.version, "dblink_schema": done.dblink_schema, "public_wrapper": done.public_wrapper}
-        )
+        taken = list(done.names_taken)
+        print_json({"version": done.version, "dblink_schema": done.dblink_schema, "names_taken": taken})
         return
-    names = (
-        "infer() and stratakv.infer()" if done.public_wrapper else "stratakv.infer() (the name public.infer is taken)"
-    )
-    print(f"{names}, version {done.version}, installed in {masked_url(url)}")
+    print(f"infer() and its kin, version {done.version}, installed in {masked_url(url)}")
+    for name in done.names_taken:
+        print(f"{name}() only as stratakv.{name}(): something else has the name public.{name}")
 
 
 def _listener(settings: Settings) -> ListenerAddress:

@@ -1,4 +1,4 @@
-"""Installation in one transaction: checks who owns what first, then runs `install.sql`."""
+"""Installation in one transaction: checks who owns what first, then runs `install.sql` and `typed.sql`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from psycopg import sql
 from stratakv.errors import SetupError
 from stratakv.sqlfunctions.address import ListenerAddress
 
-VERSION = 1
+VERSION = 2
 DBLINK_SCHEMA = "stratakv_dblink"
 _LOCK = 0x5354_5241_5441_0001
 """Advisory lock: one installation at a time."""
@@ -22,13 +22,25 @@ _CONNECT_TIMEOUT_S = 10
 _LINK_NAME_BYTES = 24
 _SERVER_VERSION_MIN = 150_000
 
-_FUNCTIONS = (
+_PUBLIC = (
+    "infer_json(text, jsonb, text, jsonb)",
+    "infer_choice(text, text[], text, jsonb)",
+    "infer_bool(text, text, jsonb)",
+    "infer_tokens(text, text)",
+    "infer_row(text, jsonb, text, jsonb)",
     "infer(text, text, jsonb)",
+)
+"""What users call; each gets a wrapper in public where its name is free."""
+_FUNCTIONS = (
+    *_PUBLIC,
+    "sql_fill_template(text, jsonb)",
     "bind(text, text)",
     "sql_ask(text, text)",
     "sql_connect(text, text)",
     "sql_check_dblink()",
 )
+
+"""All of them; whoever calls others comes before those."""
 
 Connection = psycopg.Connection[tuple[object, ...]]
 
@@ -39,8 +51,8 @@ class Installed:
 
     version: int
     dblink_schema: str
-    public_wrapper: bool
-    """False if something else is called public.infer; then only stratakv.infer is there."""
+    names_taken: tuple[str, ...]
+    """Something else in schema public has this name; only the function in schema stratakv is there."""
 
 
 class NotAllowed(SetupError):
@@ -55,8 +67,10 @@ def install(url: str, listener: ListenerAddress) -> Installed:
         dblink = _make_dblink(connection)
         script = _resource("install.sql").replace("@dblink@", sql.Identifier(dblink).as_string(connection))
         connection.execute(script.encode())
+        connection.execute(_resource("typed.sql").encode())
         _write_tables(connection, listener)
-        return Installed(VERSION, dblink, _make_wrapper(connection))
+        taken = [_name(function) for function in _PUBLIC if not _make_wrapper(connection, function)]
+        return Installed(VERSION, dblink, tuple(taken))
 
 
 def is_installed(url: str) -> bool:
@@ -73,8 +87,9 @@ def uninstall(url: str, *, cascade: bool = False) -> None:
     """Take everything out; with `cascade` also views and others that use it. Idempotent. Raises SetupError."""
     last = "CASCADE" if cascade else "RESTRICT"
     with _transaction(url) as connection:
-        if _is_our_wrapper(connection):
-            connection.execute(f"DROP FUNCTION public.infer(text, text, jsonb) {last}".encode())
+        for function in _PUBLIC:
+            if _is_our_wrapper(connection, function):
+                connection.execute(f"DROP FUNCTION public.{function} {last}".encode())
         for function in _FUNCTIONS:
             connection.execute(f"DROP FUNCTION IF EXISTS stratakv.{function} {last}".encode())
         connection.execute(b"DROP TABLE IF EXISTS stratakv.sql_listeners, stratakv.sql_install")
@@ -197,23 +212,39 @@ def _write_tables(connection: Connection, listener: ListenerAddress) -> None:
     )
 
 
-def _is_our_wrapper(connection: Connection) -> bool:
+def _name(function: str) -> str:
+    return function.partition("(")[0]
+
+
+def _is_our_wrapper(connection: Connection, function: str) -> bool:
     return bool(
         connection.execute(
-            "SELECT 1 FROM pg_proc WHERE oid = to_regprocedure('public.infer(text, text, jsonb)')"
-            " AND prosrc LIKE '%stratakv.infer(%'"
+            "SELECT 1 FROM pg_proc WHERE oid = to_regprocedure(%s) AND strpos(prosrc, %s) > 0",
+            (f"public.{function}", f"stratakv.{_name(function)}("),
         ).fetchone()
     )
 
 
-def _make_wrapper(connection: Connection) -> bool:
+def _make_wrapper(connection: Connection, function: str) -> bool:
+    """Whether public has the function now. No SET and no SECURITY DEFINER in it, so that the planner inlines it."""
+    name = _name(function)
     taken = connection.execute(
-        "SELECT 1 FROM pg_proc WHERE proname = 'infer' AND pronamespace = to_regnamespace('public')"
+        "SELECT 1 FROM pg_proc WHERE proname = %s AND pronamespace = to_regnamespace('public')", (name,)
     ).fetchone()
     no_public = connection.execute("SELECT to_regnamespace('public') IS NULL").fetchone()
-    if no_public == (True,) or (taken and not _is_our_wrapper(connection)):
+    if no_public == (True,) or (taken and not _is_our_wrapper(connection, function)):
         return False
-    connection.execute(_resource("wrapper.sql").encode())
+    row = connection.execute(
+        "SELECT format('CREATE OR REPLACE FUNCTION public.%%I(%%s) RETURNS %%s "
+        "LANGUAGE sql STABLE PARALLEL RESTRICTED COST 1000 AS %%L', proname, pg_get_function_arguments(oid),"
+        " pg_get_function_result(oid), format('SELECT stratakv.%%I(%%s)', proname,"
+        " (SELECT string_agg('$' || i, ', ' ORDER BY i) FROM generate_series(1, pronargs) i)))"
+        " FROM pg_proc WHERE oid = to_regprocedure(%s)",
+        (f"stratakv.{function}",),
+    ).fetchone()
+    assert row is not None
+    connection.execute(str(row[0]).encode())
+    connection.execute(f"COMMENT ON FUNCTION public.{function} IS 'stratakv.{name}'".encode())
     return True
 
 

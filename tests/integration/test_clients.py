@@ -1,4 +1,7 @@
-"""Ordinary clients get a real model's answer, and the second time from the pool: psql, psycopg, asyncpg, openai."""
+"""Ordinary clients get a real model's answer, and the second time from the pool: psql, psycopg, asyncpg, openai.
+
+Typed answers are tested here too, since only a real worker holds a model to them.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,15 @@ from tests.support import eventually
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 QUESTION = "What is the capital of France?"
+PERSON: dict[str, object] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
 QUERY = f"""SELECT infer('{QUESTION}', options => '{{"temperature": 0}}')"""
 
 
@@ -108,3 +120,64 @@ def test_usage_is_written_once_for_each_request(cluster: Instance) -> None:
             return int(row[0])
 
     eventually(lambda: times_written() == 1, what="usage event of the last request")
+
+
+def test_a_column_of_choices_has_members_only_and_booleans_are_booleans(cluster: Instance) -> None:
+    reviews = ["I love it", "Terrible, broke at once", "It is a kettle", "é☕"]
+    query = """SELECT infer_choice('Is this review positive or negative? ' || r, ARRAY['positive', 'negative', 'not sure'],
+            options => '{"temperature": 1, "seed": 5}'),
+        infer_bool('Is this review positive? ' || r), infer_tokens(r) FROM unnest(%s::text[]) r"""
+    with psycopg.connect(cluster.state["sql_url"]) as session:
+        rows = session.execute(query, (reviews,)).fetchall()
+    assert len(rows) == len(reviews)
+    assert {row[0] for row in rows} <= {"positive", "negative", "not sure"}
+    assert all(isinstance(row[1], bool) and row[2] > 0 for row in rows)
+
+
+def test_json_answers_fit_their_schema_also_for_a_prompt_that_is_split(cluster: Instance) -> None:
+    text = "Name one person of this list. " + " ".join(f"{number}: John, aged {number % 60}." for number in range(150))
+    with psycopg.connect(cluster.state["sql_url"]) as session:
+        rows = session.execute(
+            "SELECT infer_json(p, %s), infer_row('Who is {who}?', '{\"who\": \"Ada\"}', options => '{\"max_tokens\": 4}')"
+            " FROM unnest(%s::text[]) p",
+            (json.dumps(PERSON), [text, "John is 30 years old."]),
+        ).fetchall()
+    for person, answer in rows:
+        assert set(person) == {"name", "age"}
+        assert len(person["name"]) <= 12
+        assert 0 <= person["age"] <= 150
+        assert isinstance(answer, str)
+
+
+def test_what_is_wrong_with_a_schema_or_an_answer_is_told(cluster: Instance) -> None:
+    cut = """infer_json('List numbers.', '{"type": "array", "items": {"type": "integer"}, "minItems": 50}', options => %s)"""
+    with psycopg.connect(cluster.state["sql_url"], autocommit=True) as session:
+        with pytest.raises(psycopg.errors.InvalidParameterValue, match="objct"):
+            session.execute("""SELECT infer_json('x', '{"type": "objct"}')""")
+        with pytest.raises(psycopg.errors.InvalidParameterValue, match="choices"):
+            session.execute("SELECT infer_choice('x', '{}')")
+        with pytest.raises(psycopg.errors.ProgramLimitExceeded, match="max_tokens"):
+            session.execute(f"SELECT {cut}".encode(), ('{"max_tokens": 5}',))
+        rows = session.execute(
+            f"SELECT {cut}, {cut}".encode(),
+            ('{"max_tokens": 5, "on_error": "null"}', '{"max_tokens": 5, "on_error": "detail"}'),
+        ).fetchall()
+    assert rows[0][0] is None
+    assert rows[0][1]["error"]["code"] == "answer_cut"
+
+
+def test_the_openai_package_gets_an_answer_in_its_schema(cluster: Instance) -> None:
+    client = openai.OpenAI(base_url=f"{cluster.rest_url}/v1", api_key="none", max_retries=0)
+
+    def ask(schema: dict[str, object]) -> str:
+        answer = client.chat.completions.create(
+            model=cluster.state["model"],
+            messages=[{"role": "user", "content": "John is 30 years old."}],
+            max_tokens=100,
+            response_format={"type": "json_schema", "json_schema": {"name": "person", "schema": schema}},
+        )
+        return answer.choices[0].message.content or ""
+
+    assert set(json.loads(ask(PERSON))) == {"name", "age"}
+    with pytest.raises(openai.BadRequestError, match="objct"):
+        ask({"type": "objct"})

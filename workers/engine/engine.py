@@ -75,6 +75,7 @@ class Engine:
         self._stopping = False
         self._failure: BaseException | None = None
         self._started = False
+        self._runner: StepRunner | None = None
         loaded: Future[tuple[Model, KVCache]] = Future()
         self._thread = threading.Thread(target=self._run, args=(loaded,), name="engine", daemon=True)
         self._thread.start()
@@ -209,6 +210,8 @@ class Engine:
             _log.exception("engine_failed")
             self._failure = error
         self._end_all()
+        if self._runner is not None:
+            self._runner.close()
 
     def _load(self) -> tuple[Model, KVCache]:
         config = self.config
@@ -250,6 +253,7 @@ class Engine:
         for part in parts:
             if part.sequence.scheduled_at is None:
                 part.sequence.scheduled_at = now
+        assert self._runner is not None
         outcomes = self._runner.run(parts)
         for outcome in outcomes:
             self._settle(outcome)
@@ -266,6 +270,8 @@ class Engine:
         elif outcome.sample is None:
             error = NotFinite("The model's output for this request is not a finite number.")
             self._finish(sequence, FinishReason.ERROR, error)
+        elif outcome.structure_error is not None:
+            self._finish(sequence, FinishReason.ERROR, outcome.structure_error)
         else:
             samples = outcome.part.samples
             self._scheduler.computed(outcome.part)
@@ -278,14 +284,26 @@ class Engine:
         if sequence.first_token_at is None:
             sequence.first_token_at = self._clock()
         index = sequence.output_index
+        structure = sequence.request.structure
         sequence.append(sampled.token_id)
-        is_eos = sampled.token_id in self.model.facts.eos_token_ids and not sampling.ignore_eos
-        if is_eos or sampled.token_id in sampling.stop_token_ids:
+        is_eos = sampled.token_id in self.model.facts.eos_token_ids and (
+            not sampling.ignore_eos or structure is not None
+        )
+        # An answer that was generated elsewhere up to the end of its form gets no further token.
+        was_finished = structure is not None and structure.is_finished
+        if is_eos or was_finished or sampled.token_id in sampling.stop_token_ids:
             self._finish(sequence, FinishReason.STOP, None, stop_token_id=sampled.token_id)
             return
         event = TokenEvent(sequence.request_id, sampled.token_id, index, sampled.logprob, sampled.top_logprobs)
         self._emit(sequence, event)
-        if index + 1 >= sampling.max_tokens:
+        try:
+            is_whole = structure is not None and structure.take(sampled.token_id)
+        except StrataError as error:
+            self._finish(sequence, FinishReason.ERROR, error)
+            return
+        if is_whole:
+            self._finish(sequence, FinishReason.STOP, None)
+        elif index + 1 >= sampling.max_tokens:
             self._finish(sequence, FinishReason.LENGTH, None)
 
     def _arrive(self, sequence: RunningSequence) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from stratakv.errors import InvalidRequest, StrataError
 from stratakv.keys import BlockKey
 from workers.engine.connector import ExternalHit, Tier
+from workers.engine.structured import Structure
 
 MAX_LOGPROBS = 20
 
@@ -51,6 +52,7 @@ class EngineRequest:
 
     `resume_token_ids` are output tokens another engine has generated already: they count against max_tokens and are not
     emitted again. `keys` are the keys of all full blocks of token_ids + resume_token_ids. `deadline` is on the engine's clock.
+    `structure` holds the answer to a form, from after the resumed tokens on; an eos then ends the answer even if ignored.
     """
 
     request_id: str
@@ -60,6 +62,7 @@ class EngineRequest:
     resume_token_ids: list[int] = field(default_factory=list)
     external: ExternalHit | None = None
     deadline: float | None = None
+    structure: Structure | None = None
 
 
 class FinishReason(enum.StrEnum):

@@ -26,6 +26,8 @@ class SampleRow:
     params: SamplingParams
     seed: int
     index: int
+    allowed: torch.Tensor | None = None
+    """Ids of the tokens to choose from, ascending; None: all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,11 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[Sample | Non
         if not usable:
             samples.append(None)
             continue
-        if how.params.temperature > 0:
+        if how.allowed is not None:
+            # Only what may be chosen is looked at, so that no rounding can ever choose anything else.
+            among = how.allowed.to(logits.device)
+            token = int(among[_choose(logits[row][among], how)])
+        elif how.params.temperature > 0:
             token = _draw(logits[row], how)
         samples.append(_with_logprobs(logits[row], token, how.params.logprobs))
     return samples
@@ -57,6 +63,10 @@ def uniform(seed: int, index: int) -> float:
     digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
     bits: int = struct.unpack("<Q", digest)[0]
     return (bits >> 11) * 2.0**-53
+
+
+def _choose(logits: torch.Tensor, how: SampleRow) -> int:
+    return _draw(logits, how) if how.params.temperature > 0 else int(logits.argmax())
 
 
 def _draw(logits: torch.Tensor, how: SampleRow) -> int:

@@ -7,8 +7,11 @@ not finite spoils its own part, and the other parts are kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+
+import torch
 
 from stratakv.errors import StrataError
 from stratakv.keys import BlockKey
@@ -21,21 +24,28 @@ from workers.engine.model import ForwardBatch, Model
 from workers.engine.requests import SamplingParams
 from workers.engine.sampler import Sample, SampleRow, sample
 from workers.engine.scheduler import StepPart
+from workers.engine.structured import Structure
 
 _log = EventLogger(__name__)
 _CHECK_ONLY = SampleRow(SamplingParams(max_tokens=1, temperature=0.0), seed=0, index=0)
 """For parts that end before their sequence does: the row is only looked at for NaN."""
 
+_Allowed = torch.Tensor | StrataError | None
+"""Tokens to choose from (None: all), or why that cannot be told."""
 ReleaseBlocks = Callable[[Sequence[int]], None]
 
 
 @dataclass(slots=True, eq=False)
 class PartOutcome:
-    """What a step did for one part: a sample (to be used if the part samples), or a failed load, or neither: not finite."""
+    """What a step did for one part: a sample (to be used if the part samples), or a failed load, or neither: not finite.
+
+    With a `structure_error` the sample is of no use.
+    """
 
     part: StepPart
     sample: Sample | None = None
     load_error: KVLoadError | None = None
+    structure_error: StrataError | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -106,22 +116,34 @@ class StepRunner:
         self._connector = connector
         self._release = release
         self._last_layer = model.facts.num_layers - 1
+        self._masks = ThreadPoolExecutor(1, thread_name_prefix="masks")
 
     def run(self, parts: Sequence[StepPart]) -> list[PartOutcome]:
         """Compute `parts`; one outcome for each. Raises only if the whole step is lost."""
         all_transfers: list[_Transfers] = []
+        masks = [self._begin_mask(part) for part in parts]
         try:
             for part in parts:
                 all_transfers.append(transfers := _Transfers(part))
                 self._begin(transfers)
             hooks = _Hooks(all_transfers, self._last_layer + 1)
             logits = self._model.forward(self._batch(parts), self._cache, hooks)
-            samples = sample(logits, [_sample_row(part) for part in parts])
-            return [self._settle(*pair) for pair in zip(all_transfers, samples, strict=True)]
+            allowed = [None if mask is None else mask.result() for mask in masks]
+            samples = sample(logits, [_sample_row(*row) for row in zip(parts, allowed, strict=True)])
+            return [self._settle(*row) for row in zip(all_transfers, samples, allowed, strict=True)]
         except BaseException:
             for transfers in all_transfers:
                 transfers.abandon()
             raise
+
+    def close(self) -> None:
+        """No more steps."""
+        self._masks.shutdown(wait=False, cancel_futures=True)
+
+    def _begin_mask(self, part: StepPart) -> Future[_Allowed] | None:
+        """Which tokens the part may choose from, computed while the model runs."""
+        structure = part.sequence.request.structure
+        return self._masks.submit(_allowed, structure) if structure is not None and part.samples else None
 
     def _begin(self, transfers: _Transfers) -> None:
         part = transfers.part
@@ -166,18 +188,26 @@ class StepRunner:
             token_ids, positions, writes, attention, [part.first_row + part.num_rows - 1 for part in attention]
         )
 
-    def _settle(self, transfers: _Transfers, sampled: Sample | None) -> PartOutcome:
+    def _settle(self, transfers: _Transfers, sampled: Sample | None, allowed: _Allowed) -> PartOutcome:
         if transfers.load_error is not None:
             return PartOutcome(transfers.part, load_error=transfers.load_error)
         if sampled is None:
             transfers.abort_save()
             return PartOutcome(transfers.part)
         transfers.layer_done(self._last_layer)
-        return PartOutcome(transfers.part, sampled)
+        error = allowed if isinstance(allowed, StrataError) else None
+        return PartOutcome(transfers.part, sampled, structure_error=error)
 
 
-def _sample_row(part: StepPart) -> SampleRow:
-    if not part.samples:
+def _sample_row(part: StepPart, allowed: _Allowed) -> SampleRow:
+    if not part.samples or isinstance(allowed, StrataError):
         return _CHECK_ONLY
     sequence = part.sequence
-    return SampleRow(sequence.request.sampling, sequence.seed, sequence.output_index)
+    return SampleRow(sequence.request.sampling, sequence.seed, sequence.output_index, allowed)
+
+
+def _allowed(structure: Structure) -> _Allowed:
+    try:
+        return structure.allowed()
+    except StrataError as error:
+        return error

@@ -109,7 +109,6 @@ async def test_a_disconnect_cancels_in_the_worker(node: RunningNode, worker: Sta
         ("tools", [{"type": "function"}]),
         ("n", 2),
         ("logprobs", True),
-        ("response_format", {"type": "json_object"}),
         ("temperature", "hot"),
         ("temperature", 2.5),
         ("top_p", True),

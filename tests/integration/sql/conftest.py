@@ -49,6 +49,7 @@ def shared_front(cluster: EmbeddedPostgres, listener_dir: Path) -> Iterator[Fron
 def front(shared_front: FrontThread) -> FrontThread:
     """A running SQL face."""
     shared_front.model.calls.clear()
+    shared_front.model.most_running = 0
     return shared_front
 
 

@@ -15,7 +15,7 @@ import uvloop
 
 from dbnode.sql.front import SqlFront
 from dbnode.sql.service import InferCall
-from stratakv.errors import InvalidRequest
+from stratakv.errors import InvalidRequest, Overloaded
 from stratakv.postgres import EmbeddedPostgres
 from stratakv.settings import SqlSettings
 from stratakv.sqlfunctions import ListenerAddress
@@ -30,12 +30,18 @@ class ReversingModel:
     def __init__(self) -> None:
         self.calls: list[InferCall] = []
         self.running = 0
+        self.most_running = 0
+        self.refused = 0
         self.cancelled = 0
 
     async def infer_text(self, call: InferCall) -> str:
         self.calls.append(call)
         self.running += 1
+        self.most_running = max(self.most_running, self.running)
         try:
+            if self.running > call.options.get("running_max", self.running):
+                self.refused += 1
+                raise Overloaded("too much at a time")
             await asyncio.sleep(float(call.options.get("delay_s", 0)))
             if "fail" in call.options:
                 raise InvalidRequest(f"the option {call.options['fail']} is wrong", hint="Leave it out.")

@@ -179,7 +179,8 @@ def _first_bytes(path: str) -> bytes:
     with socket.socket(socket.AF_UNIX) as raw:
         raw.settimeout(10)
         raw.connect(path)
-        raw.sendall(int32(16) + int32(196608) + b"user\0x\0\0")
+        with contextlib.suppress(BrokenPipeError):  # refused already; what it said can still be read
+            raw.sendall(int32(16) + int32(196608) + b"user\0x\0\0")
         return raw.recv(4096)
 
 

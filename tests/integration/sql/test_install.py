@@ -38,7 +38,7 @@ def _objects(url: str) -> list[tuple[object, ...]]:
 def test_uninstall_leaves_nothing_and_both_may_be_repeated(empty: str) -> None:
     before = _objects(empty)
     first = install(empty, ADDRESS)
-    assert (first.version, first.dblink_schema, first.public_wrapper) == (VERSION, "stratakv_dblink", True)
+    assert (first.version, first.dblink_schema, first.names_taken) == (VERSION, "stratakv_dblink", ())
     assert install(empty, ADDRESS) == first
     for _ in range(2):
         uninstall(empty)
@@ -62,10 +62,27 @@ def test_another_listener_becomes_the_default_and_the_first_stays_known(empty: s
     assert rows == [("/nowhere:6433", False), ("127.0.0.1:7000", True)]
 
 
+def test_version_1_is_brought_up_to_date_in_place(empty: str) -> None:
+    install(empty, ADDRESS)
+    kept = "SELECT oid, connection_name FROM pg_proc, stratakv.sql_install WHERE oid = 'stratakv.infer'::regproc"
+    with psycopg.connect(empty) as connection:
+        for schema in ("public", "stratakv"):
+            for name in ("infer_json", "infer_choice", "infer_bool", "infer_tokens", "infer_row"):
+                connection.execute(f"DROP FUNCTION {schema}.{name}".encode())
+        connection.execute("DROP FUNCTION stratakv.sql_fill_template; UPDATE stratakv.sql_install SET version = 1")
+        connection.execute("CREATE VIEW answers AS SELECT infer('x') AS a, stratakv.infer('y') AS b")
+        before = connection.execute(kept).fetchone()
+    assert install(empty, ADDRESS).version == VERSION
+    with psycopg.connect(empty) as connection:
+        assert connection.execute(kept).fetchone() == before
+        assert connection.execute("SELECT version FROM stratakv.sql_install").fetchone() == (VERSION,)
+        assert connection.execute("SELECT infer_row(NULL, '{}')").fetchone() == (None,)
+
+
 def test_name_that_is_taken_in_public_is_left_alone(empty: str) -> None:
     with psycopg.connect(empty) as connection:
         connection.execute("CREATE FUNCTION public.infer(int) RETURNS int LANGUAGE sql AS 'SELECT 1'")
-    assert not install(empty, ADDRESS).public_wrapper
+    assert install(empty, ADDRESS).names_taken == ("infer",)
     uninstall(empty)
     with psycopg.connect(empty) as connection:
         assert connection.execute("SELECT infer(5)").fetchone() == (1,)

@@ -1,4 +1,4 @@
-"""Options of infer(): checked by name and type before anything runs."""
+"""Options of infer() and its kin: checked by name and type before anything runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from dbnode.sql_inference import OPTIONS, checked_options
+from dbnode.generate import StructuredOutputs
+from dbnode.sql_options import OPTIONS, checked_options, sampling
 from stratakv.errors import InvalidRequest
 
 
@@ -26,7 +27,13 @@ from stratakv.errors import InvalidRequest
         ("stop", [1]),
         ("stop", ["x"] * 17),
         ("system", 5),
+        ("on_error", "ignore"),
+        ("dedupe", 1),
+        ("on_error", True),
+        ("on_error", "detail"),
         ("made_up", None),
+        ("json_schema", {}),
+        ("choices", ["a"]),
     ],
 )
 def test_a_wrong_option_is_refused_by_name_as_invalid_parameter_value(name: str, value: Any) -> None:
@@ -51,6 +58,40 @@ def test_right_options_pass_and_nulls_are_defaults() -> None:
         "seed": 1,
         "stop": "x",
         "timeout_ms": 9,
+        "on_error": "null",
+        "dedupe": False,
     }
     assert checked_options({**right, "system": None}) == right
     assert set(right) | {"system"} == OPTIONS
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"@choices": []}, "choices"),
+        ({"@choices": ["a", None]}, "choices"),
+        ({"@choices": ["a", ""]}, "choices"),
+        ({"@choices": [["a"]]}, "choices"),
+        ({"@choices": ["a"] * 1001}, "choices"),
+        ({"@choices": "a"}, "choices"),
+        ({"@json_schema": []}, "schema"),
+        ({"@json_schema": True}, "schema"),
+        ({"@choices": ["a"], "stop": "x"}, "stop"),
+        ({"@choices": ["a"], "@json_schema": {}}, "@choices"),
+        ({"@choices": ["a"], "on_error": "detail"}, "on_error"),
+        ({"@made_up": 1}, "@made_up"),
+    ],
+)
+def test_what_a_typed_function_cannot_do_is_refused_by_name(options: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequest, match=param) as caught:
+        checked_options(options)
+    assert caught.value.param == param
+    assert caught.value.sqlstate == "22023"
+
+
+def test_form_goes_to_the_worker_as_it_is_written() -> None:
+    schema = {"type": "object", "properties": {"b": {}, "a": {}}}
+    options = checked_options({"@json_schema": schema, "on_error": "detail"})
+    assert sampling(options).structured_outputs == StructuredOutputs(json=schema)
+    assert sampling(checked_options({"@choices": ["a"]})).structured_outputs == StructuredOutputs(choice=["a"])
+    assert sampling(checked_options({})).structured_outputs is None

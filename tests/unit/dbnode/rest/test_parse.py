@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dbnode.generate import Sampling
+from dbnode.generate import Sampling, StructuredOutputs
 from dbnode.rest.parse import Parsed, parse_chat, parse_completion
 from stratakv.errors import InvalidRequest
 
@@ -25,6 +25,7 @@ NAMES = [
     "n",
     "tools",
     "top_k",
+    "response_format",
 ]
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
@@ -77,3 +78,33 @@ def test_what_looks_harmless_but_asks_for_something_is_refused(field: str, value
     with pytest.raises(InvalidRequest) as caught:
         chat(**{field: value})
     assert caught.value.param == field
+
+
+@pytest.mark.parametrize(
+    ("value", "param"),
+    [
+        ("json_object", "type"),
+        ({}, "type"),
+        ({"type": "grammar"}, "type"),
+        ({"type": "json_object", "schema": {}}, "schema"),
+        ({"type": "text", "json_schema": {}}, "json_schema"),
+        ({"type": "json_schema"}, "json_schema"),
+        ({"type": "json_schema", "json_schema": {"name": "x"}}, "json_schema.schema"),
+        ({"type": "json_schema", "json_schema": {"schema": True}}, "json_schema.schema"),
+        ({"type": "json_schema", "json_schema": {"schema": {}, "strict": 1}}, "json_schema.strict"),
+        ({"type": "json_schema", "json_schema": {"schema": {}, "name": 1}}, "json_schema.name"),
+        ({"type": "json_schema", "json_schema": {"schema": {}, "more": 1}}, "json_schema.more"),
+    ],
+)
+def test_response_format_is_checked_by_name(value: Any, param: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        chat(response_format=value)
+    assert caught.value.param == f"response_format.{param}"
+
+
+def test_response_format_becomes_a_form() -> None:
+    schema = {"type": "integer"}
+    json_schema = {"name": "x", "description": None, "strict": None, "schema": schema}
+    parsed = chat(response_format={"type": "json_schema", "json_schema": json_schema})
+    assert parsed.request.sampling.structured_outputs == StructuredOutputs(json=schema)
+    assert chat(response_format={"type": "text"}).request.sampling.structured_outputs is None

@@ -1,0 +1,247 @@
+"""What the gateway knows of one statement's infer() calls before PostgreSQL makes them: collected, sent, answered.
+
+While a pass runs, the private listener gives every call here and hands back what is known, or NULL. When the statement itself
+runs it finds the answers. Only speed depends on it: what is not here is asked for as ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from dbnode.sql.commands import Infer
+from dbnode.sql.service import InferCall, InferenceService
+from stratakv.errors import Cancelled, StrataError
+from stratakv.log import EventLogger
+
+log = EventLogger(__name__)
+
+IN_FLIGHT_MAX = 64
+"""Inferences of one statement at a time."""
+Key: TypeAlias = tuple[str, str, str | None, str, str]
+
+
+class PassEnded(StrataError):
+    """A collect pass has seen what it may; the gateway's own statement ends by it, never a client's."""
+
+    sqlstate = "SKV01"
+
+
+@dataclass(slots=True)
+class HintStats:
+    """Counters of all statements."""
+
+    passes: int = 0
+    collected: int = 0
+    """Calls that passes made."""
+    distinct: int = 0
+    """Inferences sent before their statement ran."""
+    consumed: int = 0
+    """Those that the statement asked for."""
+    wasted: int = 0
+    """Those that it did not."""
+
+
+@dataclass(slots=True, eq=False)
+class Hint:
+    """One prompt of a statement."""
+
+    call: InferCall
+    future: asyncio.Future[str]
+    is_started: bool = False
+    is_consumed: bool = False
+
+    @property
+    def answer(self) -> str | None:
+        """None while there is none."""
+        future = self.future
+        return future.result() if future.done() and not future.cancelled() and future.exception() is None else None
+
+
+@dataclass(frozen=True, slots=True)
+class PassLimits:
+    """Where a pass ends."""
+
+    window: int | None
+    """New prompts; None for as many as there are."""
+    bytes_max: int
+    """Of all prompts of the statement."""
+    deadline_s: float
+    """On the event loop's clock."""
+
+
+class StatementHints:
+    """Memo of one statement. Its owner is the session, which closes it when the statement has ended."""
+
+    def __init__(
+        self,
+        service: InferenceService,
+        session: str,
+        stats: HintStats,
+        tasks: set[asyncio.Task[str]],
+        num_free: Callable[[], int],
+    ) -> None:
+        self.is_collecting = False
+        self.failure: StrataError | None = None
+        """What every further call of the statement fails by, once the client has cancelled it."""
+        self._service = service
+        self._session = session
+        self._stats = stats
+        self._tasks = tasks
+        self._num_free = num_free
+        self._own: set[asyncio.Task[str]] = set()
+        self._known: dict[Key, Hint] = {}
+        self._new: dict[Key, Hint] = {}
+        """Found by the pass that runs."""
+        self._num_again = 0
+        """Calls of the pass that runs whose prompts an earlier one found."""
+        self._queue: deque[Hint] = deque()
+        self._size_bytes = 0
+        self._limits = PassLimits(None, 0, 0.0)
+
+    # Passes
+
+    def start_pass(self, limits: PassLimits) -> None:
+        self._limits = limits
+        self._new = {}
+        self._num_again = 0
+        self.is_collecting = True
+        self._stats.passes += 1
+
+    def collect(self, command: Infer) -> str | None:
+        """The answer for a call of a pass, None while it has none. Raises PassEnded."""
+        if self.failure is not None or asyncio.get_running_loop().time() > self._limits.deadline_s:
+            raise PassEnded("the time for looking ahead is over")
+        self._stats.collected += 1
+        key = _key(command)
+        if (hint := self._known.get(key)) is not None:
+            self._num_again += 1
+            return hint.answer
+        if key in self._new or not is_repeatable(command):
+            return None
+        window = self._limits.window
+        size_bytes = self._size_bytes + len(command.prompt.encode())
+        if (window is not None and len(self._new) >= window) or size_bytes > self._limits.bytes_max:
+            raise PassEnded("enough prompts have been seen")
+        self._size_bytes = size_bytes
+        self._new[key] = Hint(_call(command, self._session), asyncio.get_running_loop().create_future())
+        return None
+
+    def end_pass(self) -> int:
+        """How many prompts it found that are new; they are sent now, those with common beginnings in a row."""
+        self.is_collecting = False
+        if self._known and not self._num_again:
+            return 0  # the prompts are others each time: now() may be in them
+        new = sorted(self._new.values(), key=lambda hint: (hint.call.model or "", hint.call.prompt))
+        self._known |= self._new
+        self._stats.distinct += len(new)
+        self._queue.extend(new)
+        free = min(IN_FLIGHT_MAX - len(self._own), self._num_free(), len(self._queue))
+        for _ in range(free):
+            task = asyncio.get_running_loop().create_task(self._work())
+            for tasks in (self._own, self._tasks):
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+        return len(new)
+
+    async def settle(self, timeout_s: float | None) -> bool:
+        """Wait for what has been sent; False if that takes longer, or the DB node is full."""
+        if self._own:
+            await asyncio.wait(set(self._own), timeout=timeout_s)
+        return not self._own and not self._queue
+
+    async def _work(self) -> str:
+        """One of the tasks that answer what is queued."""
+        while self._queue:
+            hint = self._queue.popleft()
+            if not hint.is_started:
+                await self._run(hint)
+        return ""
+
+    async def _run(self, hint: Hint) -> None:
+        hint.is_started = True
+        try:
+            hint.future.set_result(await self._service.infer_text(hint.call))
+        except asyncio.CancelledError:
+            hint.future.cancel()
+            raise
+        except Exception as error:
+            if not isinstance(error, StrataError):
+                log.exception("hint_failed", session=self._session)
+            hint.future.set_exception(error)
+            hint.future.exception()  # it may never be asked for
+
+    # The statement itself
+
+    def find(self, command: Infer) -> Hint | None:
+        """What is known or under way for a call. Raises the error of a cancelled statement."""
+        if self.failure is not None:
+            raise self.failure
+        if not self._known or not is_repeatable(command):
+            return None
+        hint = self._known.get(_key(command))
+        if hint is None:
+            return None
+        if not hint.is_consumed:
+            hint.is_consumed = True
+            self._stats.consumed += 1
+        return hint
+
+    async def answer(self, hint: Hint) -> str:
+        """What the statement gets for a hint. What failed for want of room or of a worker is tried again alone."""
+        if not hint.is_started:
+            await self._run(hint)  # the statement waits for this one: it does not queue behind the others
+        try:
+            return await asyncio.shield(hint.future)
+        except asyncio.CancelledError:
+            if not hint.future.cancelled():
+                raise  # it is the call that is cancelled
+            raise self.failure or Cancelled("the inference was cancelled") from None
+        except StrataError as error:
+            if not error.retryable:
+                raise
+        return await self._service.infer_text(hint.call)
+
+    def abort(self, failure: StrataError) -> None:
+        """The client has cancelled the statement, or its time is over: every further call fails."""
+        self.failure = failure
+        self._stop()
+
+    def close(self) -> None:
+        """The statement has ended."""
+        self._stop()
+        self._stats.wasted += sum(not hint.is_consumed for hint in self._known.values())
+        self._known.clear()
+
+    def _stop(self) -> None:
+        self._queue.clear()
+        for task in tuple(self._own):
+            task.cancel()
+
+
+def is_repeatable(command: Infer) -> bool:
+    """Whether two equal calls of a statement may share one answer: not if it is drawn by lot."""
+    options = command.options
+    if options.get("dedupe") is False:
+        return False
+    return not options.get("temperature") or options.get("seed") is not None
+
+
+def _key(command: Infer) -> Key:
+    options = json.dumps(command.options, sort_keys=True)
+    return command.role, command.database, command.model, options, command.prompt
+
+
+def _call(command: Infer, session: str) -> InferCall:
+    return InferCall(
+        prompt=command.prompt,
+        model=command.model,
+        options=command.options,
+        role=command.role,
+        database=command.database,
+        session=session,
+    )
