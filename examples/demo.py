@@ -24,7 +24,7 @@ SUMMARY = """
 SELECT id, infer('Summarise in one sentence: ' || body, options => '{"max_tokens": 48}')
 FROM tickets ORDER BY id
 """
-QUESTION = "Which product is mentioned first in the log, and what was wrong with it?"
+QUESTION = "In one sentence: what is a thermostat for?"
 
 console = Console()
 
