@@ -13,7 +13,7 @@ TORCH_INDEX ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-BENCHMARKS ?= chat_warm zero_hit
+BENCHMARKS ?= chat_warm sql zero_hit
 
 .PHONY: install demo test lint format test-debian bench clean
 .DEFAULT_GOAL := install

@@ -127,15 +127,7 @@ def parse_completion(body: bytes) -> CompletionRequest:
         raise InvalidRequest(
             f"stop: at most {STOP_STRINGS_MAX} strings of 1 to {STOP_STRING_CHARS_MAX} characters", param="stop"
         )
-    if request.max_tokens < 1:
-        raise InvalidRequest(f"max_tokens: expected at least 1, got {request.max_tokens}", param="max_tokens")
-    for name, value, low, high in (
-        ("temperature", request.temperature, 0.0, 100.0),
-        ("top_p", request.top_p, 0.0, 1.0),
-        ("min_p", request.min_p, 0.0, 1.0),
-    ):
-        if not low <= value <= high:
-            raise InvalidRequest(f"{name}: expected {low} to {high}, got {value}", param=name)
+    request.sampling()  # raises for values out of range, before any work is done
     return request
 
 
