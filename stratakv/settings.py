@@ -127,6 +127,9 @@ class SqlSettings:
     hints: bool = setting(True, "look ahead for the infer() calls of a statement, to run them together")
     hints_budget_s: float = setting(2.0, "longest time of a statement that is spent on looking ahead")
     hints_window: int = setting(32, "prompts looked for at first where a statement may stop early; doubled each time")
+    order_budget_s: float = setting(
+        1.0, "longest time that is spent on the order of fields in infer_row(), for each pass of looking ahead"
+    )
     hints_bytes_max: Bytes = setting(Bytes(64 * MIB), "prompts of one statement that are looked ahead for")
 
 

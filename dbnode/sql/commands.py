@@ -19,7 +19,8 @@ from typing import Any
 
 from dbnode.sql.errors import ProtocolViolation
 from dbnode.sql.messages import text_row
-from dbnode.sql.service import NullAnswer
+from dbnode.sql.row_prompt import ROW, RowPrompt, parse_row
+from dbnode.sql.service import InferCall, NullAnswer
 from stratakv.errors import InvalidRequest, StrataError
 
 _INFER_WORDS = 6
@@ -49,6 +50,19 @@ class Infer:
     model: str | None
     options: dict[str, Any]
     prompt: str = field(repr=False)
+    row: RowPrompt | None = None
+    """What the prompt was made of, if its fields may stand in another order."""
+
+    def call(self, session: str) -> InferCall:
+        """What the model is asked, on behalf of this session."""
+        return InferCall(
+            prompt=self.prompt,
+            model=self.model,
+            options=self.options,
+            role=self.role,
+            database=self.database,
+            session=session,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +113,11 @@ def _parse_infer(rest: bytes) -> Infer:
         raise ProtocolViolation("malformed command") from None
     except UnicodeDecodeError as error:
         raise NotUtf8(f"the prompt is not valid UTF-8 at byte {error.start}") from None
-    model_text, options_text = _optional(model), _optional(options)
-    return Infer(_number(pid), _unhex(role), _unhex(database), model_text, _parse_options(options_text), prompt_text)
+    model_text, given = _optional(model), _parse_options(_optional(options))
+    row = parse_row(prompt_text) if given.pop(ROW, None) else None
+    if row is not None:
+        prompt_text = row.text()
+    return Infer(_number(pid), _unhex(role), _unhex(database), model_text, given, prompt_text, row)
 
 
 def _parse_options(text: str | None) -> dict[str, Any]:

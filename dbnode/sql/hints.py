@@ -10,10 +10,11 @@ import asyncio
 import json
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from dbnode.sql.commands import Infer
+from dbnode.sql.row_prompt import RowPrompt, ordered_texts
 from dbnode.sql.service import InferCall, InferenceService
 from stratakv.errors import Cancelled, StrataError
 from stratakv.log import EventLogger
@@ -22,7 +23,9 @@ log = EventLogger(__name__)
 
 IN_FLIGHT_MAX = 64
 """Inferences of one statement at a time."""
-Key: TypeAlias = tuple[str, str, str | None, str, str]
+Key: TypeAlias = tuple[str, str, str | None, str, str, RowPrompt | None]
+ORDER_INLINE_FIELDS_MAX = 1000
+"""More are put in order beside the event loop."""
 
 
 class PassEnded(StrataError):
@@ -52,6 +55,7 @@ class Hint:
 
     call: InferCall
     future: asyncio.Future[str]
+    row: RowPrompt | None = None
     is_started: bool = False
     is_consumed: bool = False
 
@@ -128,16 +132,22 @@ class StatementHints:
         if (window is not None and len(self._new) >= window) or size_bytes > self._limits.bytes_max:
             raise PassEnded("enough prompts have been seen")
         self._size_bytes = size_bytes
-        self._new[key] = Hint(_call(command, self._session), asyncio.get_running_loop().create_future())
+        self._new[key] = Hint(command.call(self._session), asyncio.get_running_loop().create_future(), command.row)
         return None
 
-    def end_pass(self) -> int:
-        """How many prompts it found that are new; they are sent now, those with common beginnings in a row."""
+    async def end_pass(self, order_budget_s: float) -> int:
+        """How many prompts it found that are new; they are sent now, those with common beginnings in a row.
+
+        The fields of rows are put in order first, for so long at most.
+        """
         self.is_collecting = False
         if self._known and not self._num_again:
             return 0  # the prompts are others each time: now() may be in them
-        new = sorted(self._new.values(), key=lambda hint: (hint.call.model or "", hint.call.prompt))
         self._known |= self._new
+        await self._order_fields(order_budget_s)
+        if self.failure is not None:
+            return 0
+        new = sorted(self._new.values(), key=_place)
         self._stats.distinct += len(new)
         self._queue.extend(new)
         free = min(IN_FLIGHT_MAX - len(self._own), self._num_free(), len(self._queue))
@@ -147,6 +157,17 @@ class StatementHints:
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
         return len(new)
+
+    async def _order_fields(self, budget_s: float) -> None:
+        """Let the rows among the new prompts begin alike."""
+        hints = [(hint, hint.row) for hint in self._new.values() if hint.row is not None]
+        rows = [row for _, row in hints]
+        if sum(len(row.fields) for row in rows) > ORDER_INLINE_FIELDS_MAX:
+            texts = await asyncio.to_thread(ordered_texts, rows, budget_s)
+        else:
+            texts = ordered_texts(rows, budget_s)
+        for (hint, _), text in zip(hints, texts, strict=True):
+            hint.call = replace(hint.call, prompt=text)
 
     async def settle(self, timeout_s: float | None) -> bool:
         """Wait for what has been sent; False if that takes longer, or the DB node is full."""
@@ -231,17 +252,13 @@ def is_repeatable(command: Infer) -> bool:
     return not options.get("temperature") or options.get("seed") is not None
 
 
+def _place(hint: Hint) -> tuple[int, str, str, str]:
+    """Sorts hints: what is urgent first, then what begins alike together."""
+    call = hint.call
+    priority, system = call.options.get("priority"), call.options.get("system")
+    return priority if isinstance(priority, int) else 0, call.model or "", str(system or ""), call.prompt
+
+
 def _key(command: Infer) -> Key:
     options = json.dumps(command.options, sort_keys=True)
-    return command.role, command.database, command.model, options, command.prompt
-
-
-def _call(command: Infer, session: str) -> InferCall:
-    return InferCall(
-        prompt=command.prompt,
-        model=command.model,
-        options=command.options,
-        role=command.role,
-        database=command.database,
-        session=session,
-    )
+    return command.role, command.database, command.model, options, command.prompt, command.row

@@ -233,14 +233,7 @@ class ListenerConnection(asyncio.Protocol):
                 f"{listener.limits.calls_max} infer() calls are in progress, which is the limit",
                 hint="Run fewer statements at a time, or raise sql.calls_waiting_max.",
             )
-        call = InferCall(
-            prompt=command.prompt,
-            model=command.model,
-            options=command.options,
-            role=command.role,
-            database=command.database,
-            session=self._binding.name if self._binding is not None else self._name,
-        )
+        call = command.call(self._binding.name if self._binding is not None else self._name)
         task = self._loop.create_task(_run(listener, call, hints, hint))
         listener.tasks.add(task)
         task.add_done_callback(listener.tasks.discard)

@@ -151,12 +151,13 @@ class Lookahead:
                 return
             pass_started_s = loop.time()
             limits = PassLimits(window, settings.hints_bytes_max, pass_started_s + budget_s)
-            num_new = await self._run_pass(batch, target, hints, limits, budget_s)
-            budget_s -= loop.time() - pass_started_s
+            await self._run_pass(batch, target, hints, limits, budget_s)
+            pass_ended_s = loop.time()
+            budget_s -= pass_ended_s - pass_started_s
+            num_new = await hints.end_pass(found.order_budget_s(settings.order_budget_s))
+            idle_s = found.idle_timeout_s and found.idle_timeout_s - (loop.time() - pass_ended_s)
             log.debug("pass_ended", session=self._session.name, number=number, new=num_new, window=window)
-            if num_new == 0 or not await self._settle(
-                hints, started_s, found.statement_timeout_s, found.idle_timeout_s
-            ):
+            if num_new == 0 or not await self._settle(hints, started_s, found.statement_timeout_s, idle_s):
                 return
             if budget_s <= 0:
                 return
@@ -164,13 +165,13 @@ class Lookahead:
 
     async def _run_pass(
         self, batch: Batch, target: Collectable, hints: StatementHints, limits: PassLimits, budget_s: float
-    ) -> int:
-        """How many new prompts it found."""
+    ) -> None:
+        """Let the hints see what the statement asks."""
         hints.start_pass(limits)
         exchange = await self._run(pass_exchange(batch, target.select, budget_s))
         for _ in range(ROLLBACKS_MAX):
             if exchange.transaction_status == TRANSACTION_IDLE:
-                return hints.end_pass()
+                return
             exchange = await self._run(rollback_exchange())
         raise GatewayFailed("the DB node could not end its transaction")
 
