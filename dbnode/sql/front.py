@@ -59,6 +59,7 @@ class SqlFront:
             trusted_backend=trusted_backend,
             is_calling=self.listener.is_calling,
             make_hints=self.listener.make_hints,
+            book=self.book,
         )
 
     @property

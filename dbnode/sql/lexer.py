@@ -40,7 +40,9 @@ class UnreadableSql(ValueError):
 
 _SPACE = re.compile(r"\s+|--[^\n\r]*")
 _WORD = re.compile(r"[^\W\d][\w$]*")
-_NUMBER = re.compile(r"(?:0[xX][0-9a-fA-F_]+|0[oO][0-7_]+|0[bB][01_]+|(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:[eE][+-]?\d[\d_]*)?)\w*")
+_NUMBER = re.compile(
+    r"(?:0[xX][0-9a-fA-F_]+|0[oO][0-7_]+|0[bB][01_]+|(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:[eE][+-]?\d[\d_]*)?)\w*"
+)
 _PARAMETER = re.compile(r"\$\d{1,9}")
 _DOLLAR = re.compile(r"\$(?:[^\W\d]\w*)?\$")
 _QUOTED = re.compile(r'(?:[uU]&)?"(?:[^"]|"")*"')

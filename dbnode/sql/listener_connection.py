@@ -32,8 +32,8 @@ from dbnode.sql.messages import (
 )
 from dbnode.sql.scram import MECHANISM, ScramFailed, ScramServer
 from dbnode.sql.service import InferCall
-from dbnode.sql.statement_meter import StatementMeter
 from dbnode.sql.startup import StartupKind, StartupReader
+from dbnode.sql.statement_meter import StatementMeter
 from stratakv.errors import Cancelled, ContextTooLong, Overloaded, PermissionDenied, StrataError, Unavailable
 from stratakv.log import EventLogger
 

@@ -131,8 +131,11 @@ class StatementBook:
 
     def begin(self, session: str, query: str | None) -> None:
         """A statement that may call infer() goes to PostgreSQL; one at a time, the first of a pipeline."""
-        if session not in self._running:
+        meter = self._running.get(session)
+        if meter is None:
             self._running[session] = StatementMeter(session, query, asyncio.get_running_loop().time())
+        elif meter.query is None:
+            meter.query = query
 
     def end(self, session: str) -> None:
         """It has ended, or the session has."""
