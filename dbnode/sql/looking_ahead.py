@@ -38,6 +38,8 @@ PASSES_MAX = 16
 """Of one statement."""
 ROLLBACKS_MAX = 3
 """Attempts to leave a pass that something interrupts."""
+_REFUSED = b"\0C42"
+"""In an ErrorResponse: PostgreSQL could not make sense of a statement."""
 IDLE_MARGIN_S = 0.2
 """The batch goes on so long before PostgreSQL would end the session as idle."""
 
@@ -171,8 +173,14 @@ class Lookahead:
         self, batch: Batch, target: Collectable, hints: StatementHints, limits: PassLimits, budget_s: float
     ) -> int:
         """How many new prompts it found."""
-        hints.start_pass(limits)
-        exchange = await self._run(pass_exchange(batch, target.select, budget_s))
+        sites = None if hints.is_unnumbered else target.sites
+        hints.start_pass(limits, sites.governors if sites is not None else None)
+        select = sites.select if sites is not None else target.select
+        exchange = await self._run(pass_exchange(batch, select, budget_s))
+        if sites is not None and _REFUSED in exchange.last_error:
+            # A function of these names that is not ours, or an expression that no longer equals another one.
+            hints.is_unnumbered = True
+            exchange = await self._run(pass_exchange(batch, target.select, budget_s))
         for _ in range(ROLLBACKS_MAX):
             if exchange.transaction_status == TRANSACTION_IDLE:
                 return hints.end_pass()
