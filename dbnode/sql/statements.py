@@ -15,6 +15,7 @@ import sqlglot
 from sqlglot import Token, TokenType, exp
 from sqlglot.errors import SqlglotError
 
+from dbnode.sql.call_sites import CallSites, call_sites, marked, written_calls
 from stratakv.log import EventLogger
 
 log = EventLogger(__name__)
@@ -46,6 +47,8 @@ class Collectable:
     """Every name that is followed by a parenthesis: a superset of the functions that are called."""
     is_bounded: bool
     """Whether it may end before it has seen every row."""
+    sites: CallSites | None = None
+    """Where some calls decide about others."""
 
 
 @lru_cache(maxsize=_CACHED_MAX)
@@ -58,20 +61,20 @@ def collectable(text: str) -> Collectable | None:
         select = _inner_select(text, tokens) if len(tokens) <= TOKENS_MAX else None
         if select is None:
             return None
-        statements = sqlglot.parse(select, dialect=_DIALECT)
+        calls = written_calls(tokens if select is text else sqlglot.tokenize(select, dialect=_DIALECT))
+        statements = sqlglot.parse(marked(select, calls), dialect=_DIALECT)
+        query = statements[0] if len(statements) == 1 else None
+        if not isinstance(query, exp.Query) or query.find(*_FORBIDDEN) is not None:
+            return None
+        if query.find(exp.From) is None:
+            return None  # one row: there is nothing to batch
+        is_bounded = query.find(*_BOUNDED) is not None
+        return Collectable(select, frozenset(_called(tokens)), is_bounded, call_sites(select, calls, query))
     except (SqlglotError, RecursionError):
         return None
     except Exception as error:  # the parser's own mistakes; its messages would show the statement
         log.warning("statement_not_parsed", error=type(error).__name__)
         return None
-    if len(statements) != 1:
-        return None
-    query = statements[0]
-    if not isinstance(query, exp.Query) or query.find(*_FORBIDDEN) is not None:
-        return None
-    if query.find(exp.From) is None:
-        return None  # one row: there is nothing to batch
-    return Collectable(select, frozenset(_called(tokens)), query.find(*_BOUNDED) is not None)
 
 
 def _called(tokens: list[Token]) -> Iterator[str]:
