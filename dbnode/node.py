@@ -20,6 +20,7 @@ from dbnode.scheduler.workers import WorkerDirectory
 from dbnode.usage import UsageWriter
 from dbnode.worker_client import WorkerClient
 from stratakv.models import resolve, served_name
+from stratakv.pool.auth import PoolCredentials
 from stratakv.settings import Settings
 from stratakv.text import load_tokenizer
 
@@ -35,7 +36,7 @@ class Node:
         model_dir = resolve(settings.model.name, settings.model.cache_dir.expanduser())
         tokenizer = load_tokenizer(model_dir)
         pool = PoolView(meta)
-        self.client = WorkerClient()
+        self.client = WorkerClient(PoolCredentials.from_settings(settings.pool))
         self.metrics = NodeMetrics(self.model)
         self.usage = UsageWriter(settings.database, self.metrics.usage_dropped.inc)
         self.directory = WorkerDirectory(settings.router, self.client, pool, self._on_workers_changed)
