@@ -46,6 +46,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             SqlInference(node.inference),
             trusted_backend=settings.sql.backend_trusted,
             postgres_uid=settings.sql.backend_uid,
+            statements=node.statements,
         )
         await sql.start()
         try:

@@ -3,9 +3,11 @@
     infer PID ROLE DATABASE MODEL OPTIONS PROMPT    start a call; answered within the hold time
     poll                                            go on waiting for it
     bind NONCE PID                                  this connection belongs to a session of the gateway
+    statements PID ROLE                             statistics of statements, of one role or of all; polled like a call
     set client_encoding to '…'                      what libpq sends for dblink; all our text is ASCII
 
-ROLE, DATABASE and NONCE are hexadecimal UTF-8; MODEL and OPTIONS too, after `=`, or `-` for NULL; PROMPT is base64 after `=`.
+ROLE, DATABASE and NONCE are hexadecimal UTF-8; MODEL and OPTIONS too, after `=`, or `-` for NULL, as is the ROLE of `statements`,
+where NULL means all; PROMPT is base64 after `=`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from dbnode.sql.service import NullAnswer
 from stratakv.errors import InvalidRequest, StrataError
 
 _INFER_WORDS = 6
-_BIND_WORDS = 2
+_BIND_WORDS = _STATEMENTS_WORDS = 2
 _NULL = b"-"
 
 
@@ -69,7 +71,16 @@ class SetEncoding:
     """Makes no difference."""
 
 
-Command = Infer | Poll | Bind | SetEncoding
+@dataclass(frozen=True, slots=True)
+class Statements:
+    """Read statistics."""
+
+    pid: int
+    role: str | None
+    """None for all roles'."""
+
+
+Command = Infer | Poll | Bind | SetEncoding | Statements
 
 
 def parse_command(text: bytes) -> Command:
@@ -83,6 +94,10 @@ def parse_command(text: bytes) -> Command:
         words = rest.split(b" ")
         if len(words) == _BIND_WORDS:
             return Bind(_unhex(words[0]), _number(words[1]))
+    if name == b"statements":
+        words = rest.split(b" ")
+        if len(words) == _STATEMENTS_WORDS:
+            return Statements(_number(words[0]), _optional(words[1]))
     if name.lower() == b"set" and rest.lower().startswith(b"client_encoding to "):
         return SetEncoding()
     raise ProtocolViolation("unknown command")

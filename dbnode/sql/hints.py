@@ -16,6 +16,7 @@ from typing import TypeAlias
 from dbnode.sql.call_sites import SITE_OPTION, UNNUMBERED
 from dbnode.sql.commands import Infer
 from dbnode.sql.service import InferCall, InferenceService
+from dbnode.sql.statement_meter import StatementBook
 from stratakv.errors import Cancelled, StrataError
 from stratakv.log import EventLogger
 
@@ -85,6 +86,7 @@ class StatementHints:
         stats: HintStats,
         tasks: set[asyncio.Task[str]],
         num_free: Callable[[], int],
+        book: StatementBook,
     ) -> None:
         self.is_collecting = False
         self.is_unnumbered = False
@@ -96,6 +98,7 @@ class StatementHints:
         self._stats = stats
         self._tasks = tasks
         self._num_free = num_free
+        self._book = book
         self._own: set[asyncio.Task[str]] = set()
         self._known: dict[Key, Hint] = {}
         self._new: dict[Key, Hint] = {}
@@ -176,6 +179,7 @@ class StatementHints:
         new = sorted(self._new.values(), key=lambda hint: (hint.call.model or "", hint.call.prompt))
         self._known |= self._new
         self._stats.distinct += len(new)
+        self._book.found(self._session, len(new))
         self._queue.extend(new)
         free = min(IN_FLIGHT_MAX - len(self._own), self._num_free(), len(self._queue))
         for _ in range(free):
@@ -197,7 +201,8 @@ class StatementHints:
     async def settle(self, timeout_s: float | None) -> bool:
         """Wait for what has been sent; False if that takes longer, or the DB node is full."""
         if self._own:
-            await asyncio.wait(set(self._own), timeout=timeout_s)
+            with self._book.waiting(self._session):
+                await asyncio.wait(set(self._own), timeout=timeout_s)
         return not self._own and not self._queue
 
     async def _work(self) -> str:

@@ -18,6 +18,7 @@ from dbnode.sql.client_batch import (
     PreparedStatements,
     Readiness,
     bound_statement,
+    statement_text,
 )
 from dbnode.sql.errors import GatewayFailed, ProtocolViolation
 from dbnode.sql.hints import PassLimits, StatementHints
@@ -68,7 +69,10 @@ class Lookahead:
             wanted = kind in (Kind.QUERY, Kind.PARSE) and INFER.search(data) is not None
             if not wanted and kind in (Kind.QUERY, Kind.PARSE):
                 self._prepared.forget(b"")
-        if not wanted or session.binding is None or session.binding.caller is None:
+        if not wanted:
+            return False
+        session.statement_begins(statement_text(data, self._prepared))
+        if session.binding is None or session.binding.caller is None:
             return False
         self._is_open_batch = is_described and session.is_described
         return session.is_idle or self._is_open_batch
@@ -86,6 +90,7 @@ class Lookahead:
             self._is_described = readiness is Readiness.DESCRIBED
             self._go_on()
             return
+        self._session.statement_begins(batch.prepared.text)
         self._session.start_collecting()
         self._task = asyncio.get_running_loop().create_task(self._look_ahead(batch, target))
 
