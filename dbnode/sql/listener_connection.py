@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, cast
 from dbnode.sql.binding import SessionBinding
 from dbnode.sql.commands import Bind, Infer, Poll, SetEncoding, Status, answer_reply, parse_command, reply
 from dbnode.sql.errors import MessageTooLong, ProtocolViolation
-from dbnode.sql.hints import Hint, StatementHints
+from dbnode.sql.hints import StatementHints
+from dbnode.sql.memo import Hint
 from dbnode.sql.messages import (
     Kind,
     MessageReader,
@@ -220,7 +221,8 @@ class ListenerConnection(asyncio.Protocol):
             raise Unavailable("the DB node is shutting down", hint="Run the statement again.")
         if len(command.prompt.encode()) > listener.limits.prompt_bytes_max:
             raise _prompt_too_long(listener.limits.prompt_bytes_max)
-        hints = self._binding.hints if self._binding is not None else None
+        session_hints = self._binding.hints if self._binding is not None else None
+        hints = session_hints.statement if session_hints is not None else None
         if hints is not None and hints.is_collecting:
             self._answer_pass(hints, command)
             return
