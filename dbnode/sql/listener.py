@@ -16,12 +16,13 @@ from itertools import count
 from pathlib import Path
 
 from dbnode.sql.binding import BindingRegistry
-from dbnode.sql.hints import HintStats
+from dbnode.sql.hints import HintStats, StatementHints
 from dbnode.sql.listener_connection import ListenerConnection
 from dbnode.sql.memo import KeptAnswers, MemoLimits
 from dbnode.sql.scram import Verifier
 from dbnode.sql.service import InferenceService
 from dbnode.sql.session_hints import SessionHints
+from dbnode.sql.statement_meter import MeteredService, StatementBook, StatementLog
 from stratakv.errors import SetupError
 from stratakv.log import EventLogger
 from stratakv.process import port_taken
@@ -61,12 +62,16 @@ class Listener:
         limits: ListenerLimits,
         service: InferenceService,
         registry: BindingRegistry,
+        book: StatementBook,
+        statements: StatementLog | None,
         *,
         postgres_uid: int,
     ) -> None:
         self.address = address
         self.limits = limits
-        self.service = service
+        self.service = MeteredService(service, book)
+        self.book = book
+        self.statements = statements
         self.registry = registry
         self.postgres_uid = postgres_uid
         self.verifier = Verifier.of(address.key, os.urandom(_SALT_BYTES))
@@ -85,7 +90,13 @@ class Listener:
 
     def make_hints(self, session: str) -> SessionHints:
         """For one session of the gateway."""
-        return SessionHints(self.service, session, self.hint_stats, self.tasks, self._num_free, self._kept)
+        return SessionHints(
+            lambda memo: StatementHints(
+                self.service, session, self.hint_stats, self.tasks, self._num_free, self.book, memo
+            ),
+            self.hint_stats,
+            self._kept,
+        )
 
     def _num_free(self) -> int:
         return 0 if self.draining else max(0, self.limits.calls_max - len(self.tasks))

@@ -18,6 +18,7 @@ from dbnode.sql.client_batch import (
     PreparedStatements,
     Readiness,
     bound_statement,
+    statement_text,
 )
 from dbnode.sql.errors import GatewayFailed, ProtocolViolation
 from dbnode.sql.hints import PassLimits, StatementHints
@@ -45,6 +46,8 @@ PASSES_MAX = 16
 """Of one statement."""
 ROLLBACKS_MAX = 3
 """Attempts to leave a pass that something interrupts."""
+_REFUSED = b"\0C42"
+"""In an ErrorResponse: PostgreSQL could not make sense of a statement."""
 IDLE_MARGIN_S = 0.2
 """The batch goes on so long before PostgreSQL would end the session as idle."""
 
@@ -84,7 +87,10 @@ class Lookahead:
             wanted = kind in (Kind.QUERY, Kind.PARSE) and INFER.search(data) is not None
             if not wanted and kind in (Kind.QUERY, Kind.PARSE):
                 self._prepared.forget(b"")
-        if not wanted or session.binding is None or session.binding.caller is None:
+        if not wanted:
+            return False
+        session.statement_begins(statement_text(data, self._prepared))
+        if session.binding is None or session.binding.caller is None:
             return False
         self._is_open_batch = is_described and session.is_described
         return session.is_between or self._is_open_batch
@@ -102,6 +108,7 @@ class Lookahead:
             self._is_described = readiness is Readiness.DESCRIBED
             self._go_on()
             return
+        self._session.statement_begins(batch.prepared.text)
         self._session.start_collecting()
         self._task = asyncio.get_running_loop().create_task(self._look_ahead(batch, target))
 
@@ -172,14 +179,36 @@ class Lookahead:
             if hints.failure is not None:
                 return
             pass_started_s = loop.time()
-            hints.start_pass(PassLimits(window, settings.hints_bytes_max, pass_started_s + budget_s))
-            await self._leave(within, await self._run(pass_exchange(within, batch, target.select, budget_s)))
-            num_new = hints.end_pass()
-            budget_s -= loop.time() - pass_started_s
+            limits = PassLimits(window, settings.hints_bytes_max, pass_started_s + budget_s)
+            await self._run_pass(within, batch, target, hints, limits, budget_s)
+            pass_ended_s = loop.time()
+            budget_s -= pass_ended_s - pass_started_s
+            num_new = await hints.end_pass(found.order_budget_s(settings.order_budget_s))
             log.debug("pass_ended", session=self._session.name, number=number, new=num_new, window=window)
-            if num_new == 0 or not await self._settle(hints, started_s, found) or budget_s <= 0:
+            if num_new == 0 or not await self._settle(hints, started_s, pass_ended_s, found) or budget_s <= 0:
                 return
             window = window and 2 * window
+
+    async def _run_pass(
+        self,
+        within: Within,
+        batch: Batch,
+        target: Collectable,
+        hints: StatementHints,
+        limits: PassLimits,
+        budget_s: float,
+    ) -> None:
+        """Let the hints see what the statement asks."""
+        sites = None if hints.is_unnumbered else target.sites
+        hints.start_pass(limits, sites.governors if sites is not None else None)
+        if sites is not None:
+            exchange = await self._run(pass_exchange(within, batch, sites.select, budget_s))
+            await self._leave(within, exchange)
+            if _REFUSED not in exchange.first_error:
+                return
+            # A function of these names that is not ours, or an expression that no longer equals another one.
+            hints.is_unnumbered = True
+        await self._leave(within, await self._run(pass_exchange(within, batch, target.select, budget_s)))
 
     async def _leave(self, within: Within, exchange: OwnExchange) -> None:
         """Make sure that the session is again where it was before an exchange that is done."""
@@ -192,7 +221,7 @@ class Lookahead:
             raise TransactionLost(error)
         raise GatewayFailed("the DB node could not end its transaction")
 
-    async def _settle(self, hints: StatementHints, started_s: float, found: Circumstances) -> bool:
+    async def _settle(self, hints: StatementHints, started_s: float, idle_since_s: float, found: Circumstances) -> bool:
         """Wait for the model; False if the statement must not wait any longer. No statement runs meanwhile.
 
         Within the client's transaction the time is short in which it may be idle. When that is over the statement goes on,
@@ -201,7 +230,7 @@ class Lookahead:
         loop = asyncio.get_running_loop()
         waits = [] if found.statement_s is None else [started_s + found.statement_s - loop.time()]
         if found.idle_s is not None:
-            waits.append(found.idle_s - IDLE_MARGIN_S)
+            waits.append(idle_since_s + found.idle_s - IDLE_MARGIN_S - loop.time())
         if found.transaction_left_s is not None:
             waits.append(started_s + found.transaction_left_s - IDLE_MARGIN_S - loop.time())
         if await hints.settle(max(0.0, min(waits)) if waits else None):

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from dbnode.sql.commands import Infer
+from dbnode.sql.row_prompt import RowPrompt
 from dbnode.sql.service import InferCall
 
-Key: TypeAlias = tuple[str, str, str | None, str, str]
-"""Role, database, model, options, prompt."""
+Key: TypeAlias = tuple[str, str, str | None, str, str, RowPrompt | None]
+"""Role, database, model, options, prompt, and the row it is made of."""
 
 
 @dataclass(slots=True, eq=False)
@@ -26,6 +27,7 @@ class Hint:
     key: Key
     call: InferCall
     future: asyncio.Future[str]
+    row: RowPrompt | None = None
     is_ahead: bool = True
     """A pass has found it, and no call of a statement yet."""
     is_started: bool = False
@@ -39,7 +41,8 @@ class Hint:
 
     @property
     def size_bytes(self) -> int:
-        return len(self.call.prompt.encode()) + len((self.answer or "").encode())
+        *_, prompt, _ = self.key  # that of the call may still be put in another order
+        return len(prompt.encode()) + len((self.answer or "").encode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ def is_repeatable(command: Infer) -> bool:
 
 def key_of(command: Infer) -> Key:
     options = json.dumps(command.options, sort_keys=True)
-    return command.role, command.database, command.model, options, command.prompt
+    return command.role, command.database, command.model, options, command.prompt, command.row
 
 
 class KeptAnswers:

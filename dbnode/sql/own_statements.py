@@ -58,6 +58,11 @@ class Circumstances:
     """Longest time that the session may have nothing to do, where it is."""
     transaction_left_s: float | None = None
 
+    def order_budget_s(self, wanted_s: float) -> float:
+        """For putting fields in order: never so long that a timeout of the session passes by it."""
+        timeouts = [t / 2 for t in (self.statement_s, self.idle_s, self.transaction_left_s) if t is not None]
+        return min([wanted_s, *timeouts])
+
 
 def bind_exchange(within: Within, nonce: str, listener: str) -> OwnExchange:
     """Tie the session to its connection of the listener."""

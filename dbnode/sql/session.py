@@ -23,6 +23,7 @@ from dbnode.sql.messages import (
     message,
     ready_for_query,
 )
+from dbnode.sql.normalise import normalised
 from dbnode.sql.own_exchange import OwnExchange
 from dbnode.sql.own_statements import Within, bind_exchange
 from dbnode.sql.session_hints import SessionHints
@@ -67,6 +68,8 @@ class Session:
         self.own_ended.set()
         self.lookahead: Lookahead | None = None
         """Once there is a session to look ahead in."""
+        self._is_metered = False
+        """A statement that may call infer() is under way."""
         self._wants_bind = False
         self._nonce = ""
         self._on_own_done: Callable[[], None]
@@ -156,6 +159,8 @@ class Session:
             # An order of messages we do not know: never take the session for idle again.
             self._num_expected = 1 << 62
         if self._num_expected == 0:
+            if self._is_metered:
+                self._statement_ends()
             if self.binding is not None and self.binding.caller is not None:
                 self.binding.caller.statement_ended()
             if self.relay.draining and self.is_idle:
@@ -169,6 +174,17 @@ class Session:
             if self.backend.walker.was_idle:
                 self.backend.walker.was_idle = False
                 hints.end_transaction()
+
+    # Statistics
+
+    def statement_begins(self, text: bytes | None) -> None:
+        """It may call infer(). Of a pipeline the first counts; its text may come late."""
+        self._is_metered = True
+        self.relay.book.begin(self.name, _shown(text) if text is not None else None)
+
+    def _statement_ends(self) -> None:
+        self._is_metered = False
+        self.relay.book.end(self.name)
 
     # Binding
 
@@ -309,8 +325,18 @@ class Session:
             if self.backend.walker.transaction_status != TRANSACTION_IDLE:
                 self.binding.hints.note_failure()
             self.binding.hints.end_transaction()
+        if self._is_metered:
+            self._statement_ends()
         if self.binding is not None and self.binding.caller is not None:
             self.binding.caller.close()
         self.client.close()
         self.backend.close()
         self.relay.on_close(self)
+
+
+def _shown(text: bytes) -> str | None:
+    """Without literals; None if that cannot be."""
+    try:
+        return normalised(text.decode())
+    except UnicodeDecodeError:
+        return None

@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 from dbnode.sql.hints import HintStats, StatementHints
 from dbnode.sql.memo import KeptAnswers, TransactionMemo
-from dbnode.sql.service import InferenceService
 from stratakv.errors import StrataError
 
 
@@ -18,32 +17,22 @@ class SessionHints:
     """Begins and ends the hints of statements."""
 
     def __init__(
-        self,
-        service: InferenceService,
-        session: str,
-        stats: HintStats,
-        tasks: set[asyncio.Task[str]],
-        num_free: Callable[[], int],
-        kept: KeptAnswers,
+        self, make_statement: Callable[[TransactionMemo], StatementHints], stats: HintStats, kept: KeptAnswers
     ) -> None:
-        self._service = service
-        self._session = session
+        self._make_statement = make_statement
         self._stats = stats
-        self._tasks = tasks
-        self._num_free = num_free
         self._kept = kept
         self._memo = TransactionMemo(kept)
         self._statement: StatementHints | None = None
         self._lasting: list[StatementHints] = []
+        """Of cursors that are open."""
         self._has_failed = False
 
     @property
     def statement(self) -> StatementHints:
         """Of the statement that runs, or is about to."""
         if self._statement is None:
-            self._statement = StatementHints(
-                self._service, self._session, self._stats, self._tasks, self._num_free, self._memo
-            )
+            self._statement = self._make_statement(self._memo)
         return self._statement
 
     def abort(self, failure: StrataError) -> None:
