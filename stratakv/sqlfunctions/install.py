@@ -1,4 +1,4 @@
-"""Installation in one transaction: checks who owns what first, then runs `install.sql`, `typed.sql` and `observe.sql`."""
+"""Installation in one transaction: checks who owns what first, then runs the scripts of `_SCRIPTS`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from psycopg import sql
 
 from stratakv.errors import SetupError
 from stratakv.sqlfunctions.address import ListenerAddress
+from stratakv.sqlfunctions.aggregate import AGGREGATE, drop_aggregate, make_public_aggregate
 
 VERSION = 3
 DBLINK_SCHEMA = "stratakv_dblink"
@@ -22,12 +23,15 @@ _CONNECT_TIMEOUT_S = 10
 _LINK_NAME_BYTES = 24
 _SERVER_VERSION_MIN = 150_000
 
+_SCRIPTS = ("typed.sql", "agg.sql", "observe.sql")
+"""What is run after `install.sql`."""
 _PUBLIC = (
     "infer_json(text, jsonb, text, jsonb)",
     "infer_choice(text, text[], text, jsonb)",
     "infer_bool(text, text, jsonb)",
     "infer_tokens(text, text)",
     "infer_row(text, jsonb, text, jsonb)",
+    "infer_fold(text, text[], text, jsonb)",
     "infer(text, text, jsonb)",
 )
 """What users call; each gets a wrapper in public where its name is free."""
@@ -68,10 +72,12 @@ def install(url: str, listener: ListenerAddress) -> Installed:
         dblink = _make_dblink(connection)
         script = _resource("install.sql").replace("@dblink@", sql.Identifier(dblink).as_string(connection))
         connection.execute(script.encode())
-        connection.execute(_resource("typed.sql").encode())
-        connection.execute(_resource("observe.sql").encode())
+        for name in _SCRIPTS:
+            connection.execute(_resource(name).encode())
         _write_tables(connection, listener)
         taken = [_name(function) for function in _PUBLIC if not _make_wrapper(connection, function)]
+        if not make_public_aggregate(connection):
+            taken.append(AGGREGATE)
         return Installed(VERSION, dblink, tuple(taken))
 
 
@@ -89,6 +95,7 @@ def uninstall(url: str, *, cascade: bool = False) -> None:
     """Take everything out; with `cascade` also views and others that use it. Idempotent. Raises SetupError."""
     last = "CASCADE" if cascade else "RESTRICT"
     with _transaction(url) as connection:
+        drop_aggregate(connection, last)
         for function in _PUBLIC:
             if _is_our_wrapper(connection, function):
                 connection.execute(f"DROP FUNCTION public.{function} {last}".encode())
