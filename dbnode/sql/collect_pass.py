@@ -7,15 +7,19 @@ from dataclasses import dataclass
 
 from dbnode.sql.client_batch import Batch
 from dbnode.sql.own_exchange import OwnExchange, OwnStatement, text_columns, text_parameters
+from dbnode.sql.trust import NULL_HIDES_ROWS
 
 _PREFIX = "stratakv_gateway_"
 _OFF = ("off", "false", "no", "0")
-_CHECK = b"""\
+_CHECK = f"""\
 SELECT NOT EXISTS (
-         SELECT FROM pg_catalog.pg_proc WHERE provolatile = 'v' AND proname = ANY ($1::pg_catalog.name[])),
+         SELECT FROM pg_catalog.pg_proc p WHERE p.provolatile OPERATOR(pg_catalog.=) 'v'::pg_catalog."char"
+         AND p.proname OPERATOR(pg_catalog.=) ANY ($1::pg_catalog.name[]))
+       AND ({NULL_HIDES_ROWS}),
        pg_catalog.current_setting('stratakv.hints', true),
-       (1000 * EXTRACT(epoch FROM pg_catalog.current_setting('statement_timeout')::interval))::bigint,
-       (1000 * EXTRACT(epoch FROM pg_catalog.current_setting('idle_session_timeout')::interval))::bigint"""
+       EXTRACT(epoch FROM pg_catalog.current_setting('statement_timeout')::interval),
+       EXTRACT(epoch FROM pg_catalog.current_setting('idle_session_timeout')::interval)""".encode()
+"""The client's search_path holds while it runs; see `dbnode.sql.trust`."""
 _BEGIN = OwnStatement(_PREFIX + "begin", b"BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY NOT DEFERRABLE")
 _ROLLBACK = OwnStatement(_PREFIX + "rollback", b"ROLLBACK")
 # A scan that joins another one in the middle would show other rows to a LIMIT each time.
@@ -45,9 +49,9 @@ def circumstances(exchange: OwnExchange) -> Circumstances:
     """Of a check that is done."""
     if exchange.row is None:
         return Circumstances(False, None, None)
-    is_stable, hints, statement_ms, idle_ms = text_columns(exchange.row)
-    may_collect = is_stable == "t" and (hints or "on").lower() not in _OFF
-    return Circumstances(may_collect, _seconds(statement_ms), _seconds(idle_ms))
+    may_collect, hints, statement_s, idle_s = text_columns(exchange.row)
+    is_wanted = may_collect == "t" and (hints or "on").lower() not in _OFF
+    return Circumstances(is_wanted, _seconds(statement_s), _seconds(idle_s))
 
 
 def pass_exchange(batch: Batch, select: str, timeout_s: float) -> OwnExchange:
@@ -68,9 +72,9 @@ def rollback_exchange() -> OwnExchange:
     return OwnExchange([], last=_ROLLBACK)
 
 
-def _seconds(milliseconds: str | None) -> float | None:
+def _seconds(text: str | None) -> float | None:
     """None for no timeout."""
-    return int(milliseconds) / 1000 if milliseconds is not None and int(milliseconds) > 0 else None
+    return float(text) if text is not None and float(text) > 0 else None
 
 
 def _quoted(name: str) -> str:

@@ -1,6 +1,7 @@
 """The few commands that the SQL functions send to the private listener, and the answers. Free of I/O.
 
     infer PID ROLE DATABASE MODEL OPTIONS PROMPT    start a call; answered within the hold time
+    infer_within …                                  the same, from within a function that is not ours
     poll                                            go on waiting for it
     bind NONCE PID                                  this connection belongs to a session of the gateway
     set client_encoding to '…'                      what libpq sends for dblink; all our text is ASCII
@@ -28,7 +29,7 @@ _NULL = b"-"
 
 
 class NotUtf8(InvalidRequest):
-    """The prompt is not valid UTF-8, which only a database in SQL_ASCII can hold."""
+    """A text is not valid UTF-8, which only a database in SQL_ASCII can hold."""
 
     sqlstate = "22021"
 
@@ -49,6 +50,8 @@ class Infer:
     model: str | None
     options: dict[str, Any]
     prompt: str = field(repr=False)
+    is_within: bool = False
+    """Called by another function, not by the statement itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,20 +78,20 @@ Command = Infer | Poll | Bind | SetEncoding
 def parse_command(text: bytes) -> Command:
     """A simple query's text without its NUL. Raises ProtocolViolation, or InvalidRequest for what the caller wrote."""
     name, _, rest = text.partition(b" ")
-    if name == b"infer":
-        return _parse_infer(rest)
+    if name in (b"infer", b"infer_within"):
+        return _parse_infer(rest, is_within=name != b"infer")
     if name == b"poll" and not rest:
         return Poll()
     if name == b"bind":
         words = rest.split(b" ")
         if len(words) == _BIND_WORDS:
-            return Bind(_unhex(words[0]), _number(words[1]))
+            return Bind(_unhex(words[0], "the nonce"), _number(words[1]))
     if name.lower() == b"set" and rest.lower().startswith(b"client_encoding to "):
         return SetEncoding()
     raise ProtocolViolation("unknown command")
 
 
-def _parse_infer(rest: bytes) -> Infer:
+def _parse_infer(rest: bytes, *, is_within: bool) -> Infer:
     words = rest.split(b" ", _INFER_WORDS - 1)
     if len(words) != _INFER_WORDS or words[5][:1] != b"=":
         raise ProtocolViolation("malformed command")
@@ -99,8 +102,15 @@ def _parse_infer(rest: bytes) -> Infer:
         raise ProtocolViolation("malformed command") from None
     except UnicodeDecodeError as error:
         raise NotUtf8(f"the prompt is not valid UTF-8 at byte {error.start}") from None
-    model_text, options_text = _optional(model), _optional(options)
-    return Infer(_number(pid), _unhex(role), _unhex(database), model_text, _parse_options(options_text), prompt_text)
+    return Infer(
+        pid=_number(pid),
+        role=_unhex(role, "the role's name"),
+        database=_unhex(database, "the database's name"),
+        model=_optional(model, "the model's name"),
+        options=_parse_options(_optional(options, "infer() options")),
+        prompt=prompt_text,
+        is_within=is_within,
+    )
 
 
 def _parse_options(text: str | None) -> dict[str, Any]:
@@ -115,15 +125,19 @@ def _parse_options(text: str | None) -> dict[str, Any]:
     return options
 
 
-def _optional(word: bytes) -> str | None:
-    return None if word == _NULL else _unhex(word[1:])
+def _optional(word: bytes, name: str) -> str | None:
+    return None if word == _NULL else _unhex(word[1:], name)
 
 
-def _unhex(word: bytes) -> str:
+def _unhex(word: bytes, name: str) -> str:
     try:
-        return bytes.fromhex(word.decode("ascii")).decode()
+        text = bytes.fromhex(word.decode("ascii"))
     except ValueError:
         raise ProtocolViolation("malformed command") from None
+    try:
+        return text.decode()
+    except UnicodeDecodeError:
+        raise NotUtf8(f"{name} is not valid UTF-8") from None
 
 
 def _number(word: bytes) -> int:

@@ -120,16 +120,22 @@ class StatementHints:
         key = _key(command)
         if (hint := self._known.get(key)) is not None:
             self._num_again += 1
-            return hint.answer
+            return hint.answer if hint.answer is not None else self._stand_in(command)
         if key in self._new or not is_repeatable(command):
-            return None
+            return self._stand_in(command)
         window = self._limits.window
         size_bytes = self._size_bytes + len(command.prompt.encode())
         if (window is not None and len(self._new) >= window) or size_bytes > self._limits.bytes_max:
             raise PassEnded("enough prompts have been seen")
         self._size_bytes = size_bytes
         self._new[key] = Hint(_call(command, self._session), asyncio.get_running_loop().create_future())
-        return None
+        return self._stand_in(command)
+
+    @staticmethod
+    def _stand_in(command: Infer) -> None:
+        """NULL, for the author of the statement. Other functions may decide by it who sees what. Raises PassEnded."""
+        if command.is_within:
+            raise PassEnded("a function waits for this answer")
 
     def end_pass(self) -> int:
         """How many prompts it found that are new; they are sent now, those with common beginnings in a row."""

@@ -14,7 +14,7 @@ from psycopg import sql
 from stratakv.errors import SetupError
 from stratakv.sqlfunctions.address import ListenerAddress
 
-VERSION = 2
+VERSION = 3
 DBLINK_SCHEMA = "stratakv_dblink"
 _LOCK = 0x5354_5241_5441_0001
 """Advisory lock: one installation at a time."""

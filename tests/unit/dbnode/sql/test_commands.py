@@ -113,22 +113,52 @@ def test_nonce_works_once_and_for_its_backend_only() -> None:
 
 READY = message(b"Z", b"I")
 NOTIFICATION = message(b"A", int32(1) + cstring("channel") + cstring("payload"))
-SUCCESS = message(b"1") + message(b"2") + message(b"D", b"\0\1" + int32(1) + b"t") + message(b"C", cstring("SELECT 1"))
 ERROR = message(b"E", b"SERROR\0C3F000\0Mno schema\0\0")
 
 
-@given(st.sampled_from([SUCCESS, ERROR]), st.integers(0, 200))
-def test_exchange_swallows_its_answers_and_hands_on_the_rest(outcome: bytes, cut: int) -> None:
-    exchange = BindExchange("nonce", "listener")
-    first = NOTIFICATION + outcome + READY
+def _row(value: bytes) -> bytes:
+    row = message(b"D", b"\0\1" + int32(len(value)) + value)
+    return message(b"1") + message(b"2") + row + message(b"C", cstring("SELECT 1"))
+
+
+def _feed(exchange: BindExchange, first: bytes, cut: int, later: tuple[bytes, ...]) -> tuple[bytes, bytes]:
     for_client = for_backend = b""
-    for chunk in (first[:cut], first[cut:], message(b"3") + NOTIFICATION, READY + b"rest"):
+    for chunk in (first[:cut], first[cut:], *later):
         assert not exchange.done
         client, backend = exchange.feed(chunk)
         for_client += client
         for_backend += backend
     assert exchange.done
+    assert exchange.take_rest() == b"rest"
+    return for_client, for_backend
+
+
+@given(st.sampled_from([_row(b"t"), ERROR]), st.integers(0, 200))
+def test_exchange_swallows_its_answers_and_hands_on_the_rest(outcome: bytes, cut: int) -> None:
+    exchange = BindExchange("nonce", "listener")
+    later = (outcome + READY, message(b"3") + NOTIFICATION, READY + b"rest")
+    for_client, for_backend = _feed(exchange, NOTIFICATION + _row(b"t") + READY, cut, later)
     assert exchange.failed is (outcome == ERROR)
     assert for_client == NOTIFICATION * 2
-    assert for_backend.startswith(b"C")
-    assert exchange.take_rest() == b"rest"
+    assert b"stratakv.bind" in for_backend
+    assert for_backend.endswith(message(b"C", cstring("Sstratakv_gateway_bind")) + message(b"S"))
+
+
+@given(st.sampled_from([_row(b"f"), ERROR]), st.integers(0, 200))
+def test_function_that_is_not_ours_is_not_called(outcome: bytes, cut: int) -> None:
+    exchange = BindExchange("nonce", "listener")
+    for_client, for_backend = _feed(exchange, NOTIFICATION + outcome + READY, cut, (READY + b"rest",))
+    assert exchange.failed
+    assert for_client == NOTIFICATION
+    assert b"nonce" not in exchange.request
+    assert b"stratakv.bind" not in for_backend
+
+
+def test_call_from_within_another_function_says_so() -> None:
+    command = parse_command(_infer("a", None, None, b"x").replace(b"infer ", b"infer_within ", 1))
+    assert command == Infer(7, "a", "db", None, {}, "x", is_within=True)
+
+
+def test_names_that_are_not_utf8_are_told_as_such() -> None:
+    with pytest.raises(NotUtf8, match="role's name"):
+        parse_command(_infer("a", None, None, b"x").replace(_hex("a"), b"ff", 1))
