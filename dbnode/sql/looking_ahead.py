@@ -18,12 +18,13 @@ from dbnode.sql.client_batch import (
     PreparedStatements,
     Readiness,
     bound_statement,
+    statement_text,
 )
-from dbnode.sql.collect_pass import check_exchange, circumstances, pass_exchange, rollback_exchange
 from dbnode.sql.errors import GatewayFailed, ProtocolViolation
 from dbnode.sql.hints import PassLimits, StatementHints
 from dbnode.sql.messages import TRANSACTION_IDLE, Kind
 from dbnode.sql.own_exchange import OwnExchange
+from dbnode.sql.own_statements import check_exchange, circumstances, pass_exchange, rollback_exchange
 from dbnode.sql.statements import Collectable, collectable
 from stratakv.errors import Cancelled
 from stratakv.log import EventLogger
@@ -37,7 +38,8 @@ PASSES_MAX = 16
 """Of one statement."""
 ROLLBACKS_MAX = 3
 """Attempts to leave a pass that something interrupts."""
-_ENDING = (b"\0VFATAL\0", b"\0VPANIC\0")
+_REFUSED = b"\0C42"
+"""In an ErrorResponse: PostgreSQL could not make sense of a statement."""
 IDLE_MARGIN_S = 0.2
 """The batch goes on so long before PostgreSQL would end the session as idle."""
 
@@ -49,8 +51,6 @@ class Lookahead:
         self._session = session
         self._prepared = PreparedStatements()
         self._reader: BatchReader | None = None
-        self._exchange: OwnExchange | None = None
-        self._exchange_done = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._is_described = False
         """The client has flushed a Parse, and nothing else."""
@@ -69,7 +69,10 @@ class Lookahead:
             wanted = kind in (Kind.QUERY, Kind.PARSE) and INFER.search(data) is not None
             if not wanted and kind in (Kind.QUERY, Kind.PARSE):
                 self._prepared.forget(b"")
-        if not wanted or session.binding is None or session.binding.caller is None:
+        if not wanted:
+            return False
+        session.statement_begins(statement_text(data, self._prepared))
+        if session.binding is None or session.binding.caller is None:
             return False
         self._is_open_batch = is_described and session.is_described
         return session.is_idle or self._is_open_batch
@@ -87,6 +90,7 @@ class Lookahead:
             self._is_described = readiness is Readiness.DESCRIBED
             self._go_on()
             return
+        self._session.statement_begins(batch.prepared.text)
         self._session.start_collecting()
         self._task = asyncio.get_running_loop().create_task(self._look_ahead(batch, target))
 
@@ -102,35 +106,10 @@ class Lookahead:
         held, self._reader = self._reader.held, None
         self._session.go_on(held)
 
-    # Backend's bytes
-
-    @property
-    def is_exchanging(self) -> bool:
-        """Whether what the backend sends is for the gateway."""
-        return self._exchange is not None
-
-    @property
-    def last_error(self) -> bytes:
-        """By which the backend has ended, while a statement of the gateway's own was running."""
-        error = self._exchange.last_error if self._exchange is not None else b""
-        return error if any(severity in error for severity in _ENDING) else b""
-
-    def on_backend_data(self, data: bytes) -> None:
-        """Raises ProtocolViolation."""
-        exchange = self._exchange
-        assert exchange is not None
-        self._session.client.write(exchange.feed(data))
-        if exchange.done:
-            self._exchange = None
-            self._exchange_done.set()
-            if rest := exchange.take_rest():
-                self._session.backend.data_received(rest)
-
     async def _run(self, exchange: OwnExchange) -> OwnExchange:
-        self._exchange = exchange
-        self._exchange_done.clear()
-        self._session.backend.write(exchange.request)
-        await self._exchange_done.wait()
+        done = asyncio.Event()
+        self._session.run_own(exchange, done.set)
+        await done.wait()
         return exchange
 
     # The statement
@@ -141,13 +120,12 @@ class Lookahead:
         if self._task is not None and hints is not None:
             hints.abort(Cancelled("canceling statement due to user request"))
 
-    def close(self) -> bool:
-        """The session has ended; whether PostgreSQL still runs a statement of the gateway's own."""
+    def close(self) -> None:
+        """The session has ended."""
         if self._task is not None:
             self._task.cancel()
         if self._hints is not None:
             self._hints.close()
-        return self._exchange is not None
 
     @property
     def _hints(self) -> StatementHints | None:
@@ -180,12 +158,13 @@ class Lookahead:
                 return
             pass_started_s = loop.time()
             limits = PassLimits(window, settings.hints_bytes_max, pass_started_s + budget_s)
-            num_new = await self._run_pass(batch, target, hints, limits, budget_s)
-            budget_s -= loop.time() - pass_started_s
+            await self._run_pass(batch, target, hints, limits, budget_s)
+            pass_ended_s = loop.time()
+            budget_s -= pass_ended_s - pass_started_s
+            num_new = await hints.end_pass(found.order_budget_s(settings.order_budget_s))
+            idle_s = found.idle_timeout_s and found.idle_timeout_s - (loop.time() - pass_ended_s)
             log.debug("pass_ended", session=self._session.name, number=number, new=num_new, window=window)
-            if num_new == 0 or not await self._settle(
-                hints, started_s, found.statement_timeout_s, found.idle_timeout_s
-            ):
+            if num_new == 0 or not await self._settle(hints, started_s, found.statement_timeout_s, idle_s):
                 return
             if budget_s <= 0:
                 return
@@ -193,13 +172,19 @@ class Lookahead:
 
     async def _run_pass(
         self, batch: Batch, target: Collectable, hints: StatementHints, limits: PassLimits, budget_s: float
-    ) -> int:
-        """How many new prompts it found."""
-        hints.start_pass(limits)
-        exchange = await self._run(pass_exchange(batch, target.select, budget_s))
+    ) -> None:
+        """Let the hints see what the statement asks."""
+        sites = None if hints.is_unnumbered else target.sites
+        hints.start_pass(limits, sites.governors if sites is not None else None)
+        select = sites.select if sites is not None else target.select
+        exchange = await self._run(pass_exchange(batch, select, budget_s))
+        if sites is not None and _REFUSED in exchange.last_error:
+            # A function of these names that is not ours, or an expression that no longer equals another one.
+            hints.is_unnumbered = True
+            exchange = await self._run(pass_exchange(batch, target.select, budget_s))
         for _ in range(ROLLBACKS_MAX):
             if exchange.transaction_status == TRANSACTION_IDLE:
-                return hints.end_pass()
+                return
             exchange = await self._run(rollback_exchange())
         raise GatewayFailed("the DB node could not end its transaction")
 

@@ -6,8 +6,9 @@ the client's: every name and operator is qualified, and every operator has the e
 
 from __future__ import annotations
 
-BIND_IS_OURS = b"""\
-SELECT COALESCE(pg_catalog.bool_and(f.prosecdef AND (o.rolsuper OR COALESCE(a.is_alone, false))), false)
+DEMAND_OUR_BIND = b"""\
+SELECT (CASE WHEN pg_catalog.bool_and(f.prosecdef AND (o.rolsuper OR COALESCE(a.is_alone, false)))
+             THEN 'true' ELSE 'stratakv.bind is not here, or not ours' END)::boolean
 FROM pg_catalog.pg_proc f
 JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) f.pronamespace
 JOIN pg_catalog.pg_roles o ON o.oid OPERATOR(pg_catalog.=) f.proowner
@@ -25,8 +26,11 @@ CROSS JOIN LATERAL (
       AND d.classid OPERATOR(pg_catalog.=) 'pg_catalog.pg_proc'::pg_catalog.regclass::pg_catalog.oid) a
 WHERE n.nspname OPERATOR(pg_catalog.=) 'stratakv'::pg_catalog.name
   AND f.proname OPERATOR(pg_catalog.=) 'bind'::pg_catalog.name"""
-"""Whether `stratakv.bind` was installed, not planted. Its owner is a superuser, or is the one role that may use dblink; no
-other can come to that without a superuser's help. In databases without the functions anybody might own that schema."""
+"""Fails unless `stratakv.bind` was installed, not planted; what follows it up to Sync is then not even parsed.
+
+The owner must be a superuser, or the one role that may use dblink; no other can come to that without a superuser's help. In
+databases without the functions anybody might own that schema.
+"""
 
 NULL_HIDES_ROWS = """\
 (SELECT r.rolsuper FROM pg_catalog.pg_roles r WHERE r.rolname OPERATOR(pg_catalog.=) CURRENT_USER)

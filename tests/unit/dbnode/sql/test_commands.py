@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dbnode.sql.bind_exchange import BindExchange
 from dbnode.sql.binding import BindingRegistry, SessionBinding, UnknownNonce
 from dbnode.sql.commands import Bind, Infer, NotUtf8, Poll, SetEncoding, answer_reply, parse_command
 from dbnode.sql.errors import ProtocolViolation
 from dbnode.sql.messages import cstring, int32, message
+from dbnode.sql.own_statements import bind_exchange
+from dbnode.sql.row_prompt import RowPrompt
 from stratakv.errors import InvalidRequest, StrataError
 
 texts = st.text(st.characters(blacklist_categories=["Cs"]), max_size=30)
@@ -42,6 +43,15 @@ def test_call_is_read_as_it_was_written(
 ) -> None:
     command = parse_command(_infer(role, model, options, prompt.encode()))
     assert command == Infer(7, role, "db", model, options or {}, prompt)
+
+
+@given(texts, texts, st.dictionaries(texts, texts))
+def test_row_is_read_with_its_fields_in_order(before: str, after: str, fields: dict[str, str]) -> None:
+    prompt = json.dumps({"after": after, "before": before, "fields": fields}).encode()
+    command = parse_command(_infer("r", None, {"@row": True, "seed": 1}, prompt))
+    row = RowPrompt(before, after, tuple(fields.items()))
+    lines = "\n".join(f"{name}: {value}" for name, value in fields.items())
+    assert command == Infer(7, "r", "db", None, {"seed": 1}, before + lines + after, row)
 
 
 @given(st.binary(max_size=200) | st.binary(max_size=100).map(lambda data: b"infer " + data))
@@ -113,45 +123,28 @@ def test_nonce_works_once_and_for_its_backend_only() -> None:
 
 READY = message(b"Z", b"I")
 NOTIFICATION = message(b"A", int32(1) + cstring("channel") + cstring("payload"))
+SUCCESS = message(b"1") + message(b"2") + message(b"D", b"\0\1" + int32(1) + b"t") + message(b"C", cstring("SELECT 1"))
 ERROR = message(b"E", b"SERROR\0C3F000\0Mno schema\0\0")
 
 
-def _row(value: bytes) -> bytes:
-    row = message(b"D", b"\0\1" + int32(len(value)) + value)
-    return message(b"1") + message(b"2") + row + message(b"C", cstring("SELECT 1"))
-
-
-def _feed(exchange: BindExchange, first: bytes, cut: int, later: tuple[bytes, ...]) -> tuple[bytes, bytes]:
-    for_client = for_backend = b""
-    for chunk in (first[:cut], first[cut:], *later):
-        assert not exchange.done
-        client, backend = exchange.feed(chunk)
-        for_client += client
-        for_backend += backend
-    assert exchange.done
-    assert exchange.take_rest() == b"rest"
-    return for_client, for_backend
-
-
-@given(st.sampled_from([_row(b"t"), ERROR]), st.integers(0, 200))
+@given(st.sampled_from([SUCCESS, ERROR]), st.integers(0, 200))
 def test_exchange_swallows_its_answers_and_hands_on_the_rest(outcome: bytes, cut: int) -> None:
-    exchange = BindExchange("nonce", "listener")
-    later = (outcome + READY, message(b"3") + NOTIFICATION, READY + b"rest")
-    for_client, for_backend = _feed(exchange, NOTIFICATION + _row(b"t") + READY, cut, later)
-    assert exchange.failed is (outcome == ERROR)
+    exchange = bind_exchange("nonce", "listener")
+    first = NOTIFICATION + outcome + READY
+    for_client = b""
+    for chunk in (first[:cut], first[cut:], message(b"3") + NOTIFICATION, READY + b"rest"):
+        assert not exchange.done
+        for_client += exchange.feed(chunk)
+    assert exchange.done
+    assert exchange.last_error == (ERROR if outcome == ERROR else b"")
     assert for_client == NOTIFICATION * 2
-    assert b"stratakv.bind" in for_backend
-    assert for_backend.endswith(message(b"C", cstring("Sstratakv_gateway_bind")) + message(b"S"))
+    assert exchange.take_rest() == b"rest"
 
 
-@given(st.sampled_from([_row(b"f"), ERROR]), st.integers(0, 200))
-def test_function_that_is_not_ours_is_not_called(outcome: bytes, cut: int) -> None:
-    exchange = BindExchange("nonce", "listener")
-    for_client, for_backend = _feed(exchange, NOTIFICATION + outcome + READY, cut, (READY + b"rest",))
-    assert exchange.failed
-    assert for_client == NOTIFICATION
-    assert b"nonce" not in exchange.request
-    assert b"stratakv.bind" not in for_backend
+def test_bind_is_not_even_parsed_before_its_function_is_known_to_be_ours() -> None:
+    request = bind_exchange("nonce", "listener").request
+    first_sync = request.index(message(b"S"))
+    assert request.index(b"prosecdef") < request.index(b"stratakv.bind($1") < first_sync
 
 
 def test_call_from_within_another_function_says_so() -> None:

@@ -1,4 +1,5 @@
-"""What the gateway asks PostgreSQL before a statement runs: whether it may look ahead, and the pass itself. Free of I/O."""
+"""The gateway's own statements on a client's backend, before the client's: bind the session, ask whether to look ahead, and
+the pass that does. Free of I/O."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 
 from dbnode.sql.client_batch import Batch
 from dbnode.sql.own_exchange import OwnExchange, OwnStatement, text_columns, text_parameters
-from dbnode.sql.trust import NULL_HIDES_ROWS
+from dbnode.sql.trust import DEMAND_OUR_BIND, NULL_HIDES_ROWS
 
 _PREFIX = "stratakv_gateway_"
 _OFF = ("off", "false", "no", "0")
@@ -20,6 +21,7 @@ SELECT NOT EXISTS (
        EXTRACT(epoch FROM pg_catalog.current_setting('statement_timeout')::interval),
        EXTRACT(epoch FROM pg_catalog.current_setting('idle_session_timeout')::interval)""".encode()
 """The client's search_path holds while it runs; see `dbnode.sql.trust`."""
+_BIND = b"SELECT stratakv.bind($1, $2)"
 _BEGIN = OwnStatement(_PREFIX + "begin", b"BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY NOT DEFERRABLE")
 _ROLLBACK = OwnStatement(_PREFIX + "rollback", b"ROLLBACK")
 # A scan that joins another one in the middle would show other rows to a LIMIT each time.
@@ -36,6 +38,17 @@ class Circumstances:
     may_collect: bool
     statement_timeout_s: float | None
     idle_timeout_s: float | None
+
+    def order_budget_s(self, wanted_s: float) -> float:
+        """For putting fields in order: never so long that a timeout of the session passes by it."""
+        timeouts = [t / 2 for t in (self.statement_timeout_s, self.idle_timeout_s) if t is not None]
+        return min([wanted_s, *timeouts])
+
+
+def bind_exchange(nonce: str, listener: str) -> OwnExchange:
+    """Tie the session to its connection of the listener, if the function that does it is ours."""
+    demand = OwnStatement(_PREFIX + "demand", DEMAND_OUR_BIND)
+    return OwnExchange([demand, OwnStatement(_PREFIX + "bind", _BIND, parameters=text_parameters([nonce, listener]))])
 
 
 def check_exchange(functions: Iterable[str], *, sync_first: bool) -> OwnExchange:
