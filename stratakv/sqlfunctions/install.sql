@@ -96,6 +96,24 @@ BEGIN
 END
 $$;
 
+-- Who asks: the role of SET ROLE, or else the session's user. It survives SECURITY DEFINER. The setting keeps the name under
+-- which the role was set; another role may have come to that name since.
+CREATE OR REPLACE FUNCTION stratakv.sql_caller() RETURNS text
+LANGUAGE plpgsql STABLE PARALLEL RESTRICTED AS $$
+DECLARE
+    caller text := pg_catalog.current_setting('role');
+BEGIN
+    IF caller = 'none' THEN
+        RETURN session_user;
+    END IF;
+    IF NOT pg_catalog.pg_has_role(session_user, caller::name, 'MEMBER') THEN
+        RAISE EXCEPTION 'role "%" is no longer one that "%" may set', caller, session_user
+            USING ERRCODE = '42501', HINT = 'Run SET ROLE again.';
+    END IF;
+    RETURN caller;
+END
+$$;
+
 -- Asks a request that is no infer() and waits for its answer, polling as infer() does.
 CREATE OR REPLACE FUNCTION stratakv.sql_call(request text) RETURNS text
 LANGUAGE plpgsql VOLATILE PARALLEL RESTRICTED AS $$
@@ -155,7 +173,7 @@ CREATE OR REPLACE FUNCTION stratakv.infer(prompt text, model text DEFAULT NULL, 
 LANGUAGE plpgsql STABLE PARALLEL RESTRICTED COST 1000 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp SET client_min_messages = error AS $$
 DECLARE
-    caller     text := pg_catalog.current_setting('role');
+    caller     text := stratakv.sql_caller();
     stack      text;
     link       text;
     request    text;
@@ -166,22 +184,14 @@ BEGIN
     IF prompt IS NULL THEN
         RETURN NULL;
     END IF;
-    IF caller = 'none' THEN
-        caller := session_user;
-    ELSIF NOT pg_catalog.pg_has_role(session_user, caller::name, 'MEMBER') THEN
-        -- The setting keeps the name under which the role was set; another may have come to that name since.
-        RAISE EXCEPTION 'role "%" is no longer one that "%" may set', caller, session_user
-            USING ERRCODE = '42501', HINT = 'Run SET ROLE again.';
-    END IF;
     -- Within functions of others: who wrote them relies on the answer, so nothing may stand in for it.
+    request := 'infer';
     GET DIAGNOSTICS stack = PG_CONTEXT;
-    IF strpos(stack, E'\n') > 0 AND EXISTS (
-        SELECT FROM regexp_split_to_table(stack, E'\n') WITH ORDINALITY AS line(content, n)
-        WHERE n > 1 AND content !~ '[ "]stratakv\.'
-    ) THEN
-        request := 'infer_within';
-    ELSE
-        request := 'infer';
+    IF strpos(stack, E'\n') > 0 THEN
+        IF EXISTS (SELECT FROM regexp_split_to_table(stack, E'\n') WITH ORDINALITY AS line(content, n)
+                   WHERE n > 1 AND content !~ '[ "]stratakv\.') THEN
+            request := 'infer_within';
+        END IF;
     END IF;
     request := request || pg_catalog.format(
         ' %s %s %s %s %s %s',
@@ -233,8 +243,8 @@ BEGIN
         SELECT p.oid::regprocedure AS function, a.grantee
         FROM pg_catalog.pg_proc p,
              pg_catalog.aclexplode(COALESCE(p.proacl, pg_catalog.acldefault('f', p.proowner))) a
-        WHERE p.pronamespace = 'stratakv'::regnamespace AND p.proname IN ('sql_check_dblink', 'sql_connect', 'sql_ask', 'sql_call')
-          AND a.grantee <> p.proowner
+        WHERE p.pronamespace = 'stratakv'::regnamespace AND a.grantee <> p.proowner
+          AND p.proname IN ('sql_check_dblink', 'sql_connect', 'sql_ask', 'sql_caller', 'sql_call')
     LOOP
         EXECUTE pg_catalog.format(
             'REVOKE ALL ON FUNCTION %s FROM %s', entry.function,
