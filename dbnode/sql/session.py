@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, cast
 
 from dbnode.sql.bind_exchange import BindExchange
 from dbnode.sql.binding import SessionBinding
-from dbnode.sql.errors import AdminShutdown, BackendLost, PasswordlessLogin, ProtocolViolation, StartupTimeout
-from dbnode.sql.login import LoginReader
+from dbnode.sql.errors import AdminShutdown, BackendLost, ProtocolViolation, StartupTimeout
+from dbnode.sql.login import Legs, Login
 from dbnode.sql.looking_ahead import Lookahead
 from dbnode.sql.messages import TRANSACTION_IDLE, Kind, MessageWalker, Severity, error_response, message
 from dbnode.sql.startup import CancelKey, StartupPacket
-from stratakv.errors import StrataError
+from dbnode.sql.tls_transport import end_point_of
+from stratakv.errors import PermissionDenied, StrataError
 from stratakv.log import EventLogger
 
 if TYPE_CHECKING:
@@ -121,10 +122,10 @@ class ClientSide(Side):
                 session.backend.write(data)
             elif session.phase is Phase.LOGIN:
                 session.on_client_messages(self.walker.feed(data))
-                session.backend.write(data)
+                session.on_client_login_data(data)
             elif session.phase is not Phase.CLOSED:
                 session.held += data
-        except ProtocolViolation as error:
+        except (ProtocolViolation, PermissionDenied) as error:
             session.end(error)
 
     def forward(self, data: bytes) -> None:
@@ -164,7 +165,7 @@ class BackendSide(Side):
                 session.on_login_data(data)
             elif session.phase is Phase.BINDING:
                 session.on_bind_data(data)
-        except (ProtocolViolation, PasswordlessLogin) as error:
+        except (ProtocolViolation, PermissionDenied) as error:
             session.end(error)
 
     def pause_writing(self) -> None:
@@ -205,7 +206,8 @@ class Session:
         self._wants_bind = False
         self._bind: BindExchange | None = None
         self._nonce = ""
-        self._login = LoginReader(trusted=relay.trusted_backend)
+        user = packet.parameters.get("user", "")
+        self._login = Login(trusted=relay.trusted_backend, user=user, verifier=relay.verifiers.get(user))
         self._num_expected = 0
         """ReadyForQuery that are still to come."""
         self._timer = asyncio.get_running_loop().call_later(relay.settings.startup_timeout_s, self._on_timeout)
@@ -238,13 +240,15 @@ class Session:
             self.backend.close()
             return
         self.phase = Phase.LOGIN
+        self._login.legs = Legs(end_point_of(self.client.transport), end_point_of(self.backend.transport))
         self.backend.write(self.packet.raw)
         self._feed_held()
         self.client.read_on()
 
     def on_login_data(self, data: bytes) -> None:
-        forward, rest = self._login.feed(data)
-        self.client.write(forward)
+        for_client, for_backend, rest = self._login.feed(data)
+        self.client.write(for_client)
+        self.backend.write(for_backend)
         if not self._login.done:
             return
         self._timer.cancel()
@@ -259,6 +263,11 @@ class Session:
         self.relay.on_login(self)
         if rest:
             self.backend.data_received(rest)
+
+    def on_client_login_data(self, data: bytes) -> None:
+        for_backend, for_client = self._login.feed_client(data)
+        self.backend.write(for_backend)
+        self.client.write(for_client)
 
     def _on_timeout(self) -> None:
         self.end(StartupTimeout("login took too long"))
