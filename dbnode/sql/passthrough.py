@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from dbnode.sql.session import BUFFER_BYTES_MAX, LINGER_S
+from dbnode.sql.sides import BUFFER_BYTES_MAX, LINGER_S
 
 if TYPE_CHECKING:
     from dbnode.sql.relay import Relay
