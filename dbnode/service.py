@@ -15,7 +15,7 @@ from stratakv.errors import SetupError
 from stratakv.http_server import HttpServer
 from stratakv.log import EventLogger
 from stratakv.pool.meta_client import MetaClient
-from stratakv.process import require_loopback, started
+from stratakv.process import on_hangup, require_loopback, started
 from stratakv.settings import Settings
 
 log = EventLogger("dbnode")
@@ -46,6 +46,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             postgres_uid=settings.sql.backend_uid,
         )
         await sql.start()
+        on_hangup(sql.reload)
         try:
             await _run(settings, node, rest, sql, stop)
         finally:

@@ -12,12 +12,12 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from dbnode.sql.backend_tls import BackendTls, TlsNegotiation
 from dbnode.sql.errors import BackendUnreachable
 from dbnode.sql.sockets import keep_alive
+from dbnode.sql.startup import TLS_DECLINED, TLS_GIVEN
 from stratakv.errors import SetupError
 
 CONNECT_TIMEOUT_S = 10.0
 CANCEL_TIMEOUT_S = 10.0
 _PORT = 5432
-_TLS_GIVEN, _TLS_DECLINED = b"S", b"N"
 ProtocolT = TypeVar("ProtocolT", bound=asyncio.BaseProtocol)
 
 
@@ -70,12 +70,12 @@ class BackendAddress:
         """None: it fails, and may be done without. Raises OSError, BackendUnreachable."""
         transport, answer = await self.negotiate_tls()
         try:
-            if answer == _TLS_GIVEN:
+            if answer == TLS_GIVEN:
                 wrapped = tls.wrap(transport, protocol)
                 wrapped.start()
                 await wrapped.opened
                 return protocol
-            if answer != _TLS_DECLINED:
+            if answer != TLS_DECLINED:
                 raise self._unreachable("its answer to the request for TLS is not understood")
             if tls.is_required:
                 raise self._unreachable("it does not support TLS, which the sslmode of sql.backend_url demands")
@@ -92,14 +92,31 @@ class BackendAddress:
     async def negotiate_tls(self) -> tuple[asyncio.Transport, bytes]:
         """A connection whose reading is paused, and PostgreSQL's answer to the request for TLS. Raises OSError."""
         loop = asyncio.get_running_loop()
-        made, negotiation = await loop.create_connection(TlsNegotiation, self.host, self.port)
-        transport = cast(asyncio.Transport, made)
+        transport, negotiation = await loop.create_connection(TlsNegotiation, self.host, self.port)
         try:
             keep_alive(transport)
             return transport, await negotiation.answer
         except BaseException:
             transport.abort()
             raise
+
+    async def open_tls_passage(self, *, direct: bool) -> tuple[asyncio.Transport, bytes]:
+        """A TCP connection whose reading is paused, and what PostgreSQL says about TLS there; nothing if it is `direct`.
+
+        Raises BackendUnreachable.
+        """
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                if not direct:
+                    return await self.negotiate_tls()
+                transport, _ = await asyncio.get_running_loop().create_connection(
+                    asyncio.Protocol, self.host, self.port
+                )
+        except (OSError, TimeoutError) as error:
+            raise self._unreachable(_reason(error)) from error
+        transport.pause_reading()
+        keep_alive(transport)
+        return transport, b""
 
     def _unreachable(self, reason: str) -> BackendUnreachable:
         return BackendUnreachable(f"the DB node cannot reach PostgreSQL at {self.host} port {self.port}: {reason}")

@@ -1,4 +1,4 @@
-"""TLS to PostgreSQL, as the `sslmode` of the backend's URL asks for it, in the meaning libpq gives to it. Used by `BackendAddress`."""
+"""TLS to PostgreSQL, as the `sslmode` of the backend URL asks for it, with the meanings that libpq gives it."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Passage:
             return
         for side in sides:
             side.close()
-        self._relay.passages.discard(self)
+        self._relay.on_passage_close(self)
 
 
 class _Side(asyncio.Protocol):
@@ -70,4 +70,3 @@ class _Side(asyncio.Protocol):
         if self._linger is not None:
             self._linger.cancel()
         self._passage.close()
-

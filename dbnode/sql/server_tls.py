@@ -67,7 +67,9 @@ class ClientTls:
         if (self._certificate is None) != (self._key is None):
             raise SetupError("sql.tls_cert and sql.tls_key go together: one of them is not set")
         if self.mode is TlsMode.REQUIRE and self._certificate is None:
-            raise SetupError("sql.tls_mode = require: there is no certificate", hint="Set sql.tls_cert and sql.tls_key.")
+            raise SetupError(
+                "sql.tls_mode = require: there is no certificate", hint="Set sql.tls_cert and sql.tls_key."
+            )
         self.current: ServerTls | None = None
         """What a new client gets; None: no TLS of ours."""
         self.reload()
@@ -77,6 +79,7 @@ class ClientTls:
         if self._certificate is None or self._key is None or self.mode not in (TlsMode.ALLOW, TlsMode.REQUIRE):
             return
         try:
+            self._certificate.open("rb").close()  # load_cert_chain would not say which file is missing
             if stat.S_IMODE(self._key.stat().st_mode) & _OTHERS:
                 raise SetupError(f"sql.tls_key: {self._key} may be read by others", hint=f"chmod 600 {self._key}")
             self.current = ServerTls.load(self._certificate, self._key)

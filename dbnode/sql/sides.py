@@ -85,8 +85,12 @@ class Side(asyncio.Protocol):
 class ClientSide(Side):
     """The client's connection."""
 
+    is_touched = False
+    """Something has come since this was last reset."""
+
     def data_received(self, data: bytes) -> None:
         session = self.session
+        self.is_touched = True
         try:
             if session.phase is Phase.OPEN:
                 if session.may_bind and self.walker.at_boundary and session.must_bind(data):

@@ -21,7 +21,8 @@ _TLS_CODE = (1234 << 16) | 5679
 _GSS_CODE = (1234 << 16) | 5680
 _PROTOCOL_MAJOR = 3
 TLS_REQUEST = _LENGTH_AND_CODE.pack(_LENGTH_AND_CODE.size, _TLS_CODE)
-"""SSLRequest."""
+"""SSLRequest, and the two answers to it."""
+TLS_GIVEN, TLS_DECLINED = b"S", b"N"
 
 
 class StartupKind(enum.Enum):

@@ -18,6 +18,10 @@ _RECORD_BYTES = 16 * 1024
 """One read of OpenSSL returns one record at most."""
 
 
+class ProtocolNotNamed(ConnectionError):
+    """The TLS is right, but might be meant for another service."""
+
+
 @dataclass(frozen=True, slots=True)
 class EndPoint:
     """The server of a TLS connection, as channel binding knows it (tls-server-end-point, RFC 5929)."""
@@ -74,11 +78,11 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         try:
             self._tls.do_handshake()
             if self._alpn_required and self._tls.selected_alpn_protocol() != ALPN:
-                raise ssl.SSLError("the other side did not ask for PostgreSQL's protocol (ALPN)")
+                raise ProtocolNotNamed("the client did not name PostgreSQL's protocol (ALPN)")
         except ssl.SSLWantReadError:
             self._flush()
             return
-        except (ssl.SSLError, ValueError) as error:
+        except (OSError, ValueError) as error:  # ssl.SSLError is one of the first
             self._flush()  # the alert
             self._fail(error)
             return
@@ -125,7 +129,9 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         if not self.opened.done():
-            self.opened.set_exception(error or ConnectionResetError("the connection was closed during the TLS handshake"))
+            self.opened.set_exception(
+                error or ConnectionResetError("the connection was closed during the TLS handshake")
+            )
         elif self._is_open:
             self._protocol.connection_lost(error)
 
