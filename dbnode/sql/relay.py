@@ -17,6 +17,7 @@ from dbnode.sql.passthrough import Passage
 from dbnode.sql.server_tls import ClientTls
 from dbnode.sql.session import Session
 from dbnode.sql.startup import TLS_DECLINED, TLS_GIVEN, CancelKey, StartupPacket, cancel_request
+from dbnode.sql.statement_meter import StatementBook
 from stratakv.errors import SetupError, StrataError
 from stratakv.log import EventLogger
 from stratakv.process import port_taken
@@ -45,6 +46,7 @@ class Relay:
         trusted_backend: bool,
         is_calling: Callable[[int], bool],
         make_hints: Callable[[str], StatementHints],
+        book: StatementBook,
     ) -> None:
         """Raises SetupError."""
         self.settings = settings
@@ -52,6 +54,7 @@ class Relay:
         self.listener_name = listener_name
         self.trusted_backend = trusted_backend
         self.make_hints = make_hints
+        self.book = book
         self.draining = False
         self.handshakes: set[ClientHandshake] = set()
         self.passages: set[Passage] = set()
