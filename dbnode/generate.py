@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,11 +73,17 @@ class GenerateRequest:
     messages: tuple[object, ...] | None = None
     prompt: str | tuple[int, ...] | None = None
     sampling: Sampling = Sampling()
+    priority: int = 0
+    """Requests with a lower one are let in first, as in vLLM."""
+    cache_salt: str | None = None
+    """KV is shared only between requests with the same salt."""
     deadline_s: float | None = None
     """Monotonic; the node's own limit holds too."""
     caller: Caller = Caller()
     trace_id: str | None = None
     """The client's name for the request, for logs."""
+    on_settled: Callable[[Settled], None] | None = field(default=None, repr=False, compare=False)
+    """Told once, when the request has ended, whatever the end."""
 
 
 class PromptTiers(msgspec.Struct, frozen=True):

@@ -81,6 +81,7 @@ class BatchReader:
         """When it is complete."""
         self._known = known
         self._position = 0
+        """Where the next message starts."""
         self._kinds = b""
         self._bound: tuple[bytes, bytes] | None = None
         self._executed = False
@@ -106,6 +107,11 @@ class BatchReader:
                 return Readiness.FORWARD  # malformed: PostgreSQL says how
             if readiness is not Readiness.INCOMPLETE:
                 return readiness
+
+    @property
+    def rest(self) -> bytes:
+        """What follows a batch that is complete."""
+        return self.held[self._position :]
 
     def _incomplete(self, end: int) -> Readiness:
         return Readiness.INCOMPLETE if end <= HELD_BYTES_MAX else Readiness.FORWARD
@@ -171,3 +177,16 @@ def bound_statement(data: bytes) -> bytes | None:
     """Name of the statement that a Bind at the beginning of `data` is for; None if it is not all there."""
     words = data[HEADER_BYTES:].split(b"\0", 2)
     return words[1] if len(words) == 3 else None
+
+
+def statement_text(data: bytes, known: PreparedStatements) -> bytes | None:
+    """Text of the statement that a Query, Parse or Bind at the beginning of `data` is about; None if it is not all there."""
+    kind, end = data[0], 1 + int.from_bytes(data[1:HEADER_BYTES], "big")
+    if kind == Kind.BIND:
+        name = bound_statement(data)
+        prepared = known.get(name) if name is not None else None
+        return prepared.text if prepared is not None else None
+    if end > len(data):
+        return None
+    words = data[HEADER_BYTES:end].split(b"\0", 2)
+    return words[kind == Kind.PARSE]

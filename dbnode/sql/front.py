@@ -10,8 +10,10 @@ from dbnode.sql.backend import BackendAddress
 from dbnode.sql.binding import BindingRegistry
 from dbnode.sql.hints import HintStats
 from dbnode.sql.listener import Listener, ListenerLimits
+from dbnode.sql.memo import MemoLimits
 from dbnode.sql.relay import Relay
 from dbnode.sql.service import InferenceService
+from dbnode.sql.statement_meter import StatementBook, StatementLog
 from stratakv.log import EventLogger
 from stratakv.process import require_loopback
 from stratakv.settings import SqlSettings
@@ -37,17 +39,20 @@ class SqlFront:
         *,
         trusted_backend: bool = False,
         postgres_uid: int | None = None,
+        statements: StatementLog | None = None,
     ) -> None:
         """Raises SetupError."""
         if trusted_backend:
             require_loopback(settings.host, "sql.host", "the embedded PostgreSQL asks nobody for a password")
         self._settings = settings
         registry = BindingRegistry()
-        limits = ListenerLimits(settings.prompt_bytes_max, settings.calls_waiting_max, settings.calls_waiting_max)
+        memo = MemoLimits(settings.memo_entries_max, settings.memo_bytes_max, settings.memo_ttl_s)
+        limits = ListenerLimits(settings.prompt_bytes_max, settings.calls_waiting_max, settings.calls_waiting_max, memo)
         self.address = ListenerAddress.from_settings(settings)
         """What `stratakv.sqlfunctions.install` takes."""
         uid = _postgres_uid() if postgres_uid is None else postgres_uid
-        self.listener = Listener(self.address, limits, service, registry, postgres_uid=uid)
+        self.book = StatementBook(statements)
+        self.listener = Listener(self.address, limits, service, registry, self.book, statements, postgres_uid=uid)
         self.relay = Relay(
             settings,
             BackendAddress.from_url(backend_url),
@@ -56,6 +61,7 @@ class SqlFront:
             trusted_backend=trusted_backend,
             is_calling=self.listener.is_calling,
             make_hints=self.listener.make_hints,
+            book=self.book,
         )
 
     @property
