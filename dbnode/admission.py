@@ -1,4 +1,4 @@
-"""The queue in front of the workers: bounded, first come first served within a face, in turn between the faces.
+"""The queue in front of the workers: bounded, by priority and arrival within a face, in turn between the faces.
 
 Requests wait here rather than in a worker's queue, so that they are routed with what is known when their turn comes. Owned
 by `dbnode.inference`.
@@ -8,11 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
+import heapq
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from itertools import count
 
 from dbnode.generate import Source
 from stratakv.errors import DeadlineExceeded, Overloaded
+
+
+@dataclass(order=True, slots=True)
+class _Waiter:
+    """A request in the queue; the least is let in first."""
+
+    priority: int
+    number: int
+    future: asyncio.Future[None] = field(compare=False)
 
 
 class Admission:
@@ -21,7 +32,9 @@ class Admission:
     def __init__(self, running_max: Callable[[], int], waiting_max: dict[Source, int]) -> None:
         self._running_max = running_max
         self._waiting_max = waiting_max
-        self._waiting: dict[Source, deque[asyncio.Future[None]]] = {source: deque() for source in Source}
+        self._waiting: dict[Source, list[_Waiter]] = {source: [] for source in Source}
+        """Heaps."""
+        self._numbers = count()
         self._turn = list(Source)
         self.running = 0
 
@@ -31,9 +44,12 @@ class Admission:
         return sum(len(queue) for queue in self._waiting.values())
 
     @contextlib.asynccontextmanager
-    async def slot(self, source: Source, deadline_s: float) -> AsyncIterator[None]:
-        """Hold a slot. Raises Overloaded when too many wait already, DeadlineExceeded when its turn comes too late."""
-        await self._acquire(source, deadline_s)
+    async def slot(self, source: Source, deadline_s: float, priority: int = 0) -> AsyncIterator[None]:
+        """Hold a slot; lower priorities get theirs first.
+
+        Raises Overloaded when too many wait already, DeadlineExceeded when its turn comes too late.
+        """
+        await self._acquire(source, deadline_s, priority)
         try:
             yield
         finally:
@@ -44,37 +60,39 @@ class Admission:
         """Let in as many as there are slots; to be called when workers come."""
         while self.running < self._running_max() and (waiter := self._next()) is not None:
             self.running += 1
-            waiter.set_result(None)
+            waiter.future.set_result(None)
 
-    async def _acquire(self, source: Source, deadline_s: float) -> None:
+    async def _acquire(self, source: Source, deadline_s: float, priority: int) -> None:
         if not self.waiting and self.running < self._running_max():
             self.running += 1
             return
         queue = self._waiting[source]
         if len(queue) >= self._waiting_max[source]:
             raise Overloaded(f"{len(queue)} requests are waiting already")
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        queue.append(waiter)
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiter = _Waiter(priority, next(self._numbers), future)
+        heapq.heappush(queue, waiter)
         try:
             async with asyncio.timeout_at(deadline_s):
-                await waiter
+                await future
         except BaseException as error:
-            if waiter.done() and not waiter.cancelled():
+            if future.done() and not future.cancelled():
                 self.running -= 1  # it was let in just when it gave up
                 self.wake()
             else:
                 with contextlib.suppress(ValueError):  # already passed over, because it was cancelled
                     queue.remove(waiter)
+                    heapq.heapify(queue)
             if isinstance(error, TimeoutError):
                 raise DeadlineExceeded("the request's deadline passed while it waited for a worker") from None
             raise
 
-    def _next(self) -> asyncio.Future[None] | None:
+    def _next(self) -> _Waiter | None:
         for index, source in enumerate(self._turn):
             queue = self._waiting[source]
             while queue:
-                waiter = queue.popleft()
-                if not waiter.done():
+                waiter = heapq.heappop(queue)
+                if not waiter.future.done():
                     self._turn.append(self._turn.pop(index))
                     return waiter
         return None

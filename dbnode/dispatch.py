@@ -183,6 +183,7 @@ class Dispatch:
             ignore_eos=sampling.ignore_eos,
             kv_transfer_params=transfer if transfer != KVTransfer() else None,
             structured_outputs=sampling.structured_outputs,
+            cache_salt=job.keys.cache_salt,
         )
 
     def _take_usage(self, usage: WorkerUsage | None) -> None:

@@ -72,6 +72,10 @@ class GenerateRequest:
     messages: tuple[object, ...] | None = None
     prompt: str | tuple[int, ...] | None = None
     sampling: Sampling = Sampling()
+    priority: int = 0
+    """Requests with a lower one are let in first, as in vLLM."""
+    cache_salt: str | None = None
+    """KV is shared only between requests with the same salt."""
     deadline_s: float | None = None
     """Monotonic; the node's own limit holds too."""
     caller: Caller = Caller()

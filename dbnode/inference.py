@@ -136,7 +136,7 @@ class InferenceService:
         self._idle.clear()
         try:
             job = await self._prepare(request, progress)
-            async with self.admission.slot(request.source, job.deadline_s):
+            async with self.admission.slot(request.source, job.deadline_s, request.priority):
                 progress.started_s = self._clock()
                 async with aclosing(self._answer(job, progress)) as chunks:
                     async for chunk in chunks:
@@ -195,7 +195,7 @@ class InferenceService:
         deadline_s = request.arrived_s + self._request_timeout_s
         if request.deadline_s is not None:
             deadline_s = min(deadline_s, request.deadline_s)
-        keys = PromptKeys(token_ids)
+        keys = PromptKeys(token_ids, request.cache_salt)
         await self._hash(keys)
         return Job(
             request_id=request.request_id,

@@ -53,6 +53,8 @@ class SqlInference:
             model=call.model,
             messages=tuple(messages),
             sampling=sampling(options),
+            priority=options.get("priority", 0),
+            cache_salt=options.get("cache_salt"),
             deadline_s=arrived_s + options["timeout_ms"] / 1e3 if "timeout_ms" in options else None,
             caller=Caller(role=call.role, database=call.database, session=call.session),
         )

@@ -18,6 +18,7 @@ TEMPERATURE_DEFAULT = 0.0
 STOPS_MAX = 16
 STOP_CHARS_MAX = 1024
 CHOICES_MAX = 1000
+CACHE_SALT_CHARS_MAX = 512
 
 JSON_SCHEMA = "@json_schema"
 CHOICES = "@choices"
@@ -29,8 +30,9 @@ _INTEGERS = {
     "top_k": (0, 2**31 - 1),
     "seed": (-(2**63), 2**63 - 1),
     "timeout_ms": (1, 2**31 - 1),
+    "priority": (-(2**31), 2**31 - 1),
 }
-OPTIONS = frozenset({"system", "stop", "on_error", "dedupe", *_NUMBERS, *_INTEGERS})
+OPTIONS = frozenset({"system", "stop", "on_error", "dedupe", "cache_salt", *_NUMBERS, *_INTEGERS})
 _TYPED = frozenset({JSON_SCHEMA, CHOICES, COUNT_TOKENS})
 
 
@@ -70,6 +72,9 @@ def _problem(name: str, value: Any) -> str | None:
         )
     if name == "system":
         return None if isinstance(value, str) else "system must be a string"
+    if name == "cache_salt":
+        right = isinstance(value, str) and 0 < len(value) <= CACHE_SALT_CHARS_MAX
+        return None if right else f"cache_salt must be a string of 1 to {CACHE_SALT_CHARS_MAX} characters"
     if name == "on_error":
         known = isinstance(value, str) and value in frozenset(OnError)
         return None if known else f"on_error must be one of {', '.join(OnError)}"

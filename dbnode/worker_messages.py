@@ -43,6 +43,7 @@ class WorkerRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     return_token_ids: bool = False
     kv_transfer_params: KVTransfer | None = None
     structured_outputs: StructuredOutputs | None = None
+    cache_salt: str | None = None
 
 
 class WorkerTimes(PromptTiers, frozen=True):

@@ -53,6 +53,11 @@ def block_keys(
     return keys
 
 
+def salt_extra(cache_salt: str | None) -> tuple[ExtraKey, ...] | None:
+    """`first_block_extra` of a request with this salt: only requests with the same one share any block."""
+    return (("cache_salt", cache_salt),) if cache_salt else None
+
+
 @dataclass(frozen=True, slots=True)
 class NamespaceScope:
     """All that must be equal for one worker's KV bytes to be usable by another."""

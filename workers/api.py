@@ -88,6 +88,8 @@ class CompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     kv_transfer_params: KVTransferParams | None = None
     request_id: str = ""
     structured_outputs: StructuredOutputs | None = None
+    cache_salt: str | None = None
+    """KV is shared only between requests with the same salt."""
     timeout_s: float | None = None
     """Deadline of the request, counted from its arrival."""
 

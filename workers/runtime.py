@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from stratakv.errors import ContextTooLong, StrataError, Unavailable
-from stratakv.keys import BlockKey, block_keys
+from stratakv.keys import BlockKey, block_keys, salt_extra
 from stratakv.log import EventLogger
 from stratakv.text import Detokenizer
 from stratakv.wire import WorkerInfo, WorkerLoad
@@ -106,7 +106,7 @@ class Runtime:
         if len(resumed) >= body.max_tokens:
             raise ContextTooLong(f"all {body.max_tokens} tokens were generated elsewhere already", param="max_tokens")
         structure = await self._structure(body, resumed)
-        keys = block_keys(prompt + resumed, self.info.block_size)
+        keys = block_keys(prompt + resumed, self.info.block_size, first_block_extra=salt_extra(body.cache_salt))
         num_cached = self._engine.num_cached_blocks(keys)
         external = await self._tiers.lookup(keys, num_cached) if self._tiers is not None else None
         if external is not None:
@@ -125,6 +125,7 @@ class Runtime:
             external=external,
             deadline=None if body.timeout_s is None else arrived + body.timeout_s,
             structure=structure,
+            cache_salt=body.cache_salt,
         )
         try:
             self._engine.submit(request, self._observed(generation, arrived, num_to_prefill))

@@ -18,6 +18,8 @@ from stratakv.errors import InvalidRequest
 STOPS_MAX = 16
 STOP_CHARS_MAX = 1024
 USER_CHARS_MAX = 512
+CACHE_SALT_CHARS_MAX = 512
+PRIORITY_MAX = 2**31 - 1
 COMPLETION_MAX_TOKENS_DEFAULT = 16
 """OpenAI's default for /v1/completions; a chat answer is as long as the context allows."""
 SEED_MAX = 2**63 - 1
@@ -57,6 +59,8 @@ _SHARED = frozenset(
         "stream",
         "stream_options",
         "user",
+        "priority",
+        "cache_salt",
     )
 )
 _CHAT = _SHARED | {"messages", "max_completion_tokens", "ignore_eos"}
@@ -109,6 +113,8 @@ def _parsed(fields: _Fields, request_id: str, trace_id: str, max_tokens: int | N
         arrived_s=time.monotonic(),
         model=_string(fields, "model", USER_CHARS_MAX),
         sampling=sampling,
+        priority=_integer(fields, "priority", 0, -PRIORITY_MAX, PRIORITY_MAX) or 0,
+        cache_salt=_salt(fields),
         trace_id=trace_id,
         **content,
     )
@@ -200,6 +206,13 @@ def _include_usage(options: Any, stream: bool) -> bool:
     for name in options.keys() - {"include_usage"}:
         raise InvalidRequest(f"stream_options.{name[:64]}: unknown field", param="stream_options")
     return _boolean(options, "include_usage")
+
+
+def _salt(fields: _Fields) -> str | None:
+    salt = _string(fields, "cache_salt", CACHE_SALT_CHARS_MAX)
+    if salt == "":
+        raise InvalidRequest("cache_salt: must not be empty", param="cache_salt")
+    return salt
 
 
 def _boolean(fields: _Fields, name: str) -> bool:

@@ -18,7 +18,7 @@ from dbnode.scheduler.cost import Work
 from dbnode.scheduler.pool_view import PoolView
 from dbnode.scheduler.router import Decision, route
 from dbnode.scheduler.workers import Sent, WorkerDirectory, WorkerRecord
-from stratakv.keys import BlockKey, block_keys
+from stratakv.keys import BlockKey, block_keys, salt_extra
 from stratakv.settings import RouterSettings
 
 DECISIONS_KEPT = 256
@@ -29,13 +29,16 @@ PEEK_TOKENS_MIN = 128
 class PromptKeys:
     """A prompt's block keys, computed once per block size."""
 
-    def __init__(self, token_ids: Sequence[int]) -> None:
+    def __init__(self, token_ids: Sequence[int], cache_salt: str | None = None) -> None:
         self.token_ids = token_ids
+        self.cache_salt = cache_salt
         self._by_size: dict[int, list[BlockKey]] = {}
 
     def of_size(self, block_size: int) -> list[BlockKey]:
         if block_size not in self._by_size:
-            self._by_size[block_size] = block_keys(self.token_ids, block_size)
+            self._by_size[block_size] = block_keys(
+                self.token_ids, block_size, first_block_extra=salt_extra(self.cache_salt)
+            )
         return self._by_size[block_size]
 
 
@@ -134,7 +137,10 @@ class Scheduler:
         size = record.facts.block_size
         prompt_keys = keys.of_size(size)
         rest = [*keys.token_ids[len(prompt_keys) * size :], *output_token_ids[:-1]]
-        more = block_keys(rest, size, parent=prompt_keys[-1]) if prompt_keys else block_keys(rest, size)
+        if prompt_keys:
+            more = block_keys(rest, size, parent=prompt_keys[-1])
+        else:
+            more = block_keys(rest, size, first_block_extra=salt_extra(keys.cache_salt))
         record.index.add([*prompt_keys, *more])
 
     async def _pool_tokens(

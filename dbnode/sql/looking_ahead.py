@@ -19,11 +19,11 @@ from dbnode.sql.client_batch import (
     Readiness,
     bound_statement,
 )
-from dbnode.sql.collect_pass import check_exchange, circumstances, pass_exchange, rollback_exchange
 from dbnode.sql.errors import GatewayFailed, ProtocolViolation
 from dbnode.sql.hints import PassLimits, StatementHints
 from dbnode.sql.messages import TRANSACTION_IDLE, Kind
 from dbnode.sql.own_exchange import OwnExchange
+from dbnode.sql.own_statements import check_exchange, circumstances, pass_exchange, rollback_exchange
 from dbnode.sql.statements import Collectable, collectable
 from stratakv.errors import Cancelled
 from stratakv.log import EventLogger
@@ -37,7 +37,6 @@ PASSES_MAX = 16
 """Of one statement."""
 ROLLBACKS_MAX = 3
 """Attempts to leave a pass that something interrupts."""
-_ENDING = (b"\0VFATAL\0", b"\0VPANIC\0")
 IDLE_MARGIN_S = 0.2
 """The batch goes on so long before PostgreSQL would end the session as idle."""
 
@@ -49,8 +48,6 @@ class Lookahead:
         self._session = session
         self._prepared = PreparedStatements()
         self._reader: BatchReader | None = None
-        self._exchange: OwnExchange | None = None
-        self._exchange_done = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._is_described = False
         """The client has flushed a Parse, and nothing else."""
@@ -102,35 +99,10 @@ class Lookahead:
         held, self._reader = self._reader.held, None
         self._session.go_on(held)
 
-    # Backend's bytes
-
-    @property
-    def is_exchanging(self) -> bool:
-        """Whether what the backend sends is for the gateway."""
-        return self._exchange is not None
-
-    @property
-    def last_error(self) -> bytes:
-        """By which the backend has ended, while a statement of the gateway's own was running."""
-        error = self._exchange.last_error if self._exchange is not None else b""
-        return error if any(severity in error for severity in _ENDING) else b""
-
-    def on_backend_data(self, data: bytes) -> None:
-        """Raises ProtocolViolation."""
-        exchange = self._exchange
-        assert exchange is not None
-        self._session.client.write(exchange.feed(data))
-        if exchange.done:
-            self._exchange = None
-            self._exchange_done.set()
-            if rest := exchange.take_rest():
-                self._session.backend.data_received(rest)
-
     async def _run(self, exchange: OwnExchange) -> OwnExchange:
-        self._exchange = exchange
-        self._exchange_done.clear()
-        self._session.backend.write(exchange.request)
-        await self._exchange_done.wait()
+        done = asyncio.Event()
+        self._session.run_own(exchange, done.set)
+        await done.wait()
         return exchange
 
     # The statement
@@ -141,13 +113,12 @@ class Lookahead:
         if self._task is not None and hints is not None:
             hints.abort(Cancelled("canceling statement due to user request"))
 
-    def close(self) -> bool:
-        """The session has ended; whether PostgreSQL still runs a statement of the gateway's own."""
+    def close(self) -> None:
+        """The session has ended."""
         if self._task is not None:
             self._task.cancel()
         if self._hints is not None:
             self._hints.close()
-        return self._exchange is not None
 
     @property
     def _hints(self) -> StatementHints | None:

@@ -16,6 +16,7 @@ KEPT_BYTES_MAX = 64 * 1024
 """Longest message that is looked at; a NOTIFY carries up to 8,000 bytes. Longer ones are rows, and read over."""
 _HAND_ON = (Kind.NOTIFICATION_RESPONSE, Kind.PARAMETER_STATUS)
 _SYNC = message(b"S")
+_ENDING = (b"\0VFATAL\0", b"\0VPANIC\0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +70,15 @@ class OwnExchange:
         """What to send."""
         self.done = False
         self.last_error = b""
-        """An ErrorResponse, for the client if the session ends by it."""
+        """An ErrorResponse."""
         self.transaction_status = 0
         self.row: bytes | None = None
         """The last DataRow."""
+
+    @property
+    def has_ended_session(self) -> bool:
+        """Whether the backend has ended by the last error: the client must see it."""
+        return any(severity in self.last_error for severity in _ENDING)
 
     def feed(self, data: bytes) -> bytes:
         """Bytes for the client. Raises ProtocolViolation."""

@@ -1,22 +1,23 @@
 """One client and its one backend connection: bytes go through as they are, both ways.
 
-After login only message boundaries are followed, to know when the session is idle. What is written to one side while its
-buffer is full stops the reading of the other. Made by `Relay`.
+After login only message boundaries are followed, to know when the session is idle. Made by `Relay`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import enum
 import re
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from dbnode.sql.bind_exchange import BindExchange
 from dbnode.sql.binding import SessionBinding
-from dbnode.sql.errors import AdminShutdown, BackendLost, PasswordlessLogin, ProtocolViolation, StartupTimeout
+from dbnode.sql.errors import AdminShutdown, BackendLost, StartupTimeout
 from dbnode.sql.login import LoginReader
 from dbnode.sql.looking_ahead import Lookahead
-from dbnode.sql.messages import TRANSACTION_IDLE, Kind, MessageWalker, Severity, error_response, message
+from dbnode.sql.messages import TRANSACTION_IDLE, Kind, Severity, error_response, message
+from dbnode.sql.own_exchange import OwnExchange
+from dbnode.sql.own_statements import bind_exchange
+from dbnode.sql.sides import FOLLOWED, BackendSide, ClientSide, Phase
 from dbnode.sql.startup import CancelKey, StartupPacket
 from stratakv.errors import StrataError
 from stratakv.log import EventLogger
@@ -26,159 +27,12 @@ if TYPE_CHECKING:
 
 log = EventLogger(__name__)
 
-BUFFER_BYTES_MAX = 256 * 1024
-"""Unsent bytes at which the other side is no longer read."""
-LINGER_S = 10.0
-"""A closed side gets so long to take what is still unsent."""
 _INFER = re.compile(rb"infer", re.IGNORECASE)
 _CLIENT_WATCHED = frozenset({Kind.QUERY, Kind.SYNC, Kind.FUNCTION_CALL, Kind.TERMINATE})
 _BACKEND_WATCHED = frozenset({Kind.READY_FOR_QUERY, Kind.COPY_IN_RESPONSE})
 _SETTLED = frozenset({0, Kind.PASSWORD, Kind.QUERY, Kind.SYNC, Kind.FUNCTION_CALL})
 """Kinds of a client's last message after which nothing is half said."""
 _DESCRIBED = frozenset({Kind.ROW_DESCRIPTION, Kind.NO_DATA})
-
-
-class Phase(enum.Enum):
-    """Where a session is."""
-
-    CONNECTING = enum.auto()
-    LOGIN = enum.auto()
-    OPEN = enum.auto()
-    BINDING = enum.auto()
-    HOLDING = enum.auto()
-    """A batch that is not whole yet is held."""
-    COLLECTING = enum.auto()
-    """It is whole, and still held."""
-    REPLICATION = enum.auto()
-    CLOSED = enum.auto()
-
-
-_FOLLOWED = frozenset({Phase.OPEN, Phase.HOLDING, Phase.COLLECTING})
-"""Phases in which both sides are an ordinary session's."""
-
-
-class Side(asyncio.Protocol):
-    """What both ends have in common."""
-
-    def __init__(self, session: Session, watched: frozenset[int]) -> None:
-        self.session = session
-        self.walker = MessageWalker(watched)
-        self.transport: asyncio.Transport | None = None
-        self.is_full = False
-        self._linger: asyncio.TimerHandle | None = None
-
-    def attach(self, transport: asyncio.BaseTransport) -> None:
-        """Take over an open transport."""
-        self.transport = cast(asyncio.Transport, transport)
-        self.transport.set_write_buffer_limits(high=BUFFER_BYTES_MAX)
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.attach(transport)
-
-    def write(self, data: bytes) -> None:
-        if self.transport is not None and not self.transport.is_closing():
-            self.transport.write(data)
-
-    def close(self) -> None:
-        """Send what is buffered, for a bounded time, and close."""
-        if self.transport is not None and not self.transport.is_closing():
-            self.transport.close()
-            self._linger = asyncio.get_running_loop().call_later(LINGER_S, self.transport.abort)
-
-    def closed(self) -> None:
-        if self._linger is not None:
-            self._linger.cancel()
-
-    def stop_reading(self) -> None:
-        if self.transport is not None and not self.transport.is_closing():
-            self.transport.pause_reading()
-
-    def read_on(self) -> None:
-        if self.transport is not None and not self.transport.is_closing():
-            self.transport.resume_reading()
-
-
-class ClientSide(Side):
-    """The client's connection."""
-
-    def data_received(self, data: bytes) -> None:
-        session = self.session
-        try:
-            if session.phase is Phase.OPEN:
-                if session.may_bind and self.walker.at_boundary and session.must_bind(data):
-                    session.start_bind(data)
-                    return
-                if session.lookahead is not None and self.walker.at_boundary and session.lookahead.wants(data):
-                    session.phase = Phase.HOLDING
-                    session.lookahead.hold(data)
-                    return
-                self.forward(data)
-            elif session.phase is Phase.HOLDING:
-                session.lookahead.hold(data)  # type: ignore[union-attr]
-            elif session.phase is Phase.COLLECTING:
-                session.lookahead.add(data)  # type: ignore[union-attr]
-            elif session.phase is Phase.REPLICATION:
-                session.backend.write(data)
-            elif session.phase is Phase.LOGIN:
-                session.on_client_messages(self.walker.feed(data))
-                session.backend.write(data)
-            elif session.phase is not Phase.CLOSED:
-                session.held += data
-        except ProtocolViolation as error:
-            session.end(error)
-
-    def forward(self, data: bytes) -> None:
-        """Of an open session. Raises ProtocolViolation."""
-        found = self.walker.feed(data)
-        if found:
-            self.session.on_client_messages(found)
-        self.session.backend.transport.write(data)  # type: ignore[union-attr]
-
-    def pause_writing(self) -> None:
-        self.session.backend.stop_reading()
-
-    def resume_writing(self) -> None:
-        self.session.backend.read_on()
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self.closed()
-        self.session.on_client_lost()
-
-
-class BackendSide(Side):
-    """The connection to PostgreSQL."""
-
-    def data_received(self, data: bytes) -> None:
-        session = self.session
-        try:
-            if session.lookahead is not None and session.lookahead.is_exchanging:
-                session.lookahead.on_backend_data(data)
-            elif session.phase in _FOLLOWED:
-                found = self.walker.feed(data)
-                session.client.transport.write(data)  # type: ignore[union-attr]
-                if found:
-                    session.on_backend_messages(found)
-            elif session.phase is Phase.REPLICATION:
-                session.client.write(data)
-            elif session.phase is Phase.LOGIN:
-                session.on_login_data(data)
-            elif session.phase is Phase.BINDING:
-                session.on_bind_data(data)
-        except (ProtocolViolation, PasswordlessLogin) as error:
-            session.end(error)
-
-    def pause_writing(self) -> None:
-        self.is_full = True
-        self.session.client.stop_reading()
-
-    def resume_writing(self) -> None:
-        self.is_full = False
-        if self.session.phase is not Phase.BINDING:
-            self.session.client.read_on()
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self.closed()
-        self.session.on_backend_lost()
 
 
 class Session:
@@ -197,14 +51,16 @@ class Session:
         self.binding: SessionBinding | None = None
         self.may_bind = False
         """No attempt has been made yet."""
+        self.exchange: OwnExchange | None = None
+        """Statements of the gateway's own that the backend runs: what it sends is the answer to them."""
         self.own_ended = asyncio.Event()
         """Clear while the backend runs a statement of the gateway's own, or may."""
         self.own_ended.set()
         self.lookahead: Lookahead | None = None
         """Once there is a session to look ahead in."""
         self._wants_bind = False
-        self._bind: BindExchange | None = None
         self._nonce = ""
+        self._on_own_done: Callable[[], None]
         self._login = LoginReader(trusted=relay.trusted_backend)
         self._num_expected = 0
         """ReadyForQuery that are still to come."""
@@ -305,34 +161,39 @@ class Session:
         self.held = data
         self.client.stop_reading()
         self._nonce = self.relay.registry.issue(self.binding)
-        self._bind = BindExchange(self._nonce, self.relay.listener_name)
-        self.backend.write(self._bind.request)
-
-    def on_bind_data(self, data: bytes) -> None:
-        assert self._bind is not None
-        for_client, for_backend = self._bind.feed(data)
-        self.client.write(for_client)
-        self.backend.write(for_backend)
-        if self._bind.done:
-            log.debug("session_bound", session=self.name, failed=self._bind.failed)
-            rest = self._bind.take_rest()
-            self._end_bind()
-            self.phase = Phase.OPEN
-            self._feed_held()
-            if not self.backend.is_full:
-                self.client.read_on()
-            if rest:
-                self.backend.data_received(rest)
+        self.run_own(bind_exchange(self._nonce, self.relay.listener_name), self._end_bind)
 
     def _end_bind(self) -> None:
         self.relay.registry.revoke(self._nonce)
-        self._bind = None
+        log.debug("session_bound", session=self.name, failed=self.binding is None or self.binding.caller is None)
         self.own_ended.set()
+        self.phase = Phase.OPEN
+        self._feed_held()
+        if not self.backend.is_full:
+            self.client.read_on()
 
     def _feed_held(self) -> None:
         held, self.held = self.held, b""
         if held:
             self.client.data_received(held)
+
+    # Statements of the gateway's own
+
+    def run_own(self, exchange: OwnExchange, on_done: Callable[[], None]) -> None:
+        """The client's bytes must be held, and `own_ended` be clear."""
+        self.exchange, self._on_own_done = exchange, on_done
+        self.backend.write(exchange.request)
+
+    def on_own_data(self, data: bytes) -> None:
+        """Raises ProtocolViolation."""
+        assert self.exchange is not None
+        exchange = self.exchange
+        self.client.write(exchange.feed(data))
+        if exchange.done:
+            self.exchange = None
+            self._on_own_done()
+            if rest := exchange.take_rest():
+                self.backend.data_received(rest)
 
     # Looking ahead
 
@@ -369,20 +230,18 @@ class Session:
 
     def on_client_lost(self) -> None:
         """What the client asked for goes on as if it were connected directly, but no inference does."""
-        if self.cancel_key is not None and self.lookahead is not None and self.lookahead.is_exchanging:
+        if self.cancel_key is not None and self.exchange is not None:
             self.relay.stop_statement(self.cancel_key)
-        elif self.phase in (Phase.OPEN, Phase.BINDING) and self._num_expected and self.cancel_key is not None:
+        elif self.phase is Phase.OPEN and self._num_expected and self.cancel_key is not None:
             self.relay.stop_inference(self.cancel_key)
         self._close()
 
     def on_backend_lost(self) -> None:
         if self.phase is Phase.CLOSED:
             return
-        if self._bind is not None:
-            self.client.write(self._bind.last_error)
-        elif self.lookahead is not None and self.lookahead.last_error:
-            self.client.write(self.lookahead.last_error)
-        elif self.phase in _FOLLOWED and self.backend.walker.last_kind != Kind.ERROR_RESPONSE:
+        if self.exchange is not None and self.exchange.has_ended_session:
+            self.client.write(self.exchange.last_error)
+        elif self.phase in FOLLOWED and self.backend.walker.last_kind != Kind.ERROR_RESPONSE:
             self._tell_loss()
         self._close()
 
@@ -397,7 +256,8 @@ class Session:
             return
         self.phase = Phase.CLOSED
         self._timer.cancel()
-        self._end_bind()
+        self.relay.registry.revoke(self._nonce)
+        self.own_ended.set()
         if self.lookahead is not None:
             self.lookahead.close()
         if self.binding is not None and self.binding.caller is not None:

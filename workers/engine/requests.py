@@ -63,6 +63,8 @@ class EngineRequest:
     external: ExternalHit | None = None
     deadline: float | None = None
     structure: Structure | None = None
+    cache_salt: str | None = None
+    """`keys` were made with it."""
 
 
 class FinishReason(enum.StrEnum):

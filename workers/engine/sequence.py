@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from stratakv.keys import NONE_HASH, BlockKey, block_keys
+from stratakv.keys import NONE_HASH, BlockKey, block_keys, salt_extra
 from workers.engine.block_table import BlockTable
 from workers.engine.connector import ExternalHit, Tier
 from workers.engine.requests import EngineRequest, OnEvent, RequestUsage
@@ -77,7 +77,8 @@ class Sequence:
         if len(self.token_ids) // self.block_size > len(self.keys):
             parent = self.keys[-1] if self.keys else NONE_HASH
             tail = self.token_ids[len(self.keys) * self.block_size :]
-            self.keys += block_keys(tail, self.block_size, parent=parent)
+            extra = None if self.keys else salt_extra(self.request.cache_salt)
+            self.keys += block_keys(tail, self.block_size, first_block_extra=extra, parent=parent)
 
     def release_external(self) -> None:
         """Give the leases of the lower tiers back, once."""

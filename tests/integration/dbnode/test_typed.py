@@ -62,6 +62,18 @@ async def test_typed_sql_reaches_the_worker(node: RunningNode, worker: StandInWo
     assert [r["structured_outputs"] for r in worker.requests] == [{"json": SCHEMA}, {"choice": ["a", "b"]}]
 
 
+async def test_salt_reaches_the_worker_and_keeps_its_prompts_apart(node: RunningNode, worker: StandInWorker) -> None:
+    prompt = "one two three four " * 40
+    for salt in ("a", None, "a"):
+        await infer(node, prompt, max_tokens=2, cache_salt=salt, priority=-1)
+        extra: Any = {"cache_salt": salt, "priority": 3}
+        await node.openai.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=2, extra_body=extra)
+    salts = ["a", "a", None, None, "a", "a"]
+    assert [request.get("cache_salt") for request in worker.requests] == salts
+    uncached = [decision.uncached_tokens for decision in node.node.inference.scheduler.decisions if decision.prompt_tokens > 64]
+    assert uncached[0] == uncached[1] > uncached[2]
+
+
 async def test_answer_that_was_cut_is_an_error_that_names_max_tokens(node: RunningNode) -> None:
     with pytest.raises(AnswerCut, match="max_tokens") as caught:
         await infer(node, at_choices=["a"])

@@ -153,3 +153,24 @@ def test_stop_strings_end_the_answer_before_them(pool: Pool, tokenizer: PreTrain
 
     assert cut["choices"][0]["text"] == text[: text.index(stop)]
     assert cut["choices"][0]["finish_reason"] == "stop"
+
+
+def test_kv_is_shared_only_under_the_same_salt(pool: Pool, tokenizer: PreTrainedTokenizerBase) -> None:
+    prompt = prompt_of(tokenizer, 160, seed=12)
+    plain = pool.prefill.complete(prompt, OUTPUT_TOKENS)
+    salted = pool.prefill.complete(prompt, OUTPUT_TOKENS, cache_salt="a")
+    again = pool.prefill.complete(prompt, OUTPUT_TOKENS, cache_salt="a")
+    elsewhere = pool.decode.complete(prompt, OUTPUT_TOKENS, cache_salt="b")
+
+    assert [answer.tiers for answer in (plain, salted, elsewhere)] == [{"computed": 160}] * 3
+    assert again.tiers == {"l1": 144, "computed": 16}
+    assert {tuple(answer.token_ids) for answer in (plain, salted, again, elsewhere)} == {tuple(plain.token_ids)}
+
+
+def test_a_first_block_that_the_answer_fills_is_salted_too(pool: Pool, tokenizer: PreTrainedTokenizerBase) -> None:
+    prompt = prompt_of(tokenizer, 9, seed=13)
+    answer = pool.prefill.complete(prompt, 30, cache_salt="a").token_ids
+    next_turn = prompt + answer
+
+    assert pool.prefill.complete(next_turn, 2).tiers == {"computed": len(next_turn)}
+    assert pool.prefill.complete(next_turn, 2, cache_salt="a").tiers["l1"] >= BLOCK

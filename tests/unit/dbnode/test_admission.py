@@ -46,6 +46,23 @@ async def test_a_long_sql_queue_does_not_keep_rest_out() -> None:
     assert order.index(Source.REST) <= 2
 
 
+async def test_lower_priorities_go_first_and_equal_ones_in_turn() -> None:
+    admission, order = Admission(lambda: 1, WAITING_MAX), list[tuple[int, int]]()
+
+    async def run(priority: int, number: int) -> None:
+        async with admission.slot(Source.SQL, soon(), priority):
+            order.append((priority, number))
+
+    async with admission.slot(Source.SQL, soon()):
+        wanted = [(5, 0), (0, 1), (-5, 2), (0, 3), (-5, 4)]
+        tasks = [asyncio.create_task(run(*one)) for one in wanted]
+        await eventually_async(lambda: admission.waiting == len(wanted))
+        tasks[3].cancel()
+        await eventually_async(lambda: admission.waiting == len(wanted) - 1)
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert order == [(-5, 2), (-5, 4), (0, 1), (5, 0)]
+
+
 async def test_giving_up_while_waiting_frees_the_place_in_the_queue() -> None:
     admission, release, order = Admission(lambda: 1, WAITING_MAX), asyncio.Event(), list[Source]()
     holder = asyncio.create_task(hold(admission, Source.SQL, release, order))

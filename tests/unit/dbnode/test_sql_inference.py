@@ -27,6 +27,12 @@ from stratakv.errors import InvalidRequest
         ("stop", [1]),
         ("stop", ["x"] * 17),
         ("system", 5),
+        ("priority", 0.5),
+        ("priority", 2**31),
+        ("priority", "high"),
+        ("cache_salt", ""),
+        ("cache_salt", 5),
+        ("cache_salt", "s" * 513),
         ("on_error", "ignore"),
         ("dedupe", 1),
         ("on_error", True),
@@ -60,6 +66,8 @@ def test_right_options_pass_and_nulls_are_defaults() -> None:
         "timeout_ms": 9,
         "on_error": "null",
         "dedupe": False,
+        "priority": -3,
+        "cache_salt": "s",
     }
     assert checked_options({**right, "system": None}) == right
     assert set(right) | {"system"} == OPTIONS

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stratakv.keys import NONE_HASH, NamespaceScope, block_keys, pack_keys, unpack_keys
+from stratakv.keys import NONE_HASH, NamespaceScope, block_keys, pack_keys, salt_extra, unpack_keys
 
 FIRST_16 = "dc918a88b139e5afe60b88eda27508d4aee16c10fdc354791efea06206ac0749"
 SECOND_16 = "c300ec275d7bf08af8fc63e76cdc0086911bbc7091e03c5cf892553bef84ef0c"
@@ -21,7 +21,7 @@ def test_keys_equal_those_of_vllm() -> None:
 
 
 def test_a_salt_enters_the_first_block_as_in_vllm() -> None:
-    salted = block_keys(range(32), 16, first_block_extra=(("cache_salt", "t1"),))
+    salted = block_keys(range(32), 16, first_block_extra=salt_extra("t1"))
     assert salted[0].hex() == FIRST_16_SALTED
     assert salted[1:] == block_keys(range(16, 32), 16, parent=salted[0])
 

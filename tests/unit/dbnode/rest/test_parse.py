@@ -57,6 +57,16 @@ def test_fields_arrive_where_they_belong() -> None:
     assert parsed.request.sampling == expected
 
 
+def test_priority_and_salt_are_as_in_vllm() -> None:
+    request = chat(priority=-4, cache_salt="team a").request
+    assert (request.priority, request.cache_salt) == (-4, "team a")
+    assert (chat().request.priority, chat(cache_salt=None).request.cache_salt) == (0, None)
+    for wrong in ({"priority": 1.5}, {"priority": "high"}, {"cache_salt": ""}, {"cache_salt": 5}):
+        with pytest.raises(InvalidRequest) as caught:
+            chat(**wrong)
+        assert caught.value.param == next(iter(wrong))
+
+
 def test_defaults_are_openais() -> None:
     assert chat().request.sampling == Sampling(max_tokens=None, temperature=1.0)
     completion = parse_completion(b'{"prompt": [1, 2]}', "id", "trace").request

@@ -1,4 +1,5 @@
-"""What the gateway asks PostgreSQL before a statement runs: whether it may look ahead, and the pass itself. Free of I/O."""
+"""The gateway's own statements on a client's backend, before the client's: bind the session, ask whether to look ahead, and
+the pass that does. Free of I/O."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ SELECT NOT EXISTS (
        pg_catalog.current_setting('stratakv.hints', true),
        (1000 * EXTRACT(epoch FROM pg_catalog.current_setting('statement_timeout')::interval))::bigint,
        (1000 * EXTRACT(epoch FROM pg_catalog.current_setting('idle_session_timeout')::interval))::bigint"""
+_BIND = b"SELECT stratakv.bind($1, $2)"
 _BEGIN = OwnStatement(_PREFIX + "begin", b"BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY NOT DEFERRABLE")
 _ROLLBACK = OwnStatement(_PREFIX + "rollback", b"ROLLBACK")
 # A scan that joins another one in the middle would show other rows to a LIMIT each time.
@@ -32,6 +34,11 @@ class Circumstances:
     may_collect: bool
     statement_timeout_s: float | None
     idle_timeout_s: float | None
+
+
+def bind_exchange(nonce: str, listener: str) -> OwnExchange:
+    """Tie the session to its connection of the listener."""
+    return OwnExchange([OwnStatement(_PREFIX + "bind", _BIND, parameters=text_parameters([nonce, listener]))])
 
 
 def check_exchange(functions: Iterable[str], *, sync_first: bool) -> OwnExchange:
