@@ -10,7 +10,7 @@ if __name__ == "__main__":
         run_service(
             "stratakv serve dbnode",
             "The DB node: SQL and OpenAI-compatible REST on one side, workers on the other.",
-            ("sql", "rest", "router", "meta", "database", "model"),
+            ("sql", "rest", "router", "meta", "database", "model", "pool"),
             serve,
         )
     )

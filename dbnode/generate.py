@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,6 +82,8 @@ class GenerateRequest:
     caller: Caller = Caller()
     trace_id: str | None = None
     """The client's name for the request, for logs."""
+    on_settled: Callable[[Settled], None] | None = field(default=None, repr=False, compare=False)
+    """Told once, when the request has ended, whatever the end."""
 
 
 class PromptTiers(msgspec.Struct, frozen=True):

@@ -272,6 +272,8 @@ class InferenceService:
         settled = Settled(progress.request, self.model, outcome, error.code if error else None, usage)
         for observer in self._observers:
             observer.settled(settled)
+        if progress.request.on_settled is not None:
+            progress.request.on_settled(settled)
 
     def _running_max(self) -> int:
         return RUNNING_PER_WORKER_MAX * max(1, len(self.scheduler.directory.usable(self.model)))

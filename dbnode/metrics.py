@@ -55,6 +55,12 @@ class NodeMetrics:
             "stratakv_usage_events_dropped", "Usage events lost because the database was away.", registry=self.registry
         )
 
+        self.statements_dropped = Counter(
+            "stratakv_sql_statement_stats_dropped",
+            "Ends of statements left out of the statistics because the database was away.",
+            registry=self.registry,
+        )
+
     def watch_admission(self, running: Callable[[], float], waiting: Callable[[], float]) -> None:
         """Read these two whenever metrics are scraped."""
         self._running.labels(self._model).set_function(running)

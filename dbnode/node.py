@@ -17,9 +17,11 @@ from dbnode.rest.http import Guard
 from dbnode.scheduler.pool_view import MetaCalls, PoolView
 from dbnode.scheduler.scheduler import Scheduler
 from dbnode.scheduler.workers import WorkerDirectory
+from dbnode.statement_stats import StatementStats
 from dbnode.usage import UsageWriter
 from dbnode.worker_client import WorkerClient
 from stratakv.models import resolve, served_name
+from stratakv.pool.auth import PoolCredentials
 from stratakv.settings import Settings
 from stratakv.text import load_tokenizer
 
@@ -35,9 +37,10 @@ class Node:
         model_dir = resolve(settings.model.name, settings.model.cache_dir.expanduser())
         tokenizer = load_tokenizer(model_dir)
         pool = PoolView(meta)
-        self.client = WorkerClient()
+        self.client = WorkerClient(PoolCredentials.from_settings(settings.pool))
         self.metrics = NodeMetrics(self.model)
         self.usage = UsageWriter(settings.database, self.metrics.usage_dropped.inc)
+        self.statements = StatementStats(settings.database, self.metrics.statements_dropped.inc)
         self.directory = WorkerDirectory(settings.router, self.client, pool, self._on_workers_changed)
         scheduler = Scheduler(settings.router, self.directory, pool, kv_bytes_per_token(model_dir))
         self.inference = InferenceService(
@@ -70,9 +73,11 @@ class Node:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.directory.run(), name="workers")
             tasks.create_task(self.usage.run(), name="usage")
+            tasks.create_task(self.statements.run(), name="statements")
 
     async def close(self) -> None:
         await self.usage.close()
+        await self.statements.close()
         await self.client.close()
         self.inference.close()
 

@@ -14,6 +14,7 @@ from stratakv import migrate
 from stratakv.errors import SetupError
 from stratakv.http_server import HttpServer
 from stratakv.log import EventLogger
+from stratakv.pool.auth import PoolCredentials
 from stratakv.pool.meta_client import MetaClient
 from stratakv.process import require_loopback, started
 from stratakv.settings import Settings
@@ -35,7 +36,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         require_loopback(settings.rest.host, "rest.host", "because rest.api_key is not set")
     rest = HttpServer(settings.rest.host, settings.rest.port, "rest")
     await asyncio.to_thread(migrate.check, database_url)
-    meta = MetaClient(settings.meta, role="dbnode", name=f"{settings.rest.host}:{rest.port}")
+    credentials = PoolCredentials.from_settings(settings.pool)
+    meta = MetaClient(settings.meta, role="dbnode", name=f"{settings.rest.host}:{rest.port}", credentials=credentials)
     node = Node(settings, meta)
     try:
         sql = SqlFront(
@@ -44,6 +46,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             SqlInference(node.inference),
             trusted_backend=settings.sql.backend_trusted,
             postgres_uid=settings.sql.backend_uid,
+            statements=node.statements,
         )
         await sql.start()
         try:

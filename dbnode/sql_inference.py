@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from typing import Any
 
 from dbnode.errors import AnswerCut, AnswerUnfit, WorkerLost, WorkersExhausted
-from dbnode.generate import Answer, Caller, FinishReason, GenerateRequest, Source, StructuredOutputs
+from dbnode.generate import Answer, Caller, FinishReason, GenerateRequest, Settled, Source, StructuredOutputs, Usage
 from dbnode.inference import InferenceService
 from dbnode.sql.commands import NulInAnswer
-from dbnode.sql.service import InferCall, NullAnswer
+from dbnode.sql.service import CallCost, InferCall, NullAnswer
 from dbnode.sql_options import COUNT_TOKENS, OnError, checked_options, sampling
 from stratakv.errors import ContextTooLong, DeadlineExceeded, StrataError
 
@@ -57,6 +57,7 @@ class SqlInference:
             cache_salt=options.get("cache_salt"),
             deadline_s=arrived_s + options["timeout_ms"] / 1e3 if "timeout_ms" in options else None,
             caller=Caller(role=call.role, database=call.database, session=call.session),
+            on_settled=_reporter(call),
         )
         answer = Answer()
         async with aclosing(self._service.generate(request)) as chunks:
@@ -68,6 +69,16 @@ class SqlInference:
         if request.sampling.structured_outputs is not None:
             _check_form(request.sampling.structured_outputs, text, answer.finish_reason)
         return text
+
+
+def _reporter(call: InferCall) -> Callable[[Settled], None] | None:
+    report = call.on_cost
+    return None if report is None else lambda settled: report(_cost(settled.usage))
+
+
+def _cost(usage: Usage) -> CallCost:
+    tiers = usage.tiers
+    return CallCost(usage.prompt_tokens, tiers.l1, tiers.l2, tiers.pool + tiers.disk, usage.completion_tokens)
 
 
 def _check_form(wanted: StructuredOutputs, text: str, reason: FinishReason | None) -> None:

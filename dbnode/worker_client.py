@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from dbnode.errors import WorkerLost, WorkerRefused, WorkerUnreachable
 from dbnode.worker_messages import UsageOptions, WorkerChunk, WorkerError, WorkerFacts, WorkerRequest
 from stratakv.errors import DeadlineExceeded, InvalidRequest, Overloaded, StrataError
 from stratakv.keys import NAMESPACE_BYTES
+from stratakv.pool.auth import PoolCredentials, RequestSigner
 from stratakv.wire import WorkerLoad
 
 CONNECT_TIMEOUT_S = 2.0
@@ -31,7 +32,7 @@ ANSWER_BYTES_MAX = 8 * 1024 * 1024
 _NAMESPACE = re.compile(rf"[0-9a-f]{{{2 * NAMESPACE_BYTES}}}")
 ENDPOINT_GONE = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 CONNECTION_LOST = (aiohttp.ClientError, ConnectionError)
-
+_NO_HEADERS: Mapping[str, str] = {}
 
 State = TypeVar("State", WorkerFacts, WorkerLoad)
 
@@ -101,7 +102,8 @@ class WorkerStream:
 class WorkerClient:
     """Connections to all workers. Used from one event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, credentials: PoolCredentials | None = None) -> None:
+        self._signer = RequestSigner(credentials) if credentials is not None else None
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)  # admission bounds the requests
         self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False)
@@ -116,23 +118,23 @@ class WorkerClient:
 
     async def info(self, url: str, timeout_s: float) -> WorkerFacts:
         """Who the worker is. Raises WorkerUnreachable."""
-        facts = _decode_state(url, _decode_facts, await self._get(f"{url}/info", timeout_s))
+        facts = _decode_state(url, _decode_facts, await self._get(url, "/info", timeout_s))
         if not _NAMESPACE.fullmatch(facts.namespace) or facts.block_size < 1:
             raise WorkerUnreachable(f"{url} is no worker: its namespace or block size is wrong")
         return facts
 
     async def check_ready(self, url: str, timeout_s: float) -> None:
         """Return if the worker takes requests. Raises WorkerUnreachable while it is warming up or cannot be reached."""
-        await self._get(f"{url}/ready", timeout_s)
+        await self._get(url, "/ready", timeout_s)
 
     async def load(self, url: str, timeout_s: float) -> WorkerLoad:
         """How busy the worker is. Raises WorkerUnreachable."""
-        return _decode_state(url, _decode_load, await self._get(f"{url}/load", timeout_s))
+        return _decode_state(url, _decode_load, await self._get(url, "/load", timeout_s))
 
     async def drop_cache(self, url: str, body: bytes, timeout_s: float) -> dict[str, Any]:
         """Make a worker forget tiers. Raises WorkerUnreachable or what the worker says."""
         try:
-            async with asyncio.timeout(timeout_s), self._session.post(f"{url}/cache/drop", data=body) as response:
+            async with asyncio.timeout(timeout_s), await self._ask("POST", url, "/cache/drop", body) as response:
                 answer = await _body(url, response)
                 if response.status != 200:
                     raise _refusal(url, response.status, answer)
@@ -140,11 +142,30 @@ class WorkerClient:
         except (*CONNECTION_LOST, TimeoutError) as error:
             raise WorkerUnreachable(f"{url}: {type(error).__name__}") from error
 
-    async def _get(self, url: str, timeout_s: float) -> bytes:
+    async def _ask(
+        self, method: str, url: str, path: str, body: bytes = b"", headers: Mapping[str, str] = _NO_HEADERS
+    ) -> aiohttp.ClientResponse:
+        """One request; signed again, once, where a worker that knows the pool's secret has a new challenge."""
+        if self._signer is None:
+            return await self._session.request(method, url + path, data=body or None, headers=headers)
+        for _ in range(2):
+            signed = self._signer.sign(url, method, path, body)
+            response = await self._session.request(
+                method, url + path, data=body or None, headers={**headers, **signed.headers}
+            )
+            challenge = response.headers.get("WWW-Authenticate")
+            if response.status != 401 or not self._signer.learn(url, signed, challenge):
+                break
+            response.release()
+        return response
+
+    async def _get(self, url: str, path: str, timeout_s: float) -> bytes:
         try:
-            async with asyncio.timeout(timeout_s), self._session.get(url) as response:
+            async with asyncio.timeout(timeout_s), await self._ask("GET", url, path) as response:
+                if response.status == 401:
+                    raise WorkerUnreachable(f"{url} does not know this node: give both the same pool.secret")
                 if response.status != 200:
-                    raise WorkerUnreachable(f"{url} answers with status {response.status}")
+                    raise WorkerUnreachable(f"{url}{path} answers with status {response.status}")
                 return await _body(url, response)
         except (*CONNECTION_LOST, TimeoutError) as error:
             raise WorkerUnreachable(f"{url}: {type(error).__name__}") from error
@@ -153,7 +174,7 @@ class WorkerClient:
         headers = {"Content-Type": "application/json", "X-Request-Id": request.request_id}
         try:
             async with asyncio.timeout_at(deadline_s):
-                response = await self._session.post(f"{url}/v1/completions", data=_encode(request), headers=headers)
+                response = await self._ask("POST", url, "/v1/completions", _encode(request), headers)
                 if response.status == 200:
                     return response
                 async with response:

@@ -8,4 +8,4 @@ from dmp.service import serve
 from stratakv.process import run_service
 
 if __name__ == "__main__":
-    sys.exit(run_service("stratakv serve dmp", "A memory-pool daemon of StrataKV.", ("dmp", "meta"), serve))
+    sys.exit(run_service("stratakv serve dmp", "A memory-pool daemon of StrataKV.", ("dmp", "meta", "pool"), serve))

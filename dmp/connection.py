@@ -6,6 +6,7 @@ this connection; writes it leaves unfinished belong to puts that are void when t
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import time
@@ -21,7 +22,8 @@ from dmp.segment import MemorySegment
 from stratakv.errors import InvalidRequest, StrataError
 from stratakv.layout import ALIGNMENT_BYTES
 from stratakv.pool import messages
-from stratakv.pool.errors import OutOfBounds, ProtocolMismatch, PutRefused, SegmentFull, TransportError
+from stratakv.pool.auth import NONCE_BYTES, PoolCredentials
+from stratakv.pool.errors import NotAMember, OutOfBounds, ProtocolMismatch, PutRefused, SegmentFull, TransportError
 from stratakv.pool.framing import receive_all, receive_exactly, receive_header, send_all, send_frame
 from stratakv.pool.messages import FrameHeader, FrameKind, RefusalCode, frame_header
 from stratakv.wire import PUT_ID_BYTES
@@ -55,6 +57,7 @@ class Served:
     puts: PutTable
     idle_timeout_s: float
     stats: Callable[[], messages.DaemonStats]
+    credentials: PoolCredentials | None
 
 
 class Connection:
@@ -64,6 +67,8 @@ class Connection:
         self._sock = sock
         self._served = served
         self._is_attached = False
+        self._nonces: tuple[bytes, bytes] | None = None
+        """The client's and ours, while its proof is awaited."""
         self.traffic = Traffic()
 
     def run(self) -> None:
@@ -112,6 +117,9 @@ class Connection:
         if isinstance(request, messages.Attach):
             self._attach(request, deadline)
             return
+        if isinstance(request, messages.Prove):
+            self._admit(request, deadline)
+            return
         if not self._is_attached:
             raise ProtocolMismatch("the first request must be Attach")
         try:
@@ -131,15 +139,48 @@ class Connection:
             text = f"node {served.node} was started anew"
             self._reply(messages.Refused(RefusalCode.EPOCH_CHANGED, text), deadline)
             return
-        self._is_attached = True
-        reply = messages.Attached(served.node, served.segment.epoch, served.segment.size_bytes)
-        if self._sock.family != socket.AF_UNIX:
-            self._reply(reply, deadline)
+        if self._sock.family == socket.AF_UNIX:
+            self._hand_over_memory()
+        elif served.credentials is None:
+            self._is_attached = True
+            self._reply(self._attached, deadline)
+        else:
+            self._challenge(request, served.credentials, deadline)
+
+    def _challenge(self, request: messages.Attach, credentials: PoolCredentials, deadline: float) -> None:
+        if len(request.nonce) != NONCE_BYTES:
+            text = f"node {self._served.node} answers members of its pool only: it has a pool.secret"
+            self._reply(messages.Refused(RefusalCode.NOT_A_MEMBER, text), deadline)
             return
-        body = messages.encode(reply)
+        nonce = os.urandom(NONCE_BYTES)
+        self._nonces = request.nonce, nonce
+        proof = credentials.proof("daemon", self._served.segment.epoch, *self._nonces)
+        self._reply(messages.Challenge(nonce, proof), deadline)
+
+    def _admit(self, request: messages.Prove, deadline: float) -> None:
+        nonces, self._nonces = self._nonces, None
+        credentials = self._served.credentials
+        if nonces is None or credentials is None:
+            raise ProtocolMismatch("nothing is to be proved")
+        try:
+            credentials.check(request.proof, "member", self._served.segment.epoch, *nonces)
+        except NotAMember as error:
+            self._reply(messages.Refused(RefusalCode.NOT_A_MEMBER, error.message), deadline)
+            return
+        self._is_attached = True
+        self._reply(self._attached, deadline)
+
+    @property
+    def _attached(self) -> messages.Attached:
+        segment = self._served.segment
+        return messages.Attached(self._served.node, segment.epoch, segment.size_bytes)
+
+    def _hand_over_memory(self) -> None:
+        self._is_attached = True
+        body = messages.encode(self._attached)
         frame = frame_header(FrameKind.REPLY, len(body)) + body
         # One small message on an idle socket: the kernel takes it whole.
-        socket.send_fds(self._sock, [frame], [served.segment.fd], socket.MSG_NOSIGNAL)
+        socket.send_fds(self._sock, [frame], [self._served.segment.fd], socket.MSG_NOSIGNAL)
 
     def _answer(self, request: messages.ControlRequest) -> messages.ControlReply:
         puts = self._served.puts

@@ -18,6 +18,7 @@ from dmp.puts import PutTable
 from dmp.segment import MemorySegment
 from stratakv.log import EventLogger
 from stratakv.pool import messages
+from stratakv.pool.auth import PoolCredentials
 from stratakv.pool.errors import TransportError
 from stratakv.pool.framing import send_frame, tune
 from stratakv.pool.messages import FrameKind, RefusalCode
@@ -38,7 +39,9 @@ _UCRED = struct.Struct("iII")
 class DaemonServer:
     """Both listeners and all connections of one segment."""
 
-    def __init__(self, settings: DmpSettings, segment: MemorySegment, puts: PutTable) -> None:
+    def __init__(
+        self, settings: DmpSettings, segment: MemorySegment, puts: PutTable, credentials: PoolCredentials | None
+    ) -> None:
         self._settings = settings
         self._segment = segment
         self._puts = puts
@@ -46,7 +49,7 @@ class DaemonServer:
         self._connections: dict[socket.socket, tuple[Connection, threading.Thread]] = {}
         self._past_read = 0
         self._past_written = 0
-        self._served = Served(settings.node, segment, puts, settings.idle_timeout_s, self.stats)
+        self._served = Served(settings.node, segment, puts, settings.idle_timeout_s, self.stats, credentials)
         self._tcp = self._listen_tcp()
         self._unix = self._listen_unix()
 

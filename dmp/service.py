@@ -14,8 +14,9 @@ from dmp.segment import MemorySegment
 from dmp.server import DaemonServer
 from stratakv.errors import SetupError
 from stratakv.log import EventLogger
+from stratakv.pool.auth import PoolCredentials, require_credentials
 from stratakv.pool.meta_client import MetaClient
-from stratakv.process import require_loopback
+from stratakv.process import advertised_host
 from stratakv.settings import Settings
 from stratakv.wire import Segment
 
@@ -25,14 +26,16 @@ log = EventLogger("dmp")
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Run until `stop`. Raises SetupError."""
     dmp = settings.dmp
-    require_loopback(dmp.host, "dmp.host", "node authentication is not configured")
+    credentials = PoolCredentials.from_settings(settings.pool)
+    require_credentials(dmp.host, "dmp.host", credentials)
+    public_host = advertised_host(dmp.host, dmp.public_host, "dmp")
     memory = MemorySegment(dmp.segment_bytes)
     puts = PutTable(ExtentAllocator(memory.size_bytes), time.monotonic)
-    server = DaemonServer(dmp, memory, puts)
+    server = DaemonServer(dmp, memory, puts, credentials)
     segment = Segment(
         node=dmp.node,
         epoch=memory.epoch,
-        host=dmp.host,
+        host=public_host,
         port=server.port,
         socket_name=memory.socket_name,
         size_bytes=memory.size_bytes,
@@ -46,7 +49,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         segment_bytes=segment.size_bytes,
     )
     try:
-        async with MetaClient(settings.meta, role="dmp", name=segment.node) as client:
+        async with MetaClient(settings.meta, role="dmp", name=segment.node, credentials=credentials) as client:
             heartbeat = Heartbeat(client, segment, puts, random.Random())
             await _until_stopped(stop, server.accept(), heartbeat.run(), _populate(memory, stop))
     finally:

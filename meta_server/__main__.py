@@ -8,6 +8,9 @@ from stratakv.process import run_service
 if __name__ == "__main__":
     sys.exit(
         run_service(
-            "stratakv serve meta", "StrataKV meta server: where every KV block lies.", ("meta", "database"), serve
+            "stratakv serve meta",
+            "StrataKV meta server: where every KV block lies.",
+            ("meta", "database", "pool"),
+            serve,
         )
     )

@@ -6,11 +6,14 @@ Read straight from zmq's file descriptor, which costs a third of a round trip le
 from __future__ import annotations
 
 import asyncio
+import hmac
 from collections.abc import Callable
 
 import zmq
+from zmq.auth.thread import ThreadAuthenticator
 
 from stratakv.errors import SetupError
+from stratakv.pool.auth import PoolCredentials
 from stratakv.process import port_taken
 from stratakv.wire import MESSAGE_BYTES_MAX
 
@@ -24,17 +27,38 @@ OnMessage = Callable[[bytes, bytes, bytes], None]
 """Client, request id, payload."""
 
 
+class _OneKey:
+    """ZeroMQ asks it about every client that connects."""
+
+    def __init__(self, public_key: bytes) -> None:
+        self._public_key = public_key
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        return hmac.compare_digest(key, self._public_key)
+
+
 class RouterSocket:
     """A bound ROUTER; malformed messages are dropped and counted."""
 
-    def __init__(self, on_message: OnMessage) -> None:
+    def __init__(self, on_message: OnMessage, credentials: PoolCredentials | None = None) -> None:
+        """With `credentials` only clients that have the same ones are heard."""
         self._on_message = on_message
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
+        self._gatekeeper = self._guard(credentials) if credentials is not None else None
         self._loop = asyncio.get_running_loop()
         self._closed = False
         self._reading = False
         self.dropped = 0
+
+    def _guard(self, credentials: PoolCredentials) -> ThreadAuthenticator:
+        keys = credentials.curve_keys("server")
+        self._socket.curve_server = True
+        self._socket.curve_publickey, self._socket.curve_secretkey = keys.public, keys.secret
+        gatekeeper = ThreadAuthenticator(self._context)
+        gatekeeper.start()
+        gatekeeper.configure_curve_callback(credentials_provider=_OneKey(credentials.curve_keys("client").public))
+        return gatekeeper
 
     def bind(self, host: str, port: int) -> int:
         """Listen; the port (a free one for 0). Raises SetupError."""
@@ -73,6 +97,8 @@ class RouterSocket:
         self._closed = True
         self._loop.remove_reader(self._socket.fileno())
         self._socket.close()
+        if self._gatekeeper is not None:
+            self._gatekeeper.stop()
         self._context.term()
 
     def _read(self) -> None:

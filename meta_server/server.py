@@ -17,7 +17,8 @@ from meta_server.store import Store
 from stratakv import migrate, wire
 from stratakv.errors import InvalidRequest, Overloaded, SetupError, StrataError
 from stratakv.log import EventLogger
-from stratakv.process import first_setup_error, require_loopback, started
+from stratakv.pool.auth import PoolCredentials, require_credentials
+from stratakv.process import first_setup_error, started
 from stratakv.settings import MetaSettings, Settings
 
 REQUESTS_WAITING_MAX = 20_000
@@ -34,7 +35,8 @@ _log = EventLogger("meta_server")
 async def serve(settings: Settings, stop: asyncio.Event, ready: Ready | None = None) -> None:
     """Run until `stop` is set. Raises SetupError if it cannot start, or if another meta server takes over the database."""
     meta = settings.meta
-    require_loopback(meta.host, "meta.host", "node authentication is not configured")
+    credentials = PoolCredentials.from_settings(settings.pool)
+    require_credentials(meta.host, "meta.host", credentials)
     if not settings.database.url:
         raise SetupError("database.url is not set", hint="set STRATAKV_DATABASE_URL to the PostgreSQL of the metadata")
     await asyncio.to_thread(migrate.check, settings.database.url)
@@ -42,7 +44,7 @@ async def serve(settings: Settings, stop: asyncio.Event, ready: Ready | None = N
     try:
         await store.open()
         began = time.monotonic()
-        server = MetaServer(Handlers(store, await store.load(), meta, time.monotonic), meta)
+        server = MetaServer(Handlers(store, await store.load(), meta, time.monotonic), meta, credentials)
         _log.info("index_rebuilt", blocks=server.num_blocks, seconds=round(time.monotonic() - began, 3))
         await server.run(Filler(store), stop, ready)
     except* SetupError as group:
@@ -54,10 +56,10 @@ async def serve(settings: Settings, stop: asyncio.Event, ready: Ready | None = N
 class MetaServer:
     """Socket, handlers and background tasks."""
 
-    def __init__(self, handlers: Handlers, settings: MetaSettings) -> None:
+    def __init__(self, handlers: Handlers, settings: MetaSettings, credentials: PoolCredentials | None) -> None:
         self._handlers = handlers
         self._settings = settings
-        self._socket = RouterSocket(self._on_message)
+        self._socket = RouterSocket(self._on_message, credentials)
         self._waiting: set[asyncio.Task[None]] = set()
 
     @property

@@ -20,6 +20,7 @@ from stratakv.errors import SetupError
 from stratakv.log import configure_logging
 from stratakv.settings import Settings
 
+_ALL_ADDRESSES = ("", "0.0.0.0", "::")
 EXIT_SETUP = 2
 """Exit status after a SetupError."""
 
@@ -77,7 +78,17 @@ def is_loopback(host: str) -> bool:
 
 def reachable_host(host: str) -> str:
     """Where a process of this machine reaches a listener on `host`, which may stand for all addresses."""
-    return "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
+    return "127.0.0.1" if host in _ALL_ADDRESSES else host
+
+
+def advertised_host(host: str, public_host: str, section: str) -> str:
+    """What others are told to connect to. Raises SetupError for a listener on all addresses that names none."""
+    if not public_host and host in _ALL_ADDRESSES:
+        raise SetupError(
+            f"{section}.host = {host} is every address of this machine",
+            hint=f"Say with {section}.public_host which of them others can reach.",
+        )
+    return public_host or host
 
 
 def require_loopback(host: str, setting: str, why: str) -> None:

@@ -67,11 +67,21 @@ class MetaSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class PoolSettings:
+    """[pool] what all members of a pool share."""
+
+    secret: Secret | None = setting(
+        None, "shows meta server, daemons, workers and DB nodes that they belong together; needed beyond this machine"
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class DmpSettings:
     """[dmp] one memory-pool daemon."""
 
     node: str = setting("dmp-0", "name of this daemon, unique in the pool")
     host: str = setting("127.0.0.1", "address to listen on")
+    public_host: str = setting("", "where others reach it; by default `host`, which must be given for all addresses")
     port: int = setting(6390, "port of the TCP transport")
     segment_bytes: Bytes = setting(Bytes(512 * MIB), "memory this daemon gives to the pool")
     connections_max: int = setting(256, "connections at once")
@@ -85,6 +95,7 @@ class WorkerSettings:
     name: str = setting("", "name of this worker, unique; by default made from role and port")
     role: WorkerRole = setting(WorkerRole.BOTH, "what the router prefers it for: prefill, decode or both")
     host: str = setting("127.0.0.1", "address to listen on")
+    public_host: str = setting("", "where DB nodes reach it; by default `host`, which must be given for all addresses")
     port: int = setting(8100, "HTTP port")
     dtype: str = setting("bf16", "bf16 or fp32")
     device: str = setting("auto", "auto, cpu or cuda")
@@ -127,6 +138,9 @@ class SqlSettings:
     hints: bool = setting(True, "look ahead for the infer() calls of a statement, to run them together")
     hints_budget_s: float = setting(2.0, "longest time of a statement that is spent on looking ahead")
     hints_window: int = setting(32, "prompts looked for at first where a statement may stop early; doubled each time")
+    order_budget_s: float = setting(
+        1.0, "longest time that is spent on the order of fields in infer_row(), for each pass of looking ahead"
+    )
     hints_bytes_max: Bytes = setting(Bytes(64 * MIB), "prompts of one statement that are looked ahead for")
 
 
@@ -178,6 +192,7 @@ class Settings:
     postgres: PostgresSettings = PostgresSettings()
     model: ModelSettings = ModelSettings()
     meta: MetaSettings = MetaSettings()
+    pool: PoolSettings = PoolSettings()
     dmp: DmpSettings = DmpSettings()
     worker: WorkerSettings = WorkerSettings()
     sql: SqlSettings = SqlSettings()

@@ -10,7 +10,7 @@ if __name__ == "__main__":
         run_service(
             "stratakv serve worker",
             "An inference worker: prefill, decode or both.",
-            ("worker", "model", "meta"),
+            ("worker", "model", "meta", "pool"),
             serve,
         )
     )

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -22,13 +23,14 @@ from starlette.routing import Route
 from stratakv.errors import InvalidRequest, ModelNotFound, StrataError
 from stratakv.http_body import read_body
 from stratakv.log import EventLogger
+from stratakv.pool.auth import PoolCredentials
 from workers.api import CompletionRequest, parse_completion, usage_body
 from workers.generation import Delta, Finished, Generation
+from workers.membership import BODY_BYTES_MAX, MembersOnly
 from workers.runtime import Runtime
 
 log = EventLogger("workers.http")
 
-BODY_BYTES_MAX = 16 * 1024 * 1024
 RETRY_AFTER_S = 1
 HANDOVER_WAIT_S = 10.0
 """How long a prefill worker holds its answer back until the prompt's blocks can be found."""
@@ -36,10 +38,12 @@ HANDOVER_WAIT_S = 10.0
 _json = msgspec.json.Encoder().encode
 
 
-def create_app(runtime: Runtime) -> Starlette:
-    """The routes over one runtime."""
+def create_app(runtime: Runtime, credentials: PoolCredentials | None = None) -> Starlette:
+    """The routes over one runtime. With `credentials` only members of the pool are answered (`workers.membership`)."""
     face = _Face(runtime)
+    guard = [Middleware(MembersOnly, credentials=credentials)] if credentials is not None else []
     return Starlette(
+        middleware=guard,
         routes=[
             Route("/v1/completions", face.completions, methods=["POST"]),
             Route("/v1/models", face.models),

@@ -13,8 +13,9 @@ from stratakv.http_server import HttpServer
 from stratakv.keys import NamespaceScope
 from stratakv.log import EventLogger
 from stratakv.models import model_identity, resolve, served_name
+from stratakv.pool.auth import PoolCredentials, require_credentials
 from stratakv.pool.meta_client import MetaClient
-from stratakv.process import require_loopback, started
+from stratakv.process import advertised_host, started
 from stratakv.settings import Settings
 from stratakv.text import load_tokenizer
 from stratakv.wire import EPOCH_BYTES, WorkerInfo
@@ -37,14 +38,16 @@ DRAIN_S_MAX = 30.0
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Run one worker until `stop` is set and what is in flight has ended, or DRAIN_S_MAX has passed."""
     worker = settings.worker
-    require_loopback(worker.host, "worker.host", "node authentication is not configured")
+    credentials = PoolCredentials.from_settings(settings.pool)
+    require_credentials(worker.host, "worker.host", credentials)
     server = HttpServer(worker.host, worker.port, "worker")
-    meta = MetaClient(settings.meta)
-    runtime, engine, tiers, rates = await asyncio.to_thread(_build, settings, meta, asyncio.get_running_loop())
+    meta = MetaClient(settings.meta, credentials=credentials)
+    loop = asyncio.get_running_loop()
+    runtime, engine, tiers, rates = await asyncio.to_thread(_build, settings, meta, credentials, loop)
     engine.start()
     try:
         async with asyncio.TaskGroup() as tasks:
-            http = tasks.create_task(server.run(create_app(runtime)), name="http")
+            http = tasks.create_task(server.run(create_app(runtime, credentials)), name="http")
             await warm_up(engine, rates)
             started()
             runtime.open()
@@ -65,7 +68,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
 
 
 def _build(
-    settings: Settings, meta: MetaClient, loop: asyncio.AbstractEventLoop
+    settings: Settings, meta: MetaClient, credentials: PoolCredentials | None, loop: asyncio.AbstractEventLoop
 ) -> tuple[Runtime, Engine, Tiers | None, Rates]:
     worker = settings.worker
     directory = resolve(settings.model.name, settings.model.cache_dir)
@@ -95,7 +98,7 @@ def _build(
     info = WorkerInfo(
         worker=worker.name or f"{worker.role}-{worker.port}",
         epoch=os.urandom(EPOCH_BYTES),
-        url=f"http://{worker.host}:{worker.port}",
+        url=f"http://{advertised_host(worker.host, worker.public_host, 'worker')}:{worker.port}",
         role=worker.role,
         model=served_name(settings.model.name),
         namespace=namespace,
@@ -105,7 +108,11 @@ def _build(
     )
     metrics = WorkerMetrics(info.model)
     rates = Rates()
-    tiers = Tiers(info, layout, worker, meta, engine.kv_cache, rates, metrics, loop) if worker.pool_enabled else None
+    tiers = (
+        Tiers(info, layout, worker, meta, credentials, engine.kv_cache, rates, metrics, loop)
+        if worker.pool_enabled
+        else None
+    )
     engine.attach(tiers)
     tokenizer = load_tokenizer(directory)
     structures = Structures(tokenizer, facts.vocab_size, sorted(facts.eos_token_ids))

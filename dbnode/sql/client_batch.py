@@ -171,3 +171,16 @@ def bound_statement(data: bytes) -> bytes | None:
     """Name of the statement that a Bind at the beginning of `data` is for; None if it is not all there."""
     words = data[HEADER_BYTES:].split(b"\0", 2)
     return words[1] if len(words) == 3 else None
+
+
+def statement_text(data: bytes, known: PreparedStatements) -> bytes | None:
+    """Text of the statement that a Query, Parse or Bind at the beginning of `data` is about; None if it is not all there."""
+    kind, end = data[0], 1 + int.from_bytes(data[1:HEADER_BYTES], "big")
+    if kind == Kind.BIND:
+        name = bound_statement(data)
+        prepared = known.get(name) if name is not None else None
+        return prepared.text if prepared is not None else None
+    if end > len(data):
+        return None
+    words = data[HEADER_BYTES:end].split(b"\0", 2)
+    return words[kind == Kind.PARSE]

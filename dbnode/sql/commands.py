@@ -3,9 +3,11 @@
     infer PID ROLE DATABASE MODEL OPTIONS PROMPT    start a call; answered within the hold time
     poll                                            go on waiting for it
     bind NONCE PID                                  this connection belongs to a session of the gateway
+    statements PID ROLE                             statistics of statements, of one role or of all; polled like a call
     set client_encoding to '…'                      what libpq sends for dblink; all our text is ASCII
 
-ROLE, DATABASE and NONCE are hexadecimal UTF-8; MODEL and OPTIONS too, after `=`, or `-` for NULL; PROMPT is base64 after `=`.
+ROLE, DATABASE and NONCE are hexadecimal UTF-8; MODEL and OPTIONS too, after `=`, or `-` for NULL, as is the ROLE of `statements`,
+where NULL means all; PROMPT is base64 after `=`.
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ from typing import Any
 
 from dbnode.sql.errors import ProtocolViolation
 from dbnode.sql.messages import text_row
-from dbnode.sql.service import NullAnswer
+from dbnode.sql.row_prompt import ROW, RowPrompt, parse_row
+from dbnode.sql.service import InferCall, NullAnswer
 from stratakv.errors import InvalidRequest, StrataError
 
 _INFER_WORDS = 6
-_BIND_WORDS = 2
+_BIND_WORDS = _STATEMENTS_WORDS = 2
 _NULL = b"-"
 
 
@@ -49,6 +52,19 @@ class Infer:
     model: str | None
     options: dict[str, Any]
     prompt: str = field(repr=False)
+    row: RowPrompt | None = None
+    """What the prompt was made of, if its fields may stand in another order."""
+
+    def call(self, session: str) -> InferCall:
+        """What the model is asked, on behalf of this session."""
+        return InferCall(
+            prompt=self.prompt,
+            model=self.model,
+            options=self.options,
+            role=self.role,
+            database=self.database,
+            session=session,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +85,16 @@ class SetEncoding:
     """Makes no difference."""
 
 
-Command = Infer | Poll | Bind | SetEncoding
+@dataclass(frozen=True, slots=True)
+class Statements:
+    """Read statistics."""
+
+    pid: int
+    role: str | None
+    """None for all roles'."""
+
+
+Command = Infer | Poll | Bind | SetEncoding | Statements
 
 
 def parse_command(text: bytes) -> Command:
@@ -83,6 +108,10 @@ def parse_command(text: bytes) -> Command:
         words = rest.split(b" ")
         if len(words) == _BIND_WORDS:
             return Bind(_unhex(words[0]), _number(words[1]))
+    if name == b"statements":
+        words = rest.split(b" ")
+        if len(words) == _STATEMENTS_WORDS:
+            return Statements(_number(words[0]), _optional(words[1]))
     if name.lower() == b"set" and rest.lower().startswith(b"client_encoding to "):
         return SetEncoding()
     raise ProtocolViolation("unknown command")
@@ -99,8 +128,13 @@ def _parse_infer(rest: bytes) -> Infer:
         raise ProtocolViolation("malformed command") from None
     except UnicodeDecodeError as error:
         raise NotUtf8(f"the prompt is not valid UTF-8 at byte {error.start}") from None
-    model_text, options_text = _optional(model), _optional(options)
-    return Infer(_number(pid), _unhex(role), _unhex(database), model_text, _parse_options(options_text), prompt_text)
+    model_text, given = _optional(model), _parse_options(_optional(options))
+    row = None
+    if given.get(ROW) is True:
+        row = parse_row(prompt_text)
+        prompt_text = row.text()
+        del given[ROW]
+    return Infer(_number(pid), _unhex(role), _unhex(database), model_text, given, prompt_text, row)
 
 
 def _parse_options(text: str | None) -> dict[str, Any]:

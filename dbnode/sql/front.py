@@ -12,6 +12,7 @@ from dbnode.sql.hints import HintStats
 from dbnode.sql.listener import Listener, ListenerLimits
 from dbnode.sql.relay import Relay
 from dbnode.sql.service import InferenceService
+from dbnode.sql.statement_meter import StatementBook, StatementLog
 from stratakv.log import EventLogger
 from stratakv.process import require_loopback
 from stratakv.settings import SqlSettings
@@ -37,6 +38,7 @@ class SqlFront:
         *,
         trusted_backend: bool = False,
         postgres_uid: int | None = None,
+        statements: StatementLog | None = None,
     ) -> None:
         """Raises SetupError."""
         if trusted_backend:
@@ -47,7 +49,8 @@ class SqlFront:
         self.address = ListenerAddress.from_settings(settings)
         """What `stratakv.sqlfunctions.install` takes."""
         uid = _postgres_uid() if postgres_uid is None else postgres_uid
-        self.listener = Listener(self.address, limits, service, registry, postgres_uid=uid)
+        self.book = StatementBook(statements)
+        self.listener = Listener(self.address, limits, service, registry, self.book, statements, postgres_uid=uid)
         self.relay = Relay(
             settings,
             BackendAddress.from_url(backend_url),
@@ -56,6 +59,7 @@ class SqlFront:
             trusted_backend=trusted_backend,
             is_calling=self.listener.is_calling,
             make_hints=self.listener.make_hints,
+            book=self.book,
         )
 
     @property

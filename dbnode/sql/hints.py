@@ -9,12 +9,15 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+from dbnode.sql.call_sites import SITE_OPTION, UNNUMBERED
 from dbnode.sql.commands import Infer
+from dbnode.sql.row_prompt import RowPrompt, ordered_texts
 from dbnode.sql.service import InferCall, InferenceService
+from dbnode.sql.statement_meter import StatementBook
 from stratakv.errors import Cancelled, StrataError
 from stratakv.log import EventLogger
 
@@ -22,7 +25,9 @@ log = EventLogger(__name__)
 
 IN_FLIGHT_MAX = 64
 """Inferences of one statement at a time."""
-Key: TypeAlias = tuple[str, str, str | None, str, str]
+Key: TypeAlias = tuple[str, str, str | None, str, str, RowPrompt | None]
+ORDER_INLINE_FIELDS_MAX = 1000
+"""More are put in order beside the event loop."""
 
 
 class PassEnded(StrataError):
@@ -52,6 +57,7 @@ class Hint:
 
     call: InferCall
     future: asyncio.Future[str]
+    row: RowPrompt | None = None
     is_started: bool = False
     is_consumed: bool = False
 
@@ -84,8 +90,11 @@ class StatementHints:
         stats: HintStats,
         tasks: set[asyncio.Task[str]],
         num_free: Callable[[], int],
+        book: StatementBook,
     ) -> None:
         self.is_collecting = False
+        self.is_unnumbered = False
+        """PostgreSQL does not take the SELECT whose calls carry numbers."""
         self.failure: StrataError | None = None
         """What every further call of the statement fails by, once the client has cancelled it."""
         self._service = service
@@ -93,22 +102,35 @@ class StatementHints:
         self._stats = stats
         self._tasks = tasks
         self._num_free = num_free
+        self._book = book
         self._own: set[asyncio.Task[str]] = set()
         self._known: dict[Key, Hint] = {}
         self._new: dict[Key, Hint] = {}
         """Found by the pass that runs."""
         self._num_again = 0
         """Calls of the pass that runs whose prompts an earlier one found."""
+        self._governors: Mapping[int, frozenset[int]] = {}
+        self._first_seen: dict[int, int] = {}
+        """When each call site was first asked for."""
+        self._unknown: set[int] = set()
+        """Call sites that the pass that runs has answered by NULL for want of an answer."""
+        self._put_off: dict[Key, Hint] = {}
+        """Found by the pass that runs, because of such a NULL."""
+        self._pass_started_s = 0.0
         self._queue: deque[Hint] = deque()
         self._size_bytes = 0
         self._limits = PassLimits(None, 0, 0.0)
 
     # Passes
 
-    def start_pass(self, limits: PassLimits) -> None:
+    def start_pass(self, limits: PassLimits, governors: Mapping[int, frozenset[int]] | None = None) -> None:
+        """`governors` are told of a SELECT whose calls carry their numbers: the calls that decide about a call."""
         self._limits = limits
-        self._new = {}
+        self._governors = governors or {}
+        self._new, self._put_off = {}, {}
+        self._unknown = set()
         self._num_again = 0
+        self._pass_started_s = asyncio.get_running_loop().time()
         self.is_collecting = True
         self._stats.passes += 1
 
@@ -117,28 +139,57 @@ class StatementHints:
         if self.failure is not None or asyncio.get_running_loop().time() > self._limits.deadline_s:
             raise PassEnded("the time for looking ahead is over")
         self._stats.collected += 1
+        site, command = _numbered(command)
+        self._first_seen.setdefault(site, len(self._first_seen))
         key = _key(command)
         if (hint := self._known.get(key)) is not None:
             self._num_again += 1
+            if not hint.future.done():
+                self._unknown.add(site)
             return hint.answer
-        if key in self._new or not is_repeatable(command):
+        if not is_repeatable(command):
             return None
-        window = self._limits.window
-        size_bytes = self._size_bytes + len(command.prompt.encode())
-        if (window is not None and len(self._new) >= window) or size_bytes > self._limits.bytes_max:
-            raise PassEnded("enough prompts have been seen")
-        self._size_bytes = size_bytes
-        self._new[key] = Hint(_call(command, self._session), asyncio.get_running_loop().create_future())
+        if key not in self._new:
+            self._add(key, command, self._put_off if self._is_undecided(site) else self._new)
+        if key in self._new:
+            self._unknown.add(site)
         return None
 
-    def end_pass(self) -> int:
-        """How many prompts it found that are new; they are sent now, those with common beginnings in a row."""
+    def _is_undecided(self, site: int) -> bool:
+        """Whether a call may be made only because NULL stood for another's answer, which was asked for first."""
+        if not self._unknown or site not in self._governors:
+            return False
+        mine = self._first_seen[site]
+        return any(self._first_seen[other] < mine for other in self._governors[site] & self._unknown)
+
+    def _add(self, key: Key, command: Infer, found: dict[Key, Hint]) -> None:
+        """Raises PassEnded."""
+        if key in found:
+            return
+        window = self._limits.window
+        size_bytes = self._size_bytes + len(command.prompt.encode())
+        if (window is not None and len(found) >= window) or size_bytes > self._limits.bytes_max:
+            raise PassEnded("enough prompts have been seen")
+        self._size_bytes = size_bytes
+        found[key] = Hint(command.call(self._session), asyncio.get_running_loop().create_future(), command.row)
+
+    async def end_pass(self, order_budget_s: float) -> int:
+        """How many prompts it found that are new; they are sent now, those with common beginnings in a row.
+
+        The fields of rows are put in order first, for so long at most.
+        """
         self.is_collecting = False
+        if self._put_off:
+            self._decide_put_off()
         if self._known and not self._num_again:
             return 0  # the prompts are others each time: now() may be in them
-        new = sorted(self._new.values(), key=lambda hint: (hint.call.model or "", hint.call.prompt))
         self._known |= self._new
+        await self._order_fields(order_budget_s)
+        if self.failure is not None:
+            return 0
+        new = sorted(self._new.values(), key=_place)
         self._stats.distinct += len(new)
+        self._book.found(self._session, len(new))
         self._queue.extend(new)
         free = min(IN_FLIGHT_MAX - len(self._own), self._num_free(), len(self._queue))
         for _ in range(free):
@@ -148,10 +199,31 @@ class StatementHints:
                 task.add_done_callback(tasks.discard)
         return len(new)
 
+    async def _order_fields(self, budget_s: float) -> None:
+        """Let the rows among the new prompts begin alike."""
+        hints = [(hint, hint.row) for hint in self._new.values() if hint.row is not None]
+        rows = [row for _, row in hints]
+        if sum(len(row.fields) for row in rows) > ORDER_INLINE_FIELDS_MAX:
+            texts = await asyncio.to_thread(ordered_texts, rows, budget_s)
+        else:
+            texts = ordered_texts(rows, budget_s)
+        for (hint, _), text in zip(hints, texts, strict=True):
+            hint.call = replace(hint.call, prompt=text)
+
+    def _decide_put_off(self) -> None:
+        """The next pass finds them again, if they are needed. Without time for one, some too many are sent."""
+        now_s = asyncio.get_running_loop().time()
+        if now_s + (now_s - self._pass_started_s) < self._limits.deadline_s:
+            self._size_bytes -= sum(len(hint.call.prompt.encode()) for hint in self._put_off.values())
+        else:
+            self._new |= self._put_off
+        self._put_off = {}
+
     async def settle(self, timeout_s: float | None) -> bool:
         """Wait for what has been sent; False if that takes longer, or the DB node is full."""
         if self._own:
-            await asyncio.wait(set(self._own), timeout=timeout_s)
+            with self._book.waiting(self._session):
+                await asyncio.wait(set(self._own), timeout=timeout_s)
         return not self._own and not self._queue
 
     async def _work(self) -> str:
@@ -223,6 +295,14 @@ class StatementHints:
             task.cancel()
 
 
+def _numbered(command: Infer) -> tuple[int, Infer]:
+    """The number that a call of a pass carries, and the call without it."""
+    site = command.options.get(SITE_OPTION)
+    if type(site) is not int:
+        return UNNUMBERED, command
+    return site, replace(command, options={k: v for k, v in command.options.items() if k != SITE_OPTION})
+
+
 def is_repeatable(command: Infer) -> bool:
     """Whether two equal calls of a statement may share one answer: not if it is drawn by lot."""
     options = command.options
@@ -231,17 +311,13 @@ def is_repeatable(command: Infer) -> bool:
     return not options.get("temperature") or options.get("seed") is not None
 
 
+def _place(hint: Hint) -> tuple[int, str, str, str]:
+    """Sorts hints: what is urgent first, then what begins alike together."""
+    call = hint.call
+    priority, system = call.options.get("priority"), call.options.get("system")
+    return priority if isinstance(priority, int) else 0, call.model or "", str(system or ""), call.prompt
+
+
 def _key(command: Infer) -> Key:
     options = json.dumps(command.options, sort_keys=True)
-    return command.role, command.database, command.model, options, command.prompt
-
-
-def _call(command: Infer, session: str) -> InferCall:
-    return InferCall(
-        prompt=command.prompt,
-        model=command.model,
-        options=command.options,
-        role=command.role,
-        database=command.database,
-        session=session,
-    )
+    return command.role, command.database, command.model, options, command.prompt, command.row

@@ -19,6 +19,7 @@ from dbnode.sql.hints import HintStats, StatementHints
 from dbnode.sql.listener_connection import ListenerConnection
 from dbnode.sql.scram import Verifier
 from dbnode.sql.service import InferenceService
+from dbnode.sql.statement_meter import MeteredService, StatementBook, StatementLog
 from stratakv.errors import SetupError
 from stratakv.log import EventLogger
 from stratakv.process import port_taken
@@ -57,12 +58,16 @@ class Listener:
         limits: ListenerLimits,
         service: InferenceService,
         registry: BindingRegistry,
+        book: StatementBook,
+        statements: StatementLog | None,
         *,
         postgres_uid: int,
     ) -> None:
         self.address = address
         self.limits = limits
-        self.service = service
+        self.service = MeteredService(service, book)
+        self.book = book
+        self.statements = statements
         self.registry = registry
         self.postgres_uid = postgres_uid
         self.verifier = Verifier.of(address.key, os.urandom(_SALT_BYTES))
@@ -80,7 +85,7 @@ class Listener:
 
     def make_hints(self, session: str) -> StatementHints:
         """For one statement of a session of the gateway."""
-        return StatementHints(self.service, session, self.hint_stats, self.tasks, self._num_free)
+        return StatementHints(self.service, session, self.hint_stats, self.tasks, self._num_free, self.book)
 
     def _num_free(self) -> int:
         return 0 if self.draining else max(0, self.limits.calls_max - len(self.tasks))

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import json
 import secrets
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, cast
 
 from dbnode.sql.binding import SessionBinding
-from dbnode.sql.commands import Bind, Infer, Poll, SetEncoding, Status, answer_reply, parse_command, reply
+from dbnode.sql.commands import Bind, Infer, Poll, SetEncoding, Statements, Status, answer_reply, parse_command, reply
 from dbnode.sql.errors import MessageTooLong, ProtocolViolation
 from dbnode.sql.hints import Hint, StatementHints
 from dbnode.sql.messages import (
@@ -32,6 +33,7 @@ from dbnode.sql.messages import (
 from dbnode.sql.scram import MECHANISM, ScramFailed, ScramServer
 from dbnode.sql.service import InferCall
 from dbnode.sql.startup import StartupKind, StartupReader
+from dbnode.sql.statement_meter import StatementMeter
 from stratakv.errors import Cancelled, ContextTooLong, Overloaded, PermissionDenied, StrataError, Unavailable
 from stratakv.log import EventLogger
 
@@ -83,6 +85,10 @@ class ListenerConnection(asyncio.Protocol):
     def calling_pid(self) -> int | None:
         """Backend whose call runs here."""
         return self._call_pid if self._call is not None else None
+
+    @property
+    def _session_name(self) -> str:
+        return self._binding.name if self._binding is not None else self._name
 
     # Connection
 
@@ -206,6 +212,9 @@ class ListenerConnection(asyncio.Protocol):
                 case Bind():
                     self._binding = self._listener.registry.redeem(command.nonce, command.pid, self)
                     self._transport.write(reply(Status.OK))
+                case Statements():
+                    self._drop_call()
+                    self._start(_read_statements(self._listener, command.role), command.pid)
                 case SetEncoding():
                     self._transport.write(message(b"C", cstring("SET")) + ready_for_query())
         except ProtocolViolation:
@@ -221,11 +230,13 @@ class ListenerConnection(asyncio.Protocol):
         if len(command.prompt.encode()) > listener.limits.prompt_bytes_max:
             raise _prompt_too_long(listener.limits.prompt_bytes_max)
         hints = self._binding.hints if self._binding is not None else None
+        meter = listener.book.called(self._session_name, command.role, command.database)
         if hints is not None and hints.is_collecting:
             self._answer_pass(hints, command)
             return
         hint = hints.find(command) if hints is not None else None
         if hint is not None and hint.answer is not None:
+            meter.count_call(is_known=True)
             self._transport.write(answer_reply(hint.answer))
             return
         if listener.is_full:
@@ -233,19 +244,17 @@ class ListenerConnection(asyncio.Protocol):
                 f"{listener.limits.calls_max} infer() calls are in progress, which is the limit",
                 hint="Run fewer statements at a time, or raise sql.calls_waiting_max.",
             )
-        call = InferCall(
-            prompt=command.prompt,
-            model=command.model,
-            options=command.options,
-            role=command.role,
-            database=command.database,
-            session=self._binding.name if self._binding is not None else self._name,
-        )
-        task = self._loop.create_task(_run(listener, call, hints, hint))
-        listener.tasks.add(task)
-        task.add_done_callback(listener.tasks.discard)
+        call = command.call(self._session_name)
+        meter.count_call(is_known=hint is not None)
+        self._start(_run(listener, call, hints, hint, meter), command.pid)
+
+    def _start(self, work: Coroutine[None, None, str], pid: int) -> None:
+        """Run what PostgreSQL polls for."""
+        task = self._loop.create_task(work)
+        self._listener.tasks.add(task)
+        task.add_done_callback(self._listener.tasks.discard)
         task.add_done_callback(self._on_done)
-        self._call, self._call_pid = task, command.pid
+        self._call, self._call_pid = task, pid
         self._ask()
 
     def _answer_pass(self, hints: StatementHints, command: Infer) -> None:
@@ -327,16 +336,27 @@ class ListenerConnection(asyncio.Protocol):
             self._drop_call()
 
 
-async def _run(listener: Listener, call: InferCall, hints: StatementHints | None, hint: Hint | None) -> str:
+async def _run(
+    listener: Listener, call: InferCall, hints: StatementHints | None, hint: Hint | None, meter: StatementMeter
+) -> str:
     try:
-        if hints is not None and hint is not None:
-            return await hints.answer(hint)
-        return await listener.service.infer_text(call)
+        with meter.waiting():
+            if hints is not None and hint is not None:
+                return await hints.answer(hint)
+            return await listener.service.infer_text(call)
     except StrataError:
         raise
     except Exception:
         log.exception("infer_failed", session=call.session, database=call.database)
         raise
+    finally:
+        listener.book.finish_own(meter)
+
+
+async def _read_statements(listener: Listener, role: str | None) -> str:
+    if listener.statements is None:
+        raise Unavailable("this DB node keeps no statistics of statements")
+    return json.dumps(await listener.statements.read(role), default=str)
 
 
 def _prompt_too_long(bytes_max: int) -> StrataError:

@@ -18,6 +18,7 @@ from dbnode.sql.client_batch import (
     PreparedStatements,
     Readiness,
     bound_statement,
+    statement_text,
 )
 from dbnode.sql.errors import GatewayFailed, ProtocolViolation
 from dbnode.sql.hints import PassLimits, StatementHints
@@ -37,6 +38,8 @@ PASSES_MAX = 16
 """Of one statement."""
 ROLLBACKS_MAX = 3
 """Attempts to leave a pass that something interrupts."""
+_REFUSED = b"\0C42"
+"""In an ErrorResponse: PostgreSQL could not make sense of a statement."""
 IDLE_MARGIN_S = 0.2
 """The batch goes on so long before PostgreSQL would end the session as idle."""
 
@@ -66,7 +69,10 @@ class Lookahead:
             wanted = kind in (Kind.QUERY, Kind.PARSE) and INFER.search(data) is not None
             if not wanted and kind in (Kind.QUERY, Kind.PARSE):
                 self._prepared.forget(b"")
-        if not wanted or session.binding is None or session.binding.caller is None:
+        if not wanted:
+            return False
+        session.statement_begins(statement_text(data, self._prepared))
+        if session.binding is None or session.binding.caller is None:
             return False
         self._is_open_batch = is_described and session.is_described
         return session.is_idle or self._is_open_batch
@@ -84,6 +90,7 @@ class Lookahead:
             self._is_described = readiness is Readiness.DESCRIBED
             self._go_on()
             return
+        self._session.statement_begins(batch.prepared.text)
         self._session.start_collecting()
         self._task = asyncio.get_running_loop().create_task(self._look_ahead(batch, target))
 
@@ -151,12 +158,13 @@ class Lookahead:
                 return
             pass_started_s = loop.time()
             limits = PassLimits(window, settings.hints_bytes_max, pass_started_s + budget_s)
-            num_new = await self._run_pass(batch, target, hints, limits, budget_s)
-            budget_s -= loop.time() - pass_started_s
+            await self._run_pass(batch, target, hints, limits, budget_s)
+            pass_ended_s = loop.time()
+            budget_s -= pass_ended_s - pass_started_s
+            num_new = await hints.end_pass(found.order_budget_s(settings.order_budget_s))
+            idle_s = found.idle_timeout_s and found.idle_timeout_s - (loop.time() - pass_ended_s)
             log.debug("pass_ended", session=self._session.name, number=number, new=num_new, window=window)
-            if num_new == 0 or not await self._settle(
-                hints, started_s, found.statement_timeout_s, found.idle_timeout_s
-            ):
+            if num_new == 0 or not await self._settle(hints, started_s, found.statement_timeout_s, idle_s):
                 return
             if budget_s <= 0:
                 return
@@ -164,13 +172,19 @@ class Lookahead:
 
     async def _run_pass(
         self, batch: Batch, target: Collectable, hints: StatementHints, limits: PassLimits, budget_s: float
-    ) -> int:
-        """How many new prompts it found."""
-        hints.start_pass(limits)
-        exchange = await self._run(pass_exchange(batch, target.select, budget_s))
+    ) -> None:
+        """Let the hints see what the statement asks."""
+        sites = None if hints.is_unnumbered else target.sites
+        hints.start_pass(limits, sites.governors if sites is not None else None)
+        select = sites.select if sites is not None else target.select
+        exchange = await self._run(pass_exchange(batch, select, budget_s))
+        if sites is not None and _REFUSED in exchange.last_error:
+            # A function of these names that is not ours, or an expression that no longer equals another one.
+            hints.is_unnumbered = True
+            exchange = await self._run(pass_exchange(batch, target.select, budget_s))
         for _ in range(ROLLBACKS_MAX):
             if exchange.transaction_status == TRANSACTION_IDLE:
-                return hints.end_pass()
+                return
             exchange = await self._run(rollback_exchange())
         raise GatewayFailed("the DB node could not end its transaction")
 

@@ -35,6 +35,11 @@ class Circumstances:
     statement_timeout_s: float | None
     idle_timeout_s: float | None
 
+    def order_budget_s(self, wanted_s: float) -> float:
+        """For putting fields in order: never so long that a timeout of the session passes by it."""
+        timeouts = [t / 2 for t in (self.statement_timeout_s, self.idle_timeout_s) if t is not None]
+        return min([wanted_s, *timeouts])
+
 
 def bind_exchange(nonce: str, listener: str) -> OwnExchange:
     """Tie the session to its connection of the listener."""

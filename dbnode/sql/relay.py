@@ -14,6 +14,7 @@ from dbnode.sql.hints import StatementHints
 from dbnode.sql.messages import Severity, error_response
 from dbnode.sql.session import Session
 from dbnode.sql.startup import CancelKey, StartupPacket, cancel_request
+from dbnode.sql.statement_meter import StatementBook
 from stratakv.errors import StrataError
 from stratakv.log import EventLogger
 from stratakv.process import port_taken
@@ -39,12 +40,14 @@ class Relay:
         trusted_backend: bool,
         is_calling: Callable[[int], bool],
         make_hints: Callable[[str], StatementHints],
+        book: StatementBook,
     ) -> None:
         self.settings = settings
         self.registry = registry
         self.listener_name = listener_name
         self.trusted_backend = trusted_backend
         self.make_hints = make_hints
+        self.book = book
         self.draining = False
         self.handshakes: set[ClientHandshake] = set()
         self._address = address

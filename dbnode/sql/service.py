@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from stratakv.errors import StrataError
+
+
+@dataclass(frozen=True, slots=True)
+class CallCost:
+    """What one inference took, whatever its end."""
+
+    prompt_tokens: int
+    l1_tokens: int
+    l2_tokens: int
+    pool_tokens: int
+    """Prompt tokens that were not computed, by where their KV came from."""
+    generated_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +34,8 @@ class InferCall:
     database: str
     session: str
     """Names the gateway's session, or the connection if the call came from a session that is not the gateway's."""
+    on_cost: Callable[[CallCost], None] | None = field(default=None, repr=False, compare=False)
+    """Told once, when the inference has ended."""
 
 
 class NullAnswer(StrataError):

@@ -15,6 +15,7 @@ from dbnode.sql.errors import AdminShutdown, BackendLost, StartupTimeout
 from dbnode.sql.login import LoginReader
 from dbnode.sql.looking_ahead import Lookahead
 from dbnode.sql.messages import TRANSACTION_IDLE, Kind, Severity, error_response, message
+from dbnode.sql.normalise import normalised
 from dbnode.sql.own_exchange import OwnExchange
 from dbnode.sql.own_statements import bind_exchange
 from dbnode.sql.sides import FOLLOWED, BackendSide, ClientSide, Phase
@@ -58,6 +59,8 @@ class Session:
         self.own_ended.set()
         self.lookahead: Lookahead | None = None
         """Once there is a session to look ahead in."""
+        self._is_metered = False
+        """A statement that may call infer() is under way."""
         self._wants_bind = False
         self._nonce = ""
         self._on_own_done: Callable[[], None]
@@ -137,10 +140,23 @@ class Session:
             # An order of messages we do not know: never take the session for idle again.
             self._num_expected = 1 << 62
         if self._num_expected == 0:
+            if self._is_metered:
+                self._statement_ends()
             if self.binding is not None and self.binding.caller is not None:
                 self.binding.caller.statement_ended()
             if self.relay.draining and self.is_idle:
                 self.end(AdminShutdown("terminating connection: the DB node is shutting down"))
+
+    # Statistics
+
+    def statement_begins(self, text: bytes | None) -> None:
+        """It may call infer(). Of a pipeline the first counts; its text may come late."""
+        self._is_metered = True
+        self.relay.book.begin(self.name, _shown(text) if text is not None else None)
+
+    def _statement_ends(self) -> None:
+        self._is_metered = False
+        self.relay.book.end(self.name)
 
     # Binding
 
@@ -260,8 +276,18 @@ class Session:
         self.own_ended.set()
         if self.lookahead is not None:
             self.lookahead.close()
+        if self._is_metered:
+            self._statement_ends()
         if self.binding is not None and self.binding.caller is not None:
             self.binding.caller.close()
         self.client.close()
         self.backend.close()
         self.relay.on_close(self)
+
+
+def _shown(text: bytes) -> str | None:
+    """Without literals; None if that cannot be."""
+    try:
+        return normalised(text.decode())
+    except UnicodeDecodeError:
+        return None

@@ -83,10 +83,11 @@ async def _ask_db_node(settings: Settings, report: Report) -> None:
 
 
 async def _ask_meta_server(settings: Settings, report: Report) -> None:
+    from stratakv.pool.auth import PoolCredentials
     from stratakv.pool.meta_client import MetaClient
 
     report.meta_address = f"{settings.meta.host}:{settings.meta.native_port}"
-    meta = MetaClient(settings.meta)
+    meta = MetaClient(settings.meta, credentials=PoolCredentials.from_settings(settings.pool))
     try:
         report.stats = await meta.call(GetStats(), Stats)
         report.nodes = (await meta.call(ListNodes(), Nodes)).nodes

@@ -13,6 +13,7 @@ from stratakv.errors import StrataError
 from stratakv.pool import messages
 from stratakv.pool.errors import (
     EpochChanged,
+    NotAMember,
     OutOfBounds,
     ProtocolMismatch,
     PutRefused,
@@ -33,6 +34,7 @@ _ERRORS: dict[RefusalCode, type[StrataError]] = {
     RefusalCode.PUT_REFUSED: PutRefused,
     RefusalCode.OUT_OF_BOUNDS: OutOfBounds,
     RefusalCode.TOO_MANY: TransportError,
+    RefusalCode.NOT_A_MEMBER: NotAMember,
 }
 
 

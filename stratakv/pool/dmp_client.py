@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from stratakv.pool import messages
+from stratakv.pool.auth import NONCE_BYTES, PoolCredentials
 from stratakv.pool.control import ControlChannel, parse_reply, receive_reply
-from stratakv.pool.errors import EpochChanged, ProtocolMismatch, TransportError, TransportTimeout
+from stratakv.pool.errors import EpochChanged, NotAMember, ProtocolMismatch, TransportError, TransportTimeout
 from stratakv.pool.framing import receive_exactly, remaining_s, send_frame, tune
 from stratakv.pool.messages import FRAME, FrameKind, MalformedFrame, parse_frame_header
 from stratakv.pool.shm import ShmTransport, received_memory
@@ -77,7 +78,13 @@ class DmpConnection:
         self.transport.close()
 
 
-def connect(segment: Segment, *, deadline: float, force: TransportKind | None = None) -> DmpConnection:
+def connect(
+    segment: Segment,
+    *,
+    deadline: float,
+    force: TransportKind | None = None,
+    credentials: PoolCredentials | None = None,
+) -> DmpConnection:
     """Attach to a daemon. Raises TransportError (EpochChanged if the daemon is a newer one)."""
     if force is not TransportKind.TCP:
         sock = _dial_unix(segment, deadline)
@@ -85,7 +92,7 @@ def connect(segment: Segment, *, deadline: float, force: TransportKind | None = 
             return _attach_shm(segment, sock, deadline)
         if force is TransportKind.SHM:
             raise TransportError(f"node {segment.node} has no shared memory for this process")
-    dial = partial(_dial_tcp, segment)
+    dial = partial(_dial_tcp, segment, credentials)
     return DmpConnection(segment, TransportKind.TCP, ControlChannel(dial(deadline), dial), TcpTransport(dial))
 
 
@@ -106,7 +113,7 @@ def _dial_unix(segment: Segment, deadline: float) -> socket.socket | None:
     return sock
 
 
-def _dial_tcp(segment: Segment, deadline: float) -> socket.socket:
+def _dial_tcp(segment: Segment, credentials: PoolCredentials | None, deadline: float) -> socket.socket:
     try:
         sock = socket.create_connection((segment.host, segment.port), timeout=remaining_s(deadline))
     except TimeoutError:
@@ -115,7 +122,10 @@ def _dial_tcp(segment: Segment, deadline: float) -> socket.socket:
         raise TransportError(f"node {segment.node} cannot be reached: {error}") from error
     tune(sock)
     try:
-        _send_attach(sock, segment, deadline)
+        if credentials is None:
+            _send_attach(sock, segment, deadline)
+        else:
+            _prove_membership(sock, segment, credentials, deadline)
         _check_attached(receive_reply(sock, messages.Attached, deadline), segment)
     except BaseException:
         sock.close()
@@ -139,8 +149,20 @@ def _attach_shm(segment: Segment, sock: socket.socket, deadline: float) -> DmpCo
     return DmpConnection(segment, TransportKind.SHM, ControlChannel(sock), transport)
 
 
-def _send_attach(sock: socket.socket, segment: Segment, deadline: float) -> None:
-    request = messages.Attach(messages.PROTOCOL_VERSION, segment.epoch)
+def _prove_membership(sock: socket.socket, segment: Segment, credentials: PoolCredentials, deadline: float) -> None:
+    """Each end shows that it knows the secret, the daemon first; not over the Unix socket, where the kernel names the peer."""
+    nonce = os.urandom(NONCE_BYTES)
+    _send_attach(sock, segment, deadline, nonce)
+    reply = receive_reply(sock, messages.Message, deadline)
+    if not isinstance(reply, messages.Challenge):
+        raise NotAMember(f"node {segment.node} does not know the secret of this pool")
+    credentials.check(reply.proof, "daemon", segment.epoch, nonce, reply.nonce)
+    prove = messages.Prove(credentials.proof("member", segment.epoch, nonce, reply.nonce))
+    send_frame(sock, FrameKind.CONTROL, messages.encode(prove), deadline)
+
+
+def _send_attach(sock: socket.socket, segment: Segment, deadline: float, nonce: bytes = b"") -> None:
+    request = messages.Attach(messages.PROTOCOL_VERSION, segment.epoch, nonce)
     send_frame(sock, FrameKind.CONTROL, messages.encode(request), deadline)
 
 
@@ -181,8 +203,9 @@ class _Slot:
 class ConnectionCache:
     """The connections of one process, by (node, epoch)."""
 
-    def __init__(self, *, force: TransportKind | None = None) -> None:
+    def __init__(self, *, force: TransportKind | None = None, credentials: PoolCredentials | None = None) -> None:
         self._force = force
+        self._credentials = credentials
         self._lock = threading.Lock()
         self._slots: OrderedDict[tuple[str, bytes], _Slot] = OrderedDict()
 
@@ -224,7 +247,7 @@ class ConnectionCache:
 
     def _connect(self, slot: _Slot, segment: Segment, deadline: float) -> DmpConnection:
         try:
-            connection = connect(segment, deadline=deadline, force=self._force)
+            connection = connect(segment, deadline=deadline, force=self._force, credentials=self._credentials)
         except TransportError as error:
             slot.retry_at, slot.failure = time.monotonic() + RETRY_AFTER_S, error.message
             raise

@@ -4,6 +4,7 @@ Unavailable
 └── TransportError            the daemon does not answer, or the connection to it broke
     ├── TransportTimeout      the deadline passed first
     ├── EpochChanged          the daemon was started anew; places of its earlier epoch are void
+    ├── NotAMember            one end does not know the pool's secret
     └── ProtocolMismatch      the other end speaks another version, or not this protocol at all
 Overloaded
 └── SegmentFull               the daemon has no room for the whole batch; nothing was allocated
@@ -46,6 +47,15 @@ class ProtocolMismatch(TransportError):
     """The other end speaks another version of the pool protocol."""
 
     code = "pool_protocol_mismatch"
+    retryable = False
+
+
+class NotAMember(TransportError):
+    """One end does not know the secret of the pool, or has another one."""
+
+    code = "not_a_member"
+    http_status = 401
+    sqlstate = "28000"
     retryable = False
 
 

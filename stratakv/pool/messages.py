@@ -66,6 +66,7 @@ class RefusalCode(enum.StrEnum):
     PUT_REFUSED = "put_refused"
     OUT_OF_BOUNDS = "out_of_bounds"
     TOO_MANY = "too_many"
+    NOT_A_MEMBER = "not_a_member"
 
 
 class Message(msgspec.Struct, frozen=True, tag=True):
@@ -77,6 +78,21 @@ class Attach(Message, frozen=True):
 
     protocol: int
     epoch: bytes
+    nonce: bytes = b""
+    """Of a client that knows the pool's secret, over TCP."""
+
+
+class Challenge(Message, frozen=True):
+    """The daemon knows the secret, and asks whether the client does (`stratakv.pool.auth`)."""
+
+    nonce: bytes
+    proof: bytes
+
+
+class Prove(Message, frozen=True):
+    """The client's answer; the daemon's is `Attached`."""
+
+    proof: bytes
 
 
 class Attached(Message, frozen=True):
@@ -131,8 +147,8 @@ class Refused(Message, frozen=True):
     message: str
 
 
-ControlRequest = Attach | Allocate | Release | GetDaemonStats
-ControlReply = Attached | Extents | Done | DaemonStats | Refused
+ControlRequest = Attach | Prove | Allocate | Release | GetDaemonStats
+ControlReply = Attached | Challenge | Extents | Done | DaemonStats | Refused
 
 encode = msgspec.msgpack.Encoder().encode
 decode_request = msgspec.msgpack.Decoder(ControlRequest).decode

@@ -18,6 +18,7 @@ import zmq
 
 from stratakv.errors import StrataError, Unavailable
 from stratakv.log import EventLogger
+from stratakv.pool.auth import PoolCredentials
 from stratakv.pool.meta_errors import ERRORS_BY_CODE, ProtocolMismatch
 from stratakv.settings import MetaSettings
 from stratakv.wire import (
@@ -44,12 +45,23 @@ _log = EventLogger("stratakv.meta_client")
 class MetaClient:
     """Connects, and reconnects, by itself."""
 
-    def __init__(self, server: MetaSettings | str, *, role: str = "client", name: str = "") -> None:
-        """`server` is an endpoint (tcp://host:port) or the settings that name it."""
+    def __init__(
+        self,
+        server: MetaSettings | str,
+        *,
+        role: str = "client",
+        name: str = "",
+        credentials: PoolCredentials | None = None,
+    ) -> None:
+        """`server` is an endpoint (tcp://host:port) or the settings that name it.
+
+        With `credentials` only a server that has the same ones is spoken to; one that has others never answers.
+        """
         settings = MetaSettings() if isinstance(server, str) else server
         self.endpoint = server if isinstance(server, str) else f"tcp://{settings.host}:{settings.native_port}"
         self._timeout_s = settings.request_timeout_s
         self._hello = Hello(protocol=PROTOCOL_VERSION, role=role, name=name)
+        self._credentials = credentials
         self._calls: dict[bytes, asyncio.Future[Message]] = {}
         self._ids = itertools.count(1)
         # Shared and never ended: ending one that still has a socket would wait for ever.
@@ -110,7 +122,9 @@ class MetaClient:
         if self.welcome is None and self._probe is None:
             await self.start()
         if not self.available:
-            raise self.mismatch or Unavailable(f"the meta server at {self.endpoint} does not answer")
+            raise self.mismatch or Unavailable(
+                f"the meta server at {self.endpoint} does not answer", hint="If it runs, compare pool.secret of both."
+            )
         limit_s = self._timeout_s if timeout_s is None else min(timeout_s, self._timeout_s)
         try:
             return await self._exchange(request, reply_type, limit_s)
@@ -181,6 +195,10 @@ class MetaClient:
         )
         for option, value in options:
             self._socket.setsockopt(option, value)
+        if self._credentials is not None:
+            keys = self._credentials.curve_keys("client")
+            self._socket.curve_publickey, self._socket.curve_secretkey = keys.public, keys.secret
+            self._socket.curve_serverkey = self._credentials.curve_keys("server").public
         self._socket.connect(self.endpoint)
         loop = asyncio.get_running_loop()
         loop.add_reader(self._socket.fileno(), self._read)

@@ -1,4 +1,4 @@
-"""Installation in one transaction: checks who owns what first, then runs `install.sql` and `typed.sql`."""
+"""Installation in one transaction: checks who owns what first, then runs `install.sql`, `typed.sql` and `observe.sql`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from psycopg import sql
 from stratakv.errors import SetupError
 from stratakv.sqlfunctions.address import ListenerAddress
 
-VERSION = 2
+VERSION = 3
 DBLINK_SCHEMA = "stratakv_dblink"
 _LOCK = 0x5354_5241_5441_0001
 """Advisory lock: one installation at a time."""
@@ -33,13 +33,14 @@ _PUBLIC = (
 """What users call; each gets a wrapper in public where its name is free."""
 _FUNCTIONS = (
     *_PUBLIC,
+    "sql_statement_stats()",
+    "sql_call(text)",
     "sql_fill_template(text, jsonb)",
     "bind(text, text)",
     "sql_ask(text, text)",
     "sql_connect(text, text)",
     "sql_check_dblink()",
 )
-
 """All of them; whoever calls others comes before those."""
 
 Connection = psycopg.Connection[tuple[object, ...]]
@@ -68,6 +69,7 @@ def install(url: str, listener: ListenerAddress) -> Installed:
         script = _resource("install.sql").replace("@dblink@", sql.Identifier(dblink).as_string(connection))
         connection.execute(script.encode())
         connection.execute(_resource("typed.sql").encode())
+        connection.execute(_resource("observe.sql").encode())
         _write_tables(connection, listener)
         taken = [_name(function) for function in _PUBLIC if not _make_wrapper(connection, function)]
         return Installed(VERSION, dblink, tuple(taken))
@@ -90,6 +92,7 @@ def uninstall(url: str, *, cascade: bool = False) -> None:
         for function in _PUBLIC:
             if _is_our_wrapper(connection, function):
                 connection.execute(f"DROP FUNCTION public.{function} {last}".encode())
+        connection.execute(f"DROP VIEW IF EXISTS stratakv.statement_stats {last}".encode())
         for function in _FUNCTIONS:
             connection.execute(f"DROP FUNCTION IF EXISTS stratakv.{function} {last}".encode())
         connection.execute(b"DROP TABLE IF EXISTS stratakv.sql_listeners, stratakv.sql_install")

@@ -96,6 +96,37 @@ BEGIN
 END
 $$;
 
+-- Asks a request that is no infer() and waits for its answer, polling as infer() does.
+CREATE OR REPLACE FUNCTION stratakv.sql_call(request text) RETURNS text
+LANGUAGE plpgsql VOLATILE PARALLEL RESTRICTED AS $$
+DECLARE
+    link      text := (SELECT connection_name FROM stratakv.sql_install);
+    connected boolean := link = ANY (@dblink@.dblink_get_connections());
+    reply     record;
+BEGIN
+    PERFORM stratakv.sql_check_dblink();
+    FOR attempt IN 1 .. 3 LOOP
+        IF connected IS NOT TRUE AND NOT stratakv.sql_connect(link, NULL) THEN
+            RAISE EXCEPTION 'no DB node is known in this database'
+                USING ERRCODE = '55000', HINT = 'Run "stratakv install --database URL".';
+        END IF;
+        SELECT * INTO reply FROM stratakv.sql_ask(link, request);
+        WHILE reply.status = 'wait' LOOP
+            SELECT * INTO reply FROM stratakv.sql_ask(link, 'poll');
+        END LOOP;
+        IF reply.status = 'ok' THEN
+            RETURN pg_catalog.convert_from(pg_catalog.decode(reply.answer, 'base64'), 'UTF8');
+        ELSIF reply.status = 'error' AND reply.hint IS NULL THEN
+            RAISE EXCEPTION '%', reply.message USING ERRCODE = reply.sqlstate;
+        ELSIF reply.status = 'error' THEN
+            RAISE EXCEPTION '%', reply.message USING ERRCODE = reply.sqlstate, HINT = reply.hint;
+        END IF;
+        connected := reply.status IS NOT NULL;
+    END LOOP;
+    RAISE EXCEPTION 'the DB node ended during the call' USING ERRCODE = '57P03', HINT = 'Run the statement again.';
+END
+$$;
+
 -- Ties this session's connection to a session of a DB node's gateway, which calls it with a nonce of its own.
 CREATE OR REPLACE FUNCTION stratakv.bind(nonce text, listener text) RETURNS boolean
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER
@@ -178,7 +209,8 @@ BEGIN
 END
 $$;
 
-REVOKE ALL ON FUNCTION stratakv.sql_check_dblink(), stratakv.sql_connect(text, text), stratakv.sql_ask(text, text)
+REVOKE ALL ON FUNCTION
+    stratakv.sql_check_dblink(), stratakv.sql_connect(text, text), stratakv.sql_ask(text, text), stratakv.sql_call(text)
     FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION stratakv.infer(text, text, jsonb), stratakv.bind(text, text) TO PUBLIC;
 GRANT USAGE ON SCHEMA stratakv TO PUBLIC;

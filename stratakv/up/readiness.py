@@ -8,6 +8,7 @@ from typing import Self
 import aiohttp
 
 from stratakv.errors import StrataError
+from stratakv.pool.auth import PoolCredentials
 from stratakv.pool.meta_client import MetaClient
 from stratakv.process import reachable_host
 from stratakv.settings import RestSettings, Settings
@@ -27,11 +28,12 @@ class Readiness:
 
     def __init__(self, settings: Settings) -> None:
         self._meta_settings = replace(settings.meta, host=reachable_host(settings.meta.host))
+        self._credentials = PoolCredentials.from_settings(settings.pool)
         self._headers = authorization(settings.rest)
 
     async def __aenter__(self) -> Self:
         self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S), headers=self._headers)
-        self._meta = MetaClient(self._meta_settings)
+        self._meta = MetaClient(self._meta_settings, credentials=self._credentials)
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -46,7 +46,7 @@ def _infer(cluster: Instance) -> str:
 
 
 def test_what_dies_comes_back_and_nothing_is_left_at_the_end(tmp_path: Path) -> None:
-    with running_cluster(tmp_path) as cluster:
+    with running_cluster(tmp_path, STRATAKV_POOL_SECRET="the secret of this pool") as cluster:
         before = _infer(cluster)
         for victim in ("dmp-0", "meta"):
             pid = cluster.pid(victim)

@@ -16,6 +16,7 @@ from stratakv.errors import StrataError
 from stratakv.keys import BlockKey, Namespace, pack_keys
 from stratakv.layout import KVLayout
 from stratakv.log import EventLogger
+from stratakv.pool.auth import PoolCredentials
 from stratakv.pool.dmp_client import ConnectionCache
 from stratakv.pool.meta_client import MetaClient
 from stratakv.pool.pages import PageReader
@@ -70,6 +71,7 @@ class Tiers:
         layout: KVLayout,
         settings: WorkerSettings,
         meta: MetaClient,
+        credentials: PoolCredentials | None,
         l1: KVCache,
         rates: Rates,
         metrics: WorkerMetrics,
@@ -87,7 +89,7 @@ class Tiers:
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_open = False
         self._l2 = L2Table(L2_ENTRIES_MAX)
-        self._connections = ConnectionCache()
+        self._connections = ConnectionCache(credentials=credentials)
         self._reader = PageReader(layout, self._namespace)
         self._load_threads = ThreadPoolExecutor(LOAD_THREADS, thread_name_prefix="kv-load")
         self._in_flight: dict[BlockKey, Future[None]] = {}

@@ -25,12 +25,6 @@ def test_a_database_of_an_unknown_revision_is_refused(migrated_url: str, tmp_pat
     assert "9999" in errors
 
 
-def test_it_does_not_listen_beyond_this_machine(migrated_url: str, tmp_path: Path) -> None:
-    status, errors = MetaProcess(migrated_url, tmp_path, host="0.0.0.0").run()
-    assert status == 2
-    assert "node authentication is not configured" in errors
-
-
 async def test_a_second_one_on_the_same_database_is_refused(migrated_url: str) -> None:
     async with meta_server(migrated_url) as endpoint:
         client = await connected(endpoint)

@@ -175,8 +175,3 @@ def test_a_taken_port_is_told_with_the_setting(start_daemon: StartDaemon) -> Non
     taken = start_daemon().segment.port
     with pytest.raises(AssertionError, match=f"dmp.port: port {taken} on 127.0.0.1 is taken"):
         start_daemon(flags=("--port", str(taken)))
-
-
-def test_listening_beyond_this_machine_is_refused(start_daemon: StartDaemon) -> None:
-    with pytest.raises(AssertionError, match="node authentication is not configured"):
-        start_daemon(flags=("--host", "0.0.0.0"))

@@ -109,7 +109,9 @@ def front_thread(
     cluster: EmbeddedPostgres, directory: Path | None, model: ReversingModel, **settings: object
 ) -> Iterator[FrontThread]:
     """A running face whose listener is in `directory`, or on TCP."""
-    options = {name: settings.pop(name) for name in ("trusted_backend", "postgres_uid") if name in settings}
+    options = {
+        name: settings.pop(name) for name in ("trusted_backend", "postgres_uid", "statements") if name in settings
+    }
     own = SqlSettings(port=0, listener_dir=directory, **settings)  # type: ignore[arg-type]
     thread = FrontThread(cluster, own, model, **options)
     thread.start()

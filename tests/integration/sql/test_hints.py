@@ -123,6 +123,8 @@ async def test_asyncpg_is_looked_ahead_for_from_the_first_run_on(url: str, front
         f"COPY (SELECT infer(body, {SLOW}) FROM t) TO STDOUT",
         f"UPDATE t AS x SET g = DEFAULT, maybe = infer(x.body, {SLOW}) FROM t y WHERE x.i = y.i RETURNING x.maybe",
         f"DELETE FROM t WHERE infer(body, {SLOW}) <> 'x'",
+        f"MERGE INTO t USING t AS s ON t.i = s.i WHEN MATCHED AND s.i < 0 THEN DELETE"
+        f" WHEN MATCHED THEN UPDATE SET maybe = infer(s.body, {SLOW})",
     ],
 )
 def test_statements_around_a_select_are_looked_ahead_in(
@@ -134,6 +136,13 @@ def test_statements_around_a_select_are_looked_ahead_in(
             assert len(list(copy.rows())) == 120
     else:
         assert connection.execute(statement).rowcount == 120
+    assert len(model.calls) == 40
+    assert model.most_running > MANY
+
+
+def test_an_explain_that_runs_its_statement_is_looked_ahead_in(connection: Connection, model: ReversingModel) -> None:
+    plan = connection.execute(f"EXPLAIN (ANALYZE, COSTS off) SELECT infer(body, {SLOW}) FROM t").fetchall()
+    assert "rows=120" in str(plan)
     assert len(model.calls) == 40
     assert model.most_running > MANY
 
@@ -274,8 +283,54 @@ def test_a_refused_inference_is_made_again_when_it_is_needed(connection: Connect
 
 
 def test_hints_that_nobody_needed_are_counted(connection: Connection, stats: Callable[[], HintStats]) -> None:
-    connection.execute("SELECT coalesce(infer(body), infer('x' || body)) FROM t WHERE i <= 10")
+    connection.execute("CREATE VIEW either AS SELECT coalesce(infer(body), infer('x' || body)) AS infer, i FROM t")
+    connection.execute("SELECT infer FROM either WHERE i <= 10")
     eventually(lambda: (stats().distinct, stats().consumed, stats().wasted) == (20, 10, 10))
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "SELECT coalesce({f}(body), {f}('x' || body)) FROM t",
+        "SELECT i FROM t WHERE {f}(body) < '5' OR {f}('b' || body) < '5'",
+        "SELECT {f}('s' || body) FROM t WHERE {f}(body) IS DISTINCT FROM '7'",
+        "SELECT {f}('s' || i) FROM t WHERE NOT EXISTS (SELECT FROM t u WHERE u.i = t.i + 1 AND {f}(u.body) > '2')",
+        "SELECT {f}('s' || i) FROM t WHERE {f}(body) NOT IN (SELECT {f}('x' || body) FROM t u WHERE u.i < 5)",
+        "SELECT CASE WHEN {f}(body) < '3' THEN {f}('a' || body) WHEN {f}('c' || i) < '5' THEN '' ELSE {f}('b' || i) END"
+        " FROM t",
+        "WITH c AS (SELECT i, {f}(body) AS v FROM t) SELECT {f}('s' || i) FROM c WHERE v IS DISTINCT FROM '1'",
+        "SELECT {f}(string_agg({f}(body), '' ORDER BY i)) FROM t GROUP BY g",
+        "SELECT {f}('s' || body) FROM t ORDER BY {f}(body), i LIMIT 5",
+        "SELECT {f}('s' || body) FROM t WHERE {f}(body) < '3' OR {f}('b' || body) < '2' ORDER BY i LIMIT 5",
+        "SELECT {f}('s' || r) FROM (SELECT {f}(body) AS r, count(*) FROM t GROUP BY {f}(body)) q WHERE r > '3'",
+        """SELECT coalesce({f}(body, options => NULL), {f}(i::text, NULL, '{{"seed": 1}}')) FROM t""",
+    ],
+)
+def test_a_call_that_another_one_decides_about_is_sent_when_that_is_known(
+    connection: Connection, model: ReversingModel, stats: Callable[[], HintStats], query: str
+) -> None:
+    found = connection.execute(query.format(f="infer")).fetchall()
+    eventually(lambda: stats().consumed + stats().wasted == stats().distinct)
+    assert stats().wasted == 0
+    connection.execute("SET stratakv.hints = off")
+    asked = {call.prompt for call in model.calls}
+    model.calls.clear()
+    assert connection.execute(query.format(f="infer")).fetchall() == found
+    assert asked == {call.prompt for call in model.calls}
+
+
+def test_a_number_that_a_client_writes_means_nothing(connection: Connection, model: ReversingModel) -> None:
+    query = """SELECT coalesce(infer(body, options => '{"@site": 7}'), infer('x' || body)) FROM t WHERE i <= 3"""
+    assert len(connection.execute(query).fetchall()) == 3
+    assert [call.options for call in model.calls[-3:]] == [{"@site": 7}] * 3
+
+
+def test_a_function_of_the_same_name_is_looked_ahead_in_as_it_is(connection: Connection, model: ReversingModel) -> None:
+    connection.execute(
+        "CREATE FUNCTION infer(number int) RETURNS text LANGUAGE sql STABLE AS $$SELECT stratakv.infer('n' || number)$$"
+    )
+    query = "SELECT coalesce(infer(i), infer(body)) FROM t WHERE i <= 40 ORDER BY i"
+    assert connection.execute(query).fetchall() == [(f"n{i}"[::-1],) for i in range(1, 41)]
 
 
 def test_the_unnamed_statement_survives(front: FrontThread, database: str, stats: Callable[[], HintStats]) -> None:

@@ -15,6 +15,7 @@ from dbnode.sql.commands import Bind, Infer, NotUtf8, Poll, SetEncoding, answer_
 from dbnode.sql.errors import ProtocolViolation
 from dbnode.sql.messages import cstring, int32, message
 from dbnode.sql.own_statements import bind_exchange
+from dbnode.sql.row_prompt import RowPrompt
 from stratakv.errors import InvalidRequest, StrataError
 
 texts = st.text(st.characters(blacklist_categories=["Cs"]), max_size=30)
@@ -42,6 +43,15 @@ def test_call_is_read_as_it_was_written(
 ) -> None:
     command = parse_command(_infer(role, model, options, prompt.encode()))
     assert command == Infer(7, role, "db", model, options or {}, prompt)
+
+
+@given(texts, texts, st.dictionaries(texts, texts))
+def test_row_is_read_with_its_fields_in_order(before: str, after: str, fields: dict[str, str]) -> None:
+    prompt = json.dumps({"after": after, "before": before, "fields": fields}).encode()
+    command = parse_command(_infer("r", None, {"@row": True, "seed": 1}, prompt))
+    row = RowPrompt(before, after, tuple(fields.items()))
+    lines = "\n".join(f"{name}: {value}" for name, value in fields.items())
+    assert command == Infer(7, "r", "db", None, {"seed": 1}, before + lines + after, row)
 
 
 @given(st.binary(max_size=200) | st.binary(max_size=100).map(lambda data: b"infer " + data))

@@ -1,0 +1,149 @@
+"""Statistics of statements in the metadata database: sums per role, database and statement, written in the background.
+
+The sink of the SQL face's `StatementBook`, and what the view `stratakv.statement_stats` is read from. Several DB nodes add to
+the same rows. While the database is away sums wait here, a bounded number of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import asyncpg
+
+from dbnode.sql.statement_meter import StatementCounts, StatementKey
+from stratakv.errors import Unavailable
+from stratakv.log import EventLogger
+from stratakv.queries import load_queries
+from stratakv.settings import DatabaseSettings
+
+log = EventLogger("dbnode.statement_stats")
+
+WAITING_MAX = 2000
+"""Statements with sums that are not written yet."""
+ROWS_MAX = 5000
+"""Statements kept; those not seen for longest are dropped first."""
+FLUSH_S = 2.0
+RETRY_S_MAX = 30.0
+PRUNE_S = 60.0
+WRITE_TIMEOUT_S = 10.0
+
+_AWAY = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError)
+_queries = load_queries("dbnode")
+
+
+@dataclass(slots=True)
+class _Sum:
+    counts: StatementCounts = field(default_factory=StatementCounts)
+    seen_at_s: float = 0.0
+
+
+class StatementStats:
+    """Adds up; writes while `run` runs."""
+
+    def __init__(self, settings: DatabaseSettings, on_dropped: Callable[[], None]) -> None:
+        self._settings = settings
+        self._on_dropped = on_dropped
+        self._sums: dict[StatementKey, _Sum] = {}
+        self._some = asyncio.Event()
+        self._lock = asyncio.Lock()
+        self._connection: asyncpg.Connection | None = None
+        self._pruned_s = 0.0
+
+    def add(self, key: StatementKey, counts: StatementCounts) -> None:
+        if self._settings.url is None:
+            return
+        found = self._sums.get(key)
+        if found is None and len(self._sums) >= WAITING_MAX:
+            self._on_dropped()
+            return
+        if found is None:
+            found = self._sums[key] = _Sum()
+        found.counts.add(counts)
+        found.seen_at_s = time.time()
+        self._some.set()
+
+    async def run(self) -> None:
+        """Write until cancelled."""
+        retry_s = FLUSH_S
+        while True:
+            await self._some.wait()
+            await asyncio.sleep(retry_s)
+            retry_s = FLUSH_S if await self._flush() else min(RETRY_S_MAX, retry_s * 2)
+
+    async def close(self) -> None:
+        """Write what is left, if the database is there."""
+        if not await self._flush():
+            log.warning("statement_stats_lost", statements=len(self._sums))
+        if self._connection is not None:
+            self._connection.terminate()
+
+    async def read(self, role: str | None) -> list[dict[str, Any]]:
+        """Rows of a role, or of all roles, with what has not been written yet. Raises Unavailable."""
+        if self._settings.url is None or not await self._flush():
+            raise Unavailable("the metadata database does not answer")
+        async with self._lock:
+            try:
+                rows = await (await self._connected()).fetch(
+                    _queries["select_statements"], role, timeout=WRITE_TIMEOUT_S
+                )
+            except _AWAY as error:
+                self._lost(error)
+                raise Unavailable("the metadata database does not answer") from error
+        return [dict(row) for row in rows]
+
+    async def _flush(self) -> bool:
+        """Write all sums; False if the database is away. One whose acknowledgement is lost is written again."""
+        async with self._lock:
+            if not self._sums:
+                return True
+            sums, self._sums = self._sums, {}
+            self._some.clear()
+            try:
+                await self._write(sums)
+            except _AWAY as error:
+                self._lost(error)
+                self._put_back(sums)
+                return False
+            except BaseException:
+                self._put_back(sums)
+                raise
+            return True
+
+    async def _write(self, sums: dict[StatementKey, _Sum]) -> None:
+        connection = await self._connected()
+        # DB nodes that write the same rows lock them in one order
+        rows = sorted(_row(key, found) for key, found in sums.items())
+        await connection.execute(_queries["add_statements"], *zip(*rows, strict=True), timeout=WRITE_TIMEOUT_S)
+        if time.monotonic() - self._pruned_s > PRUNE_S:
+            self._pruned_s = time.monotonic()
+            await connection.execute(_queries["prune_statements"], ROWS_MAX, timeout=WRITE_TIMEOUT_S)
+
+    def _put_back(self, sums: dict[StatementKey, _Sum]) -> None:
+        for key, found in sums.items():
+            self.add(key, found.counts)
+
+    async def _connected(self) -> asyncpg.Connection:
+        if self._connection is None or self._connection.is_closed():
+            timeout_s = self._settings.connect_timeout_s
+            self._connection = await asyncpg.connect(self._settings.url, timeout=timeout_s)
+        return self._connection
+
+    def _lost(self, error: BaseException) -> None:
+        log.warning("statement_stats_not_written", statements=len(self._sums), error=type(error).__name__)
+        if self._connection is not None:
+            with contextlib.suppress(*_AWAY):
+                self._connection.terminate()
+            self._connection = None
+
+
+def _row(key: StatementKey, found: _Sum) -> tuple[Any, ...]:
+    """Columns in the order of the query's parameters; those of the primary key first."""
+    counts = (getattr(found.counts, name) for name in StatementCounts.__slots__)
+    fingerprint = hashlib.sha256(key.query.encode()).digest()[:16] if key.query is not None else b""
+    return key.role, key.database, fingerprint, key.query, *counts, found.seen_at_s
