@@ -130,6 +130,9 @@ class SqlSettings:
     listener_key: Secret | None = setting(
         None, "key PostgreSQL shows there; with listener_dir one is made and kept in it"
     )
+    admin_database: str = setting(
+        "stratakv_admin", "name under which clients reach the admin database, which only answers SHOW; empty: none"
+    )
     clients_max: int = setting(500, "client connections at once")
     startup_timeout_s: float = setting(30.0, "a client must finish logging in within so long")
     drain_grace_s: float = setting(10.0, "statements still running after a SIGTERM get so long")

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from dbnode.sql.admin.console import AdminConsole
 from dbnode.sql.binding import SessionBinding
 from dbnode.sql.errors import AdminShutdown, BackendLost, StartupTimeout
 from dbnode.sql.login import LoginReader
@@ -18,6 +20,7 @@ from dbnode.sql.messages import TRANSACTION_IDLE, Kind, Severity, error_response
 from dbnode.sql.normalise import normalised
 from dbnode.sql.own_exchange import OwnExchange
 from dbnode.sql.own_statements import bind_exchange
+from dbnode.sql.session_facts import SessionFacts, SessionState, Traffic
 from dbnode.sql.sides import FOLLOWED, BackendSide, ClientSide, Phase
 from dbnode.sql.startup import CancelKey, StartupPacket
 from stratakv.errors import StrataError
@@ -59,6 +62,11 @@ class Session:
         self.own_ended.set()
         self.lookahead: Lookahead | None = None
         """Once there is a session to look ahead in."""
+        self.console: AdminConsole | None = None
+        """Of a client of the admin database."""
+        self.traffic = Traffic()
+        """Of its database, once it is let in."""
+        self._connected_at_s = time.time()
         self._is_metered = False
         """A statement that may call infer() is under way."""
         self._wants_bind = False
@@ -72,7 +80,7 @@ class Session:
     @property
     def is_idle(self) -> bool:
         """Outside a transaction, with nothing under way in either direction."""
-        return self._is_quiet and self.client.walker.last_kind in _SETTLED
+        return self.phase is Phase.ADMIN or (self._is_quiet and self.client.walker.last_kind in _SETTLED)
 
     @property
     def is_described(self) -> bool:
@@ -108,6 +116,11 @@ class Session:
             return
         self._timer.cancel()
         self.cancel_key = self._login.cancel_key
+        if self.console is not None:
+            self.phase = Phase.ADMIN
+            self.console.start()
+            return
+        self.traffic = self.relay.traffic_of(self._database)
         self.phase = Phase.REPLICATION if self.packet.is_replication else Phase.OPEN
         self.backend.walker.transaction_status = TRANSACTION_IDLE
         if self.cancel_key is not None and self.phase is Phase.OPEN:
@@ -134,6 +147,7 @@ class Session:
         for kind in kinds:
             if kind == Kind.READY_FOR_QUERY:
                 self._num_expected -= 1
+                self.traffic.num_queries += 1
             elif self.client.walker.last_kind == Kind.SYNC and self._num_expected > 0:
                 self._num_expected -= 1  # COPY has started: PostgreSQL ignores the Sync that came with it
         if self._num_expected < 0:
@@ -148,6 +162,37 @@ class Session:
                 self.end(AdminShutdown("terminating connection: the DB node is shutting down"))
 
     # Statistics
+
+    @property
+    def _database(self) -> str:
+        parameters = self.packet.parameters
+        return parameters.get("database") or parameters.get("user", "")
+
+    def facts(self) -> SessionFacts:
+        """For whoever looks."""
+        meter = self.relay.book.of(self.name)
+        server, transport = SessionState.IDLE, self.client.transport
+        if self.phase in (Phase.CONNECTING, Phase.LOGIN):
+            server = SessionState.LOGIN
+        elif self._num_expected or self.exchange is not None:
+            server = SessionState.ACTIVE
+        state = SessionState.ACTIVE if self.phase in (Phase.HOLDING, Phase.COLLECTING) else server
+        address = transport.get_extra_info("peername") if transport is not None else None
+        encryption = transport.get_extra_info("cipher") if transport is not None else None
+        return SessionFacts(
+            name=self.name,
+            user=self.packet.parameters.get("user", ""),
+            database=self._database,
+            application=self.packet.parameters.get("application_name", ""),
+            address=str(address[0]) if address else "",
+            port=int(address[1]) if address else 0,
+            tls=str(encryption[1]) if encryption else "",
+            pid=self.cancel_key.pid if self.cancel_key is not None else None,
+            state=SessionState.WAITING if meter is not None and meter.num_waiting else state,
+            server_state=server,
+            connected_at_s=self._connected_at_s,
+            requested_at_s=meter.started_at_s if meter is not None else None,
+        )
 
     def statement_begins(self, text: bytes | None) -> None:
         """It may call infer(). Of a pipeline the first counts; its text may come late."""
@@ -253,12 +298,16 @@ class Session:
         self._close()
 
     def on_backend_lost(self) -> None:
-        if self.phase is Phase.CLOSED:
+        if self.phase is Phase.CLOSED or (self.console is not None and self.console.is_open):
             return
         if self.exchange is not None and self.exchange.has_ended_session:
             self.client.write(self.exchange.last_error)
         elif self.phase in FOLLOWED and self.backend.walker.last_kind != Kind.ERROR_RESPONSE:
             self._tell_loss()
+        self._close()
+
+    def client_left(self) -> None:
+        """It has said goodbye to the admin database."""
         self._close()
 
     def _tell_loss(self) -> None:
