@@ -16,11 +16,20 @@ from dbnode.sql.binding import SessionBinding
 from dbnode.sql.errors import AdminShutdown, BackendLost, StartupTimeout
 from dbnode.sql.login import LoginReader
 from dbnode.sql.looking_ahead import Lookahead
-from dbnode.sql.messages import TRANSACTION_IDLE, Kind, Severity, error_response, message
+from dbnode.sql.messages import (
+    TRANSACTION_FAILED,
+    TRANSACTION_IDLE,
+    Kind,
+    Severity,
+    error_response,
+    message,
+    ready_for_query,
+)
 from dbnode.sql.normalise import normalised
 from dbnode.sql.own_exchange import OwnExchange
-from dbnode.sql.own_statements import bind_exchange
-from dbnode.sql.session_facts import SessionFacts, SessionState, Traffic
+from dbnode.sql.own_statements import Within, bind_exchange
+from dbnode.sql.session_facts import Traffic
+from dbnode.sql.session_hints import SessionHints
 from dbnode.sql.sides import FOLLOWED, BackendSide, ClientSide, Phase
 from dbnode.sql.startup import CancelKey, StartupPacket
 from stratakv.errors import StrataError
@@ -33,7 +42,7 @@ log = EventLogger(__name__)
 
 _INFER = re.compile(rb"infer", re.IGNORECASE)
 _CLIENT_WATCHED = frozenset({Kind.QUERY, Kind.SYNC, Kind.FUNCTION_CALL, Kind.TERMINATE})
-_BACKEND_WATCHED = frozenset({Kind.READY_FOR_QUERY, Kind.COPY_IN_RESPONSE})
+_BACKEND_WATCHED = frozenset({Kind.READY_FOR_QUERY, Kind.COPY_IN_RESPONSE, Kind.ERROR_RESPONSE})
 _SETTLED = frozenset({0, Kind.PASSWORD, Kind.QUERY, Kind.SYNC, Kind.FUNCTION_CALL})
 """Kinds of a client's last message after which nothing is half said."""
 _DESCRIBED = frozenset({Kind.ROW_DESCRIPTION, Kind.NO_DATA})
@@ -66,7 +75,7 @@ class Session:
         """Of a client of the admin database."""
         self.traffic = Traffic()
         """Of its database, once it is let in."""
-        self._connected_at_s = time.time()
+        self.connected_at_s = time.time()
         self._is_metered = False
         """A statement that may call infer() is under way."""
         self._wants_bind = False
@@ -80,7 +89,19 @@ class Session:
     @property
     def is_idle(self) -> bool:
         """Outside a transaction, with nothing under way in either direction."""
-        return self.phase is Phase.ADMIN or (self._is_quiet and self.client.walker.last_kind in _SETTLED)
+        return self.phase is Phase.ADMIN or (
+            self.is_between and self.backend.walker.transaction_status == TRANSACTION_IDLE
+        )
+
+    @property
+    def is_busy(self) -> bool:
+        """PostgreSQL has something to do for it."""
+        return bool(self._num_expected) or self.exchange is not None
+
+    @property
+    def is_between(self) -> bool:
+        """Nothing is under way, and the transaction, if there is one, has not failed."""
+        return self._is_quiet and self.client.walker.last_kind in _SETTLED
 
     @property
     def is_described(self) -> bool:
@@ -88,11 +109,16 @@ class Session:
         return self._is_quiet and self.backend.walker.last_kind in _DESCRIBED
 
     @property
+    def within(self) -> Within:
+        """Where a statement of the gateway's would run; the session is between statements."""
+        return Within(self.backend.walker.transaction_status)
+
+    @property
     def _is_quiet(self) -> bool:
         return (
             self.phase is Phase.OPEN
             and self._num_expected == 0
-            and self.backend.walker.transaction_status == TRANSACTION_IDLE
+            and self.backend.walker.transaction_status != TRANSACTION_FAILED
             and self.client.walker.at_boundary
             and self.backend.walker.at_boundary
         )
@@ -120,14 +146,15 @@ class Session:
             self.phase = Phase.ADMIN
             self.console.start()
             return
-        self.traffic = self.relay.traffic_of(self._database)
+        self.traffic = self.relay.traffic_of(self.packet.database)
         self.phase = Phase.REPLICATION if self.packet.is_replication else Phase.OPEN
         self.backend.walker.transaction_status = TRANSACTION_IDLE
         if self.cancel_key is not None and self.phase is Phase.OPEN:
             self.binding = SessionBinding(self.name, self.cancel_key.pid)
             self.may_bind = True
             if self.relay.settings.hints:
-                self.lookahead = Lookahead(self)
+                self.binding.hints = self.relay.make_hints(self.name)
+                self.lookahead = Lookahead(self, self.binding.hints)
         self.relay.on_login(self)
         if rest:
             self.backend.data_received(rest)
@@ -141,14 +168,13 @@ class Session:
         self._num_expected += len(kinds) - kinds.count(Kind.TERMINATE)
 
     def on_backend_messages(self, kinds: list[int]) -> None:
-        if self.binding is not None and self.binding.hints is not None and Kind.READY_FOR_QUERY in kinds:
-            self.binding.hints.close()
-            self.binding.hints = None
+        if self.binding is not None and self.binding.hints is not None:
+            self._end_hints(self.binding.hints, kinds)
         for kind in kinds:
             if kind == Kind.READY_FOR_QUERY:
                 self._num_expected -= 1
                 self.traffic.num_queries += 1
-            elif self.client.walker.last_kind == Kind.SYNC and self._num_expected > 0:
+            elif kind == Kind.COPY_IN_RESPONSE and self.client.walker.last_kind == Kind.SYNC and self._num_expected > 0:
                 self._num_expected -= 1  # COPY has started: PostgreSQL ignores the Sync that came with it
         if self._num_expected < 0:
             # An order of messages we do not know: never take the session for idle again.
@@ -161,38 +187,16 @@ class Session:
             if self.relay.draining and self.is_idle:
                 self.end(AdminShutdown("terminating connection: the DB node is shutting down"))
 
+    def _end_hints(self, hints: SessionHints, kinds: list[int]) -> None:
+        if Kind.ERROR_RESPONSE in kinds:
+            hints.note_failure()
+        if Kind.READY_FOR_QUERY in kinds:
+            hints.end_statement()
+            if self.backend.walker.was_idle:
+                self.backend.walker.was_idle = False
+                hints.end_transaction()
+
     # Statistics
-
-    @property
-    def _database(self) -> str:
-        parameters = self.packet.parameters
-        return parameters.get("database") or parameters.get("user", "")
-
-    def facts(self) -> SessionFacts:
-        """For whoever looks."""
-        meter = self.relay.book.of(self.name)
-        server, transport = SessionState.IDLE, self.client.transport
-        if self.phase in (Phase.CONNECTING, Phase.LOGIN):
-            server = SessionState.LOGIN
-        elif self._num_expected or self.exchange is not None:
-            server = SessionState.ACTIVE
-        state = SessionState.ACTIVE if self.phase in (Phase.HOLDING, Phase.COLLECTING) else server
-        address = transport.get_extra_info("peername") if transport is not None else None
-        encryption = transport.get_extra_info("cipher") if transport is not None else None
-        return SessionFacts(
-            name=self.name,
-            user=self.packet.parameters.get("user", ""),
-            database=self._database,
-            application=self.packet.parameters.get("application_name", ""),
-            address=str(address[0]) if address else "",
-            port=int(address[1]) if address else 0,
-            tls=str(encryption[1]) if encryption else "",
-            pid=self.cancel_key.pid if self.cancel_key is not None else None,
-            state=SessionState.WAITING if meter is not None and meter.num_waiting else state,
-            server_state=server,
-            connected_at_s=self._connected_at_s,
-            requested_at_s=meter.started_at_s if meter is not None else None,
-        )
 
     def statement_begins(self, text: bytes | None) -> None:
         """It may call infer(). Of a pipeline the first counts; its text may come late."""
@@ -208,11 +212,11 @@ class Session:
     def must_bind(self, data: bytes) -> bool:
         """Whether to bind before `data`, which starts a message, is forwarded.
 
-        Within a transaction a failure of ours would be the client's: then the next statement outside one binds.
+        Within a transaction only before the statement itself: binding takes a snapshot, as it is going to.
         """
-        if not self._wants_bind:
-            self._wants_bind = data[0] in (Kind.QUERY, Kind.PARSE) and _INFER.search(data) is not None
-        return self._wants_bind and self.is_idle
+        is_for_infer = data[0] in (Kind.QUERY, Kind.PARSE) and _INFER.search(data) is not None
+        self._wants_bind = self._wants_bind or is_for_infer
+        return self._wants_bind and (self.is_between if is_for_infer else self.is_idle)
 
     def start_bind(self, data: bytes) -> None:
         assert self.binding is not None
@@ -222,7 +226,7 @@ class Session:
         self.held = data
         self.client.stop_reading()
         self._nonce = self.relay.registry.issue(self.binding)
-        self.run_own(bind_exchange(self._nonce, self.relay.listener_name), self._end_bind)
+        self.run_own(bind_exchange(self.within, self._nonce, self.relay.listener_name), self._end_bind)
 
     def _end_bind(self) -> None:
         self.relay.registry.revoke(self._nonce)
@@ -267,9 +271,28 @@ class Session:
         """Forward what was held. Raises ProtocolViolation."""
         self.phase = Phase.OPEN
         self.own_ended.set()
-        self.client.forward(held)
+        if held:
+            self.client.forward(held)
         if not self.backend.is_full:
             self.client.read_on()
+
+    def refuse(self, error: bytes, rest: bytes) -> None:
+        """The batch that is held fails, as the transaction has; `rest` follows it. Raises ProtocolViolation."""
+        self.backend.walker.transaction_status = TRANSACTION_FAILED
+        self.client.write(error + ready_for_query(TRANSACTION_FAILED))
+        if self._is_metered:
+            self._statement_ends()
+        self.go_on(rest)
+
+    @property
+    def is_collecting(self) -> bool:
+        """Whether the backend runs a pass."""
+        return self.phase is Phase.COLLECTING and self.exchange is not None
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether the statement that runs was cancelled while it was held."""
+        return self.binding is not None and self.binding.hints is not None and self.binding.hints.is_aborted
 
     def cancel_lookahead(self) -> None:
         """The client has sent a cancel."""
@@ -325,6 +348,10 @@ class Session:
         self.own_ended.set()
         if self.lookahead is not None:
             self.lookahead.close()
+        if self.binding is not None and self.binding.hints is not None:
+            if self.backend.walker.transaction_status != TRANSACTION_IDLE:
+                self.binding.hints.note_failure()
+            self.binding.hints.end_transaction()
         if self._is_metered:
             self._statement_ends()
         if self.binding is not None and self.binding.caller is not None:

@@ -34,8 +34,7 @@ class Viewer:
 
 def wants_admin(packet: StartupPacket, admin_database: str) -> bool:
     """Whether the client asks for the admin database, by name."""
-    named = packet.parameters.get("database") or packet.parameters.get("user")
-    return bool(admin_database) and named == admin_database and not packet.is_replication
+    return bool(admin_database) and packet.database == admin_database and not packet.is_replication
 
 
 def login_database(backend_url: str) -> str:

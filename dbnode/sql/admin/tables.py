@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from dbnode.sql.admin.login import Viewer
 from dbnode.sql.admin.table import Table, Value, columns
 from dbnode.sql.errors import NotSupported
-from dbnode.sql.session_facts import SessionFacts, SessionState
+from dbnode.sql.session_facts import SessionFacts, SessionState, facts_of
 from dbnode.sql.statement_meter import StatementMeter
 from stratakv.errors import PermissionDenied
 from stratakv.version import version
@@ -75,7 +75,7 @@ class Show:
 
     def _facts(self) -> list[SessionFacts]:
         """Sessions that may be seen, those of the admin database left out."""
-        found = [session.facts() for session in self._relay.sessions if session.console is None]
+        found = [facts_of(session) for session in self._relay.sessions if session.console is None]
         return [facts for facts in found if self._viewer.sees_all or facts.user == self._viewer.user]
 
     def _clients(self) -> Table:
