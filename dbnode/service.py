@@ -17,7 +17,7 @@ from stratakv.http_server import HttpServer
 from stratakv.log import EventLogger
 from stratakv.pool.auth import PoolCredentials
 from stratakv.pool.meta_client import MetaClient
-from stratakv.process import require_loopback, started
+from stratakv.process import on_hangup, require_loopback, started
 from stratakv.settings import Settings
 
 log = EventLogger("dbnode")
@@ -51,6 +51,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             statements=node.statements,
         )
         await sql.start()
+        on_hangup(sql.reload)
         try:
             await _run(settings, node, rest, sql, stop)
         finally:

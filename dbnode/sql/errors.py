@@ -5,7 +5,11 @@ StrataError
 │   └── DirectTls           a TLS handshake without SSLRequest; closed without an answer
 ├── PasswordlessLogin       PostgreSQL let a session in without asking for credentials
 ├── NotSupported            what the admin database does not know
+├── AuthenticationFailed    the client does not know the password
+├── CertificatesDiffer      the client's login is bound to a certificate that PostgreSQL does not show
+├── TlsRequired             the client came without TLS
 ├── TooManyClients          the limit on connections is reached
+├── IdleTimeout             the session was idle for too long
 └── BackendUnreachable      PostgreSQL does not answer
 """
 
@@ -48,6 +52,24 @@ class NotSupported(InvalidRequest):
     sqlstate = "0A000"
 
 
+class AuthenticationFailed(PermissionDenied):
+    """Wrong password, in the words of PostgreSQL."""
+
+    sqlstate = "28P01"
+
+
+class CertificatesDiffer(PermissionDenied):
+    """Channel binding cannot work across two TLS connections with different certificates."""
+
+    sqlstate = "28000"
+
+
+class TlsRequired(PermissionDenied):
+    """Nobody is let in without TLS."""
+
+    sqlstate = "28000"
+
+
 class TooManyClients(Overloaded):
     """No more client connections are taken."""
 
@@ -74,6 +96,12 @@ class GatewayFailed(Unavailable):
     """A statement of the gateway's own did not end as it must."""
 
     sqlstate = "08006"
+
+
+class IdleTimeout(InvalidRequest):
+    """The session was idle for too long."""
+
+    sqlstate = "57P05"
 
 
 class AdminShutdown(Unavailable):

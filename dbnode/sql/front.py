@@ -86,6 +86,10 @@ class SqlFront:
             raise
         log.info("sql_started", host=self._settings.host, port=self.port)
 
+    def reload(self) -> None:
+        """Read the files again that may change while we run: certificate, key, verifiers."""
+        self.relay.reload()
+
     async def drain(self) -> None:
         """Take no new clients; what runs gets the grace of the settings, also statements of direct sessions. Then `close`.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from dbnode.sql.admin.console import AdminConsole
 from dbnode.sql.binding import SessionBinding
 from dbnode.sql.errors import AdminShutdown, BackendLost, StartupTimeout
-from dbnode.sql.login import LoginReader
+from dbnode.sql.login import Legs, Login
 from dbnode.sql.looking_ahead import Lookahead
 from dbnode.sql.messages import (
     TRANSACTION_FAILED,
@@ -32,6 +32,7 @@ from dbnode.sql.session_facts import Traffic
 from dbnode.sql.session_hints import SessionHints
 from dbnode.sql.sides import FOLLOWED, BackendSide, ClientSide, Phase
 from dbnode.sql.startup import CancelKey, StartupPacket
+from dbnode.sql.tls_transport import end_point_of
 from stratakv.errors import StrataError
 from stratakv.log import EventLogger
 
@@ -81,7 +82,8 @@ class Session:
         self._wants_bind = False
         self._nonce = ""
         self._on_own_done: Callable[[], None]
-        self._login = LoginReader(trusted=relay.trusted_backend)
+        user = packet.parameters.get("user", "")
+        self._login = Login(trusted=relay.trusted_backend, user=user, verifier=relay.auth_file.get(user))
         self._num_expected = 0
         """ReadyForQuery that are still to come."""
         self._timer = asyncio.get_running_loop().call_later(relay.settings.startup_timeout_s, self._on_timeout)
@@ -131,13 +133,15 @@ class Session:
             self.backend.close()
             return
         self.phase = Phase.LOGIN
+        self._login.legs = Legs(end_point_of(self.client.transport), end_point_of(self.backend.transport))
         self.backend.write(self.packet.raw)
         self._feed_held()
         self.client.read_on()
 
     def on_login_data(self, data: bytes) -> None:
-        forward, rest = self._login.feed(data)
-        self.client.write(forward)
+        for_client, for_backend, rest = self._login.feed(data)
+        self.client.write(for_client)
+        self.backend.write(for_backend)
         if not self._login.done:
             return
         self._timer.cancel()
@@ -158,6 +162,11 @@ class Session:
         self.relay.on_login(self)
         if rest:
             self.backend.data_received(rest)
+
+    def on_client_login_data(self, data: bytes) -> None:
+        for_backend, for_client = self._login.feed_client(data)
+        self.backend.write(for_backend)
+        self.client.write(for_client)
 
     def _on_timeout(self) -> None:
         self.end(StartupTimeout("login took too long"))

@@ -9,8 +9,9 @@ import asyncio
 import enum
 from typing import TYPE_CHECKING, cast
 
-from dbnode.sql.errors import PasswordlessLogin, ProtocolViolation
+from dbnode.sql.errors import ProtocolViolation
 from dbnode.sql.messages import MessageWalker
+from stratakv.errors import PermissionDenied
 
 if TYPE_CHECKING:
     from dbnode.sql.session import Session
@@ -86,8 +87,12 @@ class Side(asyncio.Protocol):
 class ClientSide(Side):
     """The client's connection."""
 
+    is_touched = False
+    """Something has come since this was last reset."""
+
     def data_received(self, data: bytes) -> None:
         session = self.session
+        self.is_touched = True
         try:
             if session.phase is Phase.OPEN:
                 if session.may_bind and self.walker.at_boundary and session.must_bind(data):
@@ -108,10 +113,10 @@ class ClientSide(Side):
                 session.console.feed(data)  # type: ignore[union-attr]
             elif session.phase is Phase.LOGIN:
                 session.on_client_messages(self.walker.feed(data))
-                session.backend.write(data)
+                session.on_client_login_data(data)
             elif session.phase is not Phase.CLOSED:
                 session.held += data
-        except ProtocolViolation as error:
+        except (ProtocolViolation, PermissionDenied) as error:
             session.end(error)
 
     def forward(self, data: bytes) -> None:
@@ -151,7 +156,7 @@ class BackendSide(Side):
                 session.client.write(data)
             elif session.phase is Phase.LOGIN:
                 session.on_login_data(data)
-        except (ProtocolViolation, PasswordlessLogin) as error:
+        except (ProtocolViolation, PermissionDenied) as error:
             session.end(error)
 
     def pause_writing(self) -> None:
