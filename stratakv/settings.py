@@ -144,6 +144,9 @@ class SqlSettings:
     listener_key: Secret | None = setting(
         None, "key PostgreSQL shows there; with listener_dir one is made and kept in it"
     )
+    admin_database: str = setting(
+        "stratakv_admin", "name under which clients reach the admin database, which only answers SHOW; empty: none"
+    )
     listener_tls: bool | None = setting(
         None, "TLS at that address (not in listener_dir); by default unless it is a loopback address"
     )
@@ -170,7 +173,9 @@ class SqlSettings:
         1.0, "longest time that is spent on the order of fields in infer_row(), for each pass of looking ahead"
     )
     hints_bytes_max: Bytes = setting(Bytes(64 * MIB), "prompts of one statement that are looked ahead for")
-    memo_ttl_s: float = setting(30.0, "how long the answers of a failed transaction are kept for its retry; 0: not at all")
+    memo_ttl_s: float = setting(
+        30.0, "how long the answers of a failed transaction are kept for its retry; 0: not at all"
+    )
     memo_entries_max: int = setting(100_000, "answers that a transaction shares, and that are kept of failed ones")
     memo_bytes_max: Bytes = setting(Bytes(64 * MIB), "the same, in bytes of prompts and answers")
 

@@ -6,6 +6,7 @@ import asyncio
 import os
 import pwd
 
+from dbnode.sql.admin.login import login_database
 from dbnode.sql.backend import BackendAddress
 from dbnode.sql.binding import BindingRegistry
 from dbnode.sql.hints import HintStats
@@ -62,6 +63,7 @@ class SqlFront:
             is_calling=self.listener.is_calling,
             make_hints=self.listener.make_hints,
             book=self.book,
+            login_database=login_database(backend_url),
         )
 
     @property

@@ -34,6 +34,8 @@ class Phase(enum.Enum):
     COLLECTING = enum.auto()
     """It is whole, and still held."""
     REPLICATION = enum.auto()
+    ADMIN = enum.auto()
+    """In the admin database: PostgreSQL is not asked any more."""
     CLOSED = enum.auto()
 
 
@@ -107,6 +109,8 @@ class ClientSide(Side):
                 session.lookahead.add(data)  # type: ignore[union-attr]
             elif session.phase is Phase.REPLICATION:
                 session.backend.write(data)
+            elif session.phase is Phase.ADMIN:
+                session.console.feed(data)  # type: ignore[union-attr]
             elif session.phase is Phase.LOGIN:
                 session.on_client_messages(self.walker.feed(data))
                 session.on_client_login_data(data)
@@ -120,6 +124,7 @@ class ClientSide(Side):
         found = self.walker.feed(data)
         if found:
             self.session.on_client_messages(found)
+        self.session.traffic.received_bytes += len(data)
         self.session.backend.transport.write(data)  # type: ignore[union-attr]
 
     def pause_writing(self) -> None:
@@ -143,6 +148,7 @@ class BackendSide(Side):
                 session.on_own_data(data)
             elif session.phase in FOLLOWED:
                 found = self.walker.feed(data)
+                session.traffic.sent_bytes += len(data)
                 session.client.transport.write(data)  # type: ignore[union-attr]
                 if found:
                     session.on_backend_messages(found)
