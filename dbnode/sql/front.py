@@ -6,10 +6,12 @@ import asyncio
 import os
 import pwd
 
+from dbnode.sql.admin.login import login_database
 from dbnode.sql.backend import BackendAddress
 from dbnode.sql.binding import BindingRegistry
 from dbnode.sql.hints import HintStats
 from dbnode.sql.listener import Listener, ListenerLimits
+from dbnode.sql.memo import MemoLimits
 from dbnode.sql.relay import Relay
 from dbnode.sql.service import InferenceService
 from dbnode.sql.statement_meter import StatementBook, StatementLog
@@ -45,7 +47,8 @@ class SqlFront:
             require_loopback(settings.host, "sql.host", "the embedded PostgreSQL asks nobody for a password")
         self._settings = settings
         registry = BindingRegistry()
-        limits = ListenerLimits(settings.prompt_bytes_max, settings.calls_waiting_max, settings.calls_waiting_max)
+        memo = MemoLimits(settings.memo_entries_max, settings.memo_bytes_max, settings.memo_ttl_s)
+        limits = ListenerLimits(settings.prompt_bytes_max, settings.calls_waiting_max, settings.calls_waiting_max, memo)
         self.address = ListenerAddress.from_settings(settings)
         """What `stratakv.sqlfunctions.install` takes."""
         uid = _postgres_uid() if postgres_uid is None else postgres_uid
@@ -60,6 +63,7 @@ class SqlFront:
             is_calling=self.listener.is_calling,
             make_hints=self.listener.make_hints,
             book=self.book,
+            login_database=login_database(backend_url),
         )
 
     @property
@@ -81,6 +85,10 @@ class SqlFront:
             await self.listener.close()
             raise
         log.info("sql_started", host=self._settings.host, port=self.port)
+
+    def reload(self) -> None:
+        """Read the files again that may change while we run: certificate, key, verifiers."""
+        self.relay.reload()
 
     async def drain(self) -> None:
         """Take no new clients; what runs gets the grace of the settings, also statements of direct sessions. Then `close`.

@@ -15,6 +15,8 @@ from stratakv.errors import StrataError
 HEADER_BYTES = 5
 """Kind and length; the length counts itself but not the kind."""
 TRANSACTION_IDLE = ord("I")
+TRANSACTION_OPEN = ord("T")
+TRANSACTION_FAILED = ord("E")
 _INT32 = struct.Struct("!i")
 _INT16 = struct.Struct("!h")
 _INT32_BYTES = _INT32.size
@@ -53,6 +55,15 @@ class Kind(enum.IntEnum):
 _READY_FOR_QUERY = int(Kind.READY_FOR_QUERY)
 
 
+class AuthenticationCode(enum.IntEnum):
+    """First word of an Authentication message, of those that we look at."""
+
+    OK = 0
+    SASL = 10
+    SASL_CONTINUE = 11
+    SASL_FINAL = 12
+
+
 class Severity(enum.StrEnum):
     """How an ErrorResponse ends: the statement or the session."""
 
@@ -66,7 +77,7 @@ class MessageWalker:
     Keeps at most one header. The stream must start at a boundary. Every byte of every session comes through `feed`.
     """
 
-    __slots__ = ("_partial", "_skip_bytes", "_watched", "at_boundary", "last_kind", "transaction_status")
+    __slots__ = ("_partial", "_skip_bytes", "_watched", "at_boundary", "last_kind", "transaction_status", "was_idle")
 
     def __init__(self, watched: Iterable[int]) -> None:
         self._watched = frozenset(map(int, watched))
@@ -78,6 +89,8 @@ class MessageWalker:
         """Of the last message whose header has been seen."""
         self.transaction_status = 0
         """Of the last ReadyForQuery."""
+        self.was_idle = False
+        """Some ReadyForQuery has told of no transaction, since its reader has set this back."""
 
     def feed(self, data: bytes) -> list[int]:
         """Kinds of the watched messages whose header ends in `data`. Raises ProtocolViolation."""
@@ -95,7 +108,9 @@ class MessageWalker:
                 if kind == _READY_FOR_QUERY:
                     if position == last_header:
                         break  # the status is still to come
-                    self.transaction_status = data[position + HEADER_BYTES]
+                    self.transaction_status = status = data[position + HEADER_BYTES]
+                    if status == TRANSACTION_IDLE:
+                        self.was_idle = True
                 found.append(kind)
             last_kind = kind
             position += length + 1
@@ -181,6 +196,10 @@ def cstring(text: str) -> bytes:
     return text.replace("\0", "").encode() + b"\0"
 
 
+def authentication(code: AuthenticationCode, payload: bytes = b"") -> bytes:
+    return message(b"R", int32(code) + payload)
+
+
 def error_response(error: StrataError, severity: Severity) -> bytes:
     """The error as libpq shows it."""
     fields = {"S": severity.value, "V": severity.value, "C": error.sqlstate, "M": error.message}
@@ -189,9 +208,8 @@ def error_response(error: StrataError, severity: Severity) -> bytes:
     return message(b"E", b"".join(name.encode() + cstring(text) for name, text in fields.items()) + b"\0")
 
 
-def ready_for_query() -> bytes:
-    """ReadyForQuery outside a transaction."""
-    return message(b"Z", b"I")
+def ready_for_query(transaction_status: int = TRANSACTION_IDLE) -> bytes:
+    return message(b"Z", bytes((transaction_status,)))
 
 
 def parameter_status(name: str, value: str) -> bytes:

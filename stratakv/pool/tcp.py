@@ -14,12 +14,15 @@ from contextlib import contextmanager
 import numpy as np
 import numpy.typing as npt
 
+from stratakv._native import Gate
+from stratakv._native.base import UInt64s
 from stratakv.pool import messages
 from stratakv.pool.control import receive_reply, shut
 from stratakv.pool.errors import OutOfBounds, TransportError, TransportTimeout
 from stratakv.pool.framing import is_hung_up, receive_all, receive_header, remaining_s, send_all
 from stratakv.pool.messages import RANGE_DTYPE, FrameKind, frame_header
-from stratakv.pool.transport import Buffer, Cancellation
+from stratakv.pool.page_ranges import read_by_ranges, write_by_ranges
+from stratakv.pool.transport import Buffer, Cancellation, PageBatch
 
 SOCKETS_MAX = 4
 """Batches in progress at once; further ones wait for a socket."""
@@ -78,6 +81,20 @@ class TcpTransport:
                 header = frame_header(FrameKind.WRITE, len(body), frame.size_bytes)
                 send_all(sock, [header + body, *sources[frame.start : frame.stop]], deadline)
                 receive_reply(sock, messages.Done, deadline)
+
+    def read_pages(
+        self,
+        batch: PageBatch,
+        checksums: UInt64s,
+        *,
+        deadline: float,
+        done: Gate,
+        cancellation: Cancellation | None = None,
+    ) -> None:
+        read_by_ranges(self.read_batch, batch, checksums, deadline=deadline, done=done, cancellation=cancellation)
+
+    def write_pages(self, put_id: bytes, batch: PageBatch, checksums: UInt64s, *, deadline: float, ready: Gate) -> None:
+        write_by_ranges(self.write_batch, put_id, batch, checksums, deadline=deadline, ready=ready)
 
     def mapping(self) -> memoryview | None:
         return None

@@ -82,7 +82,9 @@ def run_both(name: str, suite: Suite) -> list[Difference]:
 
 
 def _print_difference(difference: Difference) -> None:
-    print(f"  {difference.test}: {difference.direct.outcome} directly, {difference.gateway.outcome} through the DB node")
+    print(
+        f"  {difference.test}: {difference.direct.outcome} directly, {difference.gateway.outcome} through the DB node"
+    )
     if difference.reason:
         print(f"    known: {difference.reason}")
     elif difference.gateway.message or difference.direct.message:

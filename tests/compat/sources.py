@@ -30,7 +30,10 @@ def python_source(package: str, version: str) -> Path:
     if not directory.exists():
         scratch = _scratch(directory)
         flags = ["--no-deps", "--no-binary", package, "--no-build-isolation", "--quiet", "--dest", str(scratch)]
-        run([sys.executable, "-m", "pip", "download", *flags, f"{package}=={version}"], what=f"{package}'s source package")
+        run(
+            [sys.executable, "-m", "pip", "download", *flags, f"{package}=={version}"],
+            what=f"{package}'s source package",
+        )
         _unpack(next(scratch.glob("*.tar.gz")), scratch)
         (scratch / f"{package}-{version}").rename(directory)
         shutil.rmtree(scratch)
@@ -42,7 +45,10 @@ def python_package(name: str) -> Path:
     directory = cache() / f"package-{name}"
     if not directory.exists():
         scratch = _scratch(directory)
-        run([sys.executable, "-m", "pip", "install", "--quiet", "--target", str(scratch), name], what=f"the package {name}")
+        run(
+            [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(scratch), name],
+            what=f"the package {name}",
+        )
         scratch.rename(directory)
     return directory
 
@@ -88,9 +94,7 @@ def require(program: str, hint: str) -> str:
 
 def run(command: list[str], *, what: str, hint: str = "", cwd: Path | None = None) -> None:
     """Raises Missing."""
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=cwd, timeout=DOWNLOAD_TIMEOUT_S, check=False
-    )
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=DOWNLOAD_TIMEOUT_S, check=False)
     if done.returncode != 0:
         raise Missing(f"{what} is not to be had: {(done.stderr or done.stdout).strip()[-400:]} {hint}".strip())
 

@@ -60,9 +60,7 @@ def target(side: Side, bin_directory: Path | None = None) -> Iterator[Target]:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="skv-")))
         home.chmod(0o711)
         options = _SERVER_OPTIONS | {"port": str(port)}
-        server = EmbeddedPostgres(
-            PostgresSettings(bin=bin_directory), home / "pg", throw_away=True, options=options
-        )
+        server = EmbeddedPostgres(PostgresSettings(bin=bin_directory), home / "pg", throw_away=True, options=options)
         cluster = stack.enter_context(server)
         with psycopg.connect(cluster.database_url("postgres"), autocommit=True) as connection:
             connection.execute(f"CREATE DATABASE {DATABASE}")
