@@ -10,6 +10,7 @@ import asyncio
 from dbnode.node import Node
 from dbnode.sql.admin.login import check_name
 from dbnode.sql.front import SqlFront
+from dbnode.sql_explain import SqlExplainer
 from dbnode.sql_inference import SqlInference
 from stratakv import migrate
 from stratakv.errors import SetupError
@@ -49,6 +50,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             trusted_backend=settings.sql.backend_trusted,
             postgres_uid=settings.sql.backend_uid,
             statements=node.statements,
+            explainer=SqlExplainer(node.inference),
         )
         await sql.start()
         on_hangup(sql.reload)
