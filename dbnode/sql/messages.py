@@ -14,6 +14,8 @@ from stratakv.errors import StrataError
 
 HEADER_BYTES = 5
 """Kind and length; the length counts itself but not the kind."""
+MESSAGE_BYTES_MAX = 1 << 30
+"""PostgreSQL takes and sends no longer ones; a length counts its own four bytes."""
 TRANSACTION_IDLE = ord("I")
 TRANSACTION_OPEN = ord("T")
 TRANSACTION_FAILED = ord("E")
@@ -101,7 +103,7 @@ class MessageWalker:
         while position + HEADER_BYTES <= end:
             kind = data[position]
             length = length_at(data, position + 1)[0]
-            if length < _INT32.size:
+            if not 3 < length < MESSAGE_BYTES_MAX:
                 raise ProtocolViolation("invalid message length")
             if kind in watched:
                 if kind == Kind.READY_FOR_QUERY:
