@@ -144,6 +144,9 @@ class SqlSettings:
     listener_key: Secret | None = setting(
         None, "key PostgreSQL shows there; with listener_dir one is made and kept in it"
     )
+    admin_database: str = setting(
+        "stratakv_admin", "name under which clients reach the admin database, which only answers SHOW; empty: none"
+    )
     listener_tls: bool | None = setting(
         None, "TLS at that address (not in listener_dir); by default unless it is a loopback address"
     )

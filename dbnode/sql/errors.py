@@ -4,6 +4,7 @@ StrataError
 ├── ProtocolViolation       bytes that are no PostgreSQL protocol; the connection is closed
 │   └── DirectTls           a TLS handshake without SSLRequest; closed without an answer
 ├── PasswordlessLogin       PostgreSQL let a session in without asking for credentials
+├── NotSupported            what the admin database does not know
 ├── AuthenticationFailed    the client does not know the password
 ├── CertificatesDiffer      the client's login is bound to a certificate that PostgreSQL does not show
 ├── TlsRequired             the client came without TLS
@@ -43,6 +44,12 @@ class PasswordlessLogin(PermissionDenied):
     """PostgreSQL trusts the gateway's host, so anybody could be anyone."""
 
     sqlstate = "28000"
+
+
+class NotSupported(InvalidRequest):
+    """It is understood, and cannot be done."""
+
+    sqlstate = "0A000"
 
 
 class AuthenticationFailed(PermissionDenied):

@@ -17,6 +17,7 @@ from itertools import count
 from pathlib import Path
 
 from dbnode.sql.binding import BindingRegistry
+from dbnode.sql.explain import Explainer, Explaining
 from dbnode.sql.hints import HintStats, StatementHints
 from dbnode.sql.listener_connection import ListenerConnection
 from dbnode.sql.memo import KeptAnswers, MemoLimits
@@ -72,6 +73,7 @@ class Listener:
         registry: BindingRegistry,
         book: StatementBook,
         statements: StatementLog | None,
+        explainer: Explainer | None,
         *,
         postgres_uid: int,
     ) -> None:
@@ -80,6 +82,8 @@ class Listener:
         self.service = MeteredService(service, book)
         self.book = book
         self.statements = statements
+        self.explainer = explainer
+        self.explaining: set[Explaining] = set()
         self.registry = registry
         self.postgres_uid = postgres_uid
         self.tls = own_tls(_CERTIFICATE_NAME) if address.tls else None

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from itertools import count
 
+from dbnode.sql.admin.console import AdminConsole
+from dbnode.sql.admin.login import wants_admin, with_database
 from dbnode.sql.auth_file import AuthFile
 from dbnode.sql.backend import BackendAddress
 from dbnode.sql.binding import BindingRegistry
@@ -15,6 +17,7 @@ from dbnode.sql.messages import Severity, error_response
 from dbnode.sql.passthrough import Passage
 from dbnode.sql.server_tls import ClientTls
 from dbnode.sql.session import Session
+from dbnode.sql.session_facts import Traffic
 from dbnode.sql.session_hints import SessionHints
 from dbnode.sql.startup import TLS_DECLINED, TLS_GIVEN, CancelKey, StartupPacket, cancel_request
 from dbnode.sql.statement_meter import StatementBook
@@ -50,6 +53,7 @@ class Relay:
         is_calling: Callable[[int], bool],
         make_hints: Callable[[str], SessionHints],
         book: StatementBook,
+        login_database: str,
     ) -> None:
         """Raises SetupError."""
         self.settings = settings
@@ -58,6 +62,9 @@ class Relay:
         self.trusted_backend = trusted_backend
         self.make_hints = make_hints
         self.book = book
+        self.traffic: dict[str, Traffic] = {}
+        """By database."""
+        self._login_database = login_database
         self.draining = False
         self.handshakes: set[ClientHandshake] = set()
         self.passages: set[Passage] = set()
@@ -77,6 +84,19 @@ class Relay:
                 "sql.tls_mode = passthrough: PostgreSQL has no TLS on a Unix socket",
                 hint="Give sql.backend_url a host.",
             )
+
+    @property
+    def backend_address(self) -> BackendAddress:
+        """Where PostgreSQL is."""
+        return self._address
+
+    @property
+    def sessions(self) -> tuple[Session, ...]:
+        return tuple(self._sessions)
+
+    def traffic_of(self, database: str) -> Traffic:
+        """PostgreSQL knows the database, so they are not endlessly many."""
+        return self.traffic.setdefault(database, Traffic())
 
     @property
     def num_sessions(self) -> int:
@@ -123,7 +143,12 @@ class Relay:
             transport.write(error_response(error, Severity.FATAL))
             transport.close()
             return
+        is_admin = wants_admin(packet, self.settings.admin_database)
+        if is_admin:
+            packet = with_database(packet, self._login_database)
         session = Session(self, f"sql-{next(self._numbers)}", packet, rest)
+        if is_admin:
+            session.console = AdminConsole(session)
         self._sessions.add(session)
         session.client.attach(transport)
         transport.set_protocol(session.client)

@@ -52,6 +52,15 @@ class StartupPacket:
     cancel_key: CancelKey | None = None
 
     @property
+    def user(self) -> str:
+        return self.parameters.get("user", "")
+
+    @property
+    def database(self) -> str:
+        """The user's name stands for one that is not named."""
+        return self.parameters.get("database") or self.user
+
+    @property
     def is_replication(self) -> bool:
         """Whether a walsender is asked for, which speaks another dialect after login."""
         return self.parameters.get("replication", "false").lower() not in ("", "0", "false", "off", "no")

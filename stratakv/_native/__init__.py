@@ -10,7 +10,7 @@ import os
 from typing import cast
 
 from stratakv._native import fallback
-from stratakv._native.base import Ended, Gate, HeaderState, LayerMove, Moves, RangeMove
+from stratakv._native.base import Ended, Gate, HeaderState, LayerMove, Moves, RangeMove, Wire
 from stratakv.config import NATIVE_ENV
 
 __all__ = [
@@ -20,9 +20,11 @@ __all__ = [
     "LayerMove",
     "Moves",
     "RangeMove",
+    "Wire",
     "is_built",
     "make_gate",
     "moves",
+    "wire",
 ]
 
 
@@ -48,3 +50,8 @@ def make_gate() -> Gate:
 def is_built() -> bool:
     """Whether the C++ module is in use."""
     return moves is not fallback
+
+
+def wire() -> Wire | None:
+    """Moves over sockets, where the C++ module is in use."""
+    return cast(Wire, moves) if is_built() else None

@@ -59,3 +59,27 @@ def pack_headers(
     checksums: UInt64s,
     /,
 ) -> bytes: ...
+def fetch_pages(
+    fd: int,
+    opening: bytes,
+    page_offsets: Int64s,
+    layers: Sequence[LayerMove],
+    rows: Int64s,
+    checksums: UInt64s,
+    done: Gate,
+    deadline: float,
+    /,
+) -> tuple[int, int, int, bytes]: ...
+def push_pages(
+    fd: int,
+    opening: bytes,
+    put_id: bytes,
+    thanks: bytes,
+    page_offsets: Int64s,
+    layers: Sequence[LayerMove],
+    rows: Int64s,
+    checksums: UInt64s,
+    ready: Gate,
+    deadline: float,
+    /,
+) -> tuple[int, int, int, bytes]: ...

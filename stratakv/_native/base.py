@@ -26,7 +26,9 @@ class Ended(enum.IntEnum):
     STOPPED = 4
     """The gate was closed."""
     GONE = 5
-    """The watched socket was hung up."""
+    """The watched socket was hung up, or the one that carries the bytes."""
+    ANSWERED = 6
+    """The other end sent another frame than the one that was due."""
 
 
 class HeaderState(enum.IntEnum):
@@ -159,3 +161,40 @@ class Moves(Protocol):
         /,
     ) -> bytes:
         """The headers of pages with these keys (packed), generations and checksums [layer][page], one after another."""
+
+
+class Wire(Protocol):
+    """Moves over a blocking socket that speaks the pool protocol: only the C++ module has them."""
+
+    def fetch_pages(
+        self,
+        fd: int,
+        opening: bytes,
+        page_offsets: Int64s,
+        layers: Sequence[LayerMove],
+        rows: Int64s,
+        checksums: UInt64s,
+        done: _Gate,
+        deadline: float,
+        /,
+    ) -> tuple[int, int, int, bytes]:
+        """As `read_pages`, from the daemon at the other end; `opening` is how frames begin.
+
+        The fourth value is the frame that came instead, if one did: header and body.
+        """
+
+    def push_pages(
+        self,
+        fd: int,
+        opening: bytes,
+        put_id: bytes,
+        thanks: bytes,
+        page_offsets: Int64s,
+        layers: Sequence[LayerMove],
+        rows: Int64s,
+        checksums: UInt64s,
+        ready: _Gate,
+        deadline: float,
+        /,
+    ) -> tuple[int, int, int, bytes]:
+        """As `write_pages`; every frame is answered with `thanks`, or was refused."""

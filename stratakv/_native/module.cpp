@@ -2,6 +2,7 @@
 #include "gate.h"
 #include "headers.h"
 #include "moves.h"
+#include "wire.h"
 #include "xxh3.h"
 
 namespace {
@@ -29,6 +30,8 @@ PyMethodDef functions[] = {
     {"write_pages", strata::write_pages, METH_VARARGS, "Copy layers of pages into a segment and checksum each."},
     {"check_headers", strata::check_headers, METH_VARARGS, "Check the headers of many pages."},
     {"pack_headers", strata::pack_headers, METH_VARARGS, "Make the headers of many pages."},
+    {"fetch_pages", strata::fetch_pages, METH_VARARGS, "Read layers of pages over a socket and verify each."},
+    {"push_pages", strata::push_pages, METH_VARARGS, "Write layers of pages over a socket and checksum each."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef definition = {

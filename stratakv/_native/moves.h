@@ -8,7 +8,7 @@
 namespace strata {
 
 // How a batch ended; `Ended` in the Python stub.
-enum class Ended : int { kWhole = 0, kDamaged = 1, kOutOfBounds = 2, kLate = 3, kStopped = 4, kGone = 5 };
+enum class Ended : int { kWhole = 0, kDamaged = 1, kOutOfBounds = 2, kLate = 3, kStopped = 4, kGone = 5, kAnswered = 6 };
 
 // One range of a layer in the engine's memory: `size` bytes at `start + row × stride`.
 struct Range {

@@ -20,14 +20,8 @@ from collections.abc import Callable, Sequence
 from stratakv import _native
 from stratakv._native import Ended, Gate
 from stratakv._native.base import UInt64s
-from stratakv.pool.errors import (
-    DamagedPage,
-    OutOfBounds,
-    PutRefused,
-    TransferCancelled,
-    TransportError,
-    TransportTimeout,
-)
+from stratakv.pool.ends import check_end
+from stratakv.pool.errors import OutOfBounds, PutRefused, TransportError
 from stratakv.pool.framing import remaining_s
 from stratakv.pool.populate import populate
 from stratakv.pool.transport import Buffer, Cancellation, PageBatch
@@ -106,14 +100,14 @@ class ShmTransport:
     ) -> None:
         with (cancellation or Cancellation()).stopping(done.close):
             how = self._move(_native.moves.read_pages, batch, checksums, done, deadline)
-        _check_end(how, batch)
+        check_end(how, batch, "the daemon has gone; what its memory held is void")
 
     def write_pages(self, put_id: bytes, batch: PageBatch, checksums: UInt64s, *, deadline: float, ready: Gate) -> None:
         put_deadline = self._put_deadlines.get(put_id, 0.0)
         how = self._move(_native.moves.write_pages, batch, checksums, ready, min(deadline, put_deadline))
         if how[0] == Ended.LATE and put_deadline < min(deadline, time.monotonic()):
             raise PutRefused("this put is unknown, over or out of time")
-        _check_end(how, batch)
+        check_end(how, batch, "the daemon has gone; what its memory held is void")
 
     def mapping(self) -> memoryview | None:
         return self._memory
@@ -166,23 +160,6 @@ class ShmTransport:
 
 
 _Move = Callable[..., tuple[int, int, int]]
-
-
-def _check_end(how: tuple[int, int, int], batch: PageBatch) -> None:
-    """Raises what the end of a batch means."""
-    ended, index, page = how
-    match Ended(ended):
-        case Ended.DAMAGED:
-            layer = batch.layers[index].number
-            raise DamagedPage(f"layer {layer} of a page does not match its checksum", index=page, layer=layer)
-        case Ended.OUT_OF_BOUNDS:
-            raise OutOfBounds("a page lies outside the segment, or a row outside its memory")
-        case Ended.LATE:
-            raise TransportTimeout("the deadline passed")
-        case Ended.STOPPED:
-            raise TransferCancelled("the transfer was given up")
-        case Ended.GONE:
-            raise TransportError("the daemon has gone; what its memory held is void")
 
 
 def _offset(item: tuple[int, object]) -> int:

@@ -23,8 +23,9 @@ _SOCKET_PATH_BYTES_MAX = 107
 _NO_TLS = {"sslmode": "disable"}
 _REQUIRE_AUTH_SINCE = 160_000
 # The listener's certificate is its own work. Who shows it is proved by SCRAM, which is bound to it: nobody between can know
-# the key. So no root certificate is needed on PostgreSQL's host, and none that lies in its account's home must be tried.
-_BOUND_TLS = {"sslmode": "require", "channel_binding": "require", "sslrootcert": "/dev/null/none"}
+# the key. So no root certificate is needed on PostgreSQL's host, and what lies in its account's home must not be tried.
+_NO_FILE = "/dev/null/none"
+_BOUND_TLS = {"sslmode": "require", "channel_binding": "require", "sslrootcert": _NO_FILE, "sslcert": _NO_FILE}
 
 
 @dataclass(frozen=True, slots=True)
