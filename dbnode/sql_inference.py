@@ -60,30 +60,22 @@ class SqlInference:
         async def answer(prompt: str) -> str:
             return await self._answer(replace(call, prompt=prompt), options, deadline_s)
 
+        async def count_prompt(prompt: str) -> int:
+            request = request_of(replace(call, prompt=prompt), options)
+            return len((await service.prompt_keys([request]))[0].token_ids)
+
         fold = Fold(
             instruction=asked.instruction,
             room_tokens=context - answer_tokens_max,
             answer_tokens_max=answer_tokens_max,
             count=service.count_each,
-            count_prompt=lambda prompt: service.count_prompt(_messages(prompt, options)),
+            count_prompt=count_prompt,
             answer=answer,
         )
         return await fold.run(asked.pieces)
 
     async def _answer(self, call: InferCall, options: Mapping[str, Any], deadline_s: float | None) -> str:
-        request = GenerateRequest(
-            request_id=f"sql-{uuid.uuid4().hex}",
-            source=Source.SQL,
-            arrived_s=time.monotonic(),
-            model=call.model,
-            messages=_messages(call.prompt, options),
-            sampling=sampling(options),
-            priority=options.get("priority", 0),
-            cache_salt=options.get("cache_salt"),
-            deadline_s=deadline_s,
-            caller=Caller(role=call.role, database=call.database, session=call.session),
-            on_settled=_reporter(call),
-        )
+        request = request_of(call, options, deadline_s)
         answer = Answer()
         async with aclosing(self._service.generate(request)) as chunks:
             async for chunk in chunks:
@@ -96,9 +88,27 @@ class SqlInference:
         return text
 
 
-def _messages(prompt: str, options: Mapping[str, Any]) -> tuple[object, ...]:
-    user = {"role": "user", "content": prompt}
-    return ({"role": "system", "content": options["system"]}, user) if "system" in options else (user,)
+def request_of(
+    call: InferCall, options: Mapping[str, Any] | None = None, deadline_s: float | None = None
+) -> GenerateRequest:
+    """What the inference service is asked for a call, whose options are checked if they are not given. Raises InvalidRequest."""
+    options = checked_options(call.options) if options is None else options
+    messages: list[object] = [{"role": "user", "content": call.prompt}]
+    if "system" in options:
+        messages.insert(0, {"role": "system", "content": options["system"]})
+    return GenerateRequest(
+        request_id=f"sql-{uuid.uuid4().hex}",
+        source=Source.SQL,
+        arrived_s=time.monotonic(),
+        model=call.model,
+        messages=tuple(messages),
+        sampling=sampling(options),
+        priority=options.get("priority", 0),
+        cache_salt=options.get("cache_salt"),
+        deadline_s=deadline_s,
+        caller=Caller(role=call.role, database=call.database, session=call.session),
+        on_settled=_reporter(call),
+    )
 
 
 def _reporter(call: InferCall) -> Callable[[Settled], None] | None:

@@ -67,8 +67,14 @@ END
 $$;
 
 CREATE OR REPLACE FUNCTION stratakv.sql_fold(state text[]) RETURNS text
-LANGUAGE sql STABLE STRICT PARALLEL RESTRICTED COST 1000
-RETURN stratakv.infer_fold(state[1], state[4:], state[2], state[3]::jsonb);
+LANGUAGE plpgsql STABLE STRICT PARALLEL RESTRICTED COST 1000 SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    -- no SQL function around it: infer() trusts only callers whose schema it is told
+    RETURN stratakv.infer(
+        jsonb_build_object('instruction', state[1], 'pieces', to_jsonb(state[4:]))::text, state[2],
+        COALESCE(state[3]::jsonb, '{}') || '{"@fold": true}');
+END
+$$;
 
 CREATE OR REPLACE AGGREGATE stratakv.infer_agg(instruction text, content text) (
     SFUNC = stratakv.sql_gather, STYPE = text[], FINALFUNC = stratakv.sql_fold, PARALLEL = RESTRICTED);

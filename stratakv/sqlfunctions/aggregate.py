@@ -23,7 +23,6 @@ _INNER = (
     "sql_gather(text[], text, text, text, jsonb)",
     "sql_fold(text[])",
 )
-"""Whoever calls others comes before those."""
 _STRANGERS = (
     "SELECT FROM pg_proc p LEFT JOIN pg_aggregate a ON a.aggfnoid = p.oid"
     " WHERE p.proname = 'infer_agg' AND p.pronamespace = to_regnamespace('public')"

@@ -69,6 +69,7 @@ def test_version_1_is_brought_up_to_date_in_place(empty: str) -> None:
         for schema in ("public", "stratakv"):
             for name in ("infer_json", "infer_choice", "infer_bool", "infer_tokens", "infer_row"):
                 connection.execute(f"DROP FUNCTION {schema}.{name}".encode())
+        connection.execute("DROP SCHEMA stratakv_probe CASCADE")
         connection.execute("DROP FUNCTION stratakv.sql_fill_template; UPDATE stratakv.sql_install SET version = 1")
         connection.execute("CREATE VIEW answers AS SELECT infer('x') AS a, stratakv.infer('y') AS b")
         before = connection.execute(kept).fetchone()
@@ -82,8 +83,10 @@ def test_version_1_is_brought_up_to_date_in_place(empty: str) -> None:
 def test_version_2_is_brought_up_to_date_in_place(empty: str) -> None:
     install(empty, ADDRESS)
     names = "'infer', 'infer_json', 'infer_choice', 'infer_bool', 'infer_tokens', 'infer_row', 'sql_fill_template'"
-    kept = f"SELECT oid FROM pg_proc WHERE proname IN ({names}) ORDER BY oid".encode()
+    where = f"proname IN ({names}) AND pronamespace IN ('stratakv'::regnamespace, 'public'::regnamespace)"
+    kept = f"SELECT oid FROM pg_proc WHERE {where} ORDER BY oid".encode()
     with psycopg.connect(empty) as connection:
+        connection.execute("DROP SCHEMA stratakv_probe CASCADE")
         for schema in ("public", "stratakv"):
             for types in ("text, text", "text, text, text", "text, text, text, jsonb"):
                 connection.execute(f"DROP AGGREGATE {schema}.infer_agg({types})".encode())
