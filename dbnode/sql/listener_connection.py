@@ -89,6 +89,7 @@ class ListenerConnection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._phase = _Phase.STARTUP
         self._startup = StartupReader()
+        self._declined: set[StartupKind] = set()
         self._messages = MessageReader(_LOGIN_MESSAGE_BYTES_MAX)
         self._mechanism = MECHANISM if listener.tls is None else MECHANISM_PLUS
         digest = None if listener.tls is None else listener.tls.end_point.digest
@@ -173,7 +174,10 @@ class ListenerConnection(asyncio.Protocol):
                 raise ProtocolViolation("nothing can be cancelled here")
             elif packet.kind is StartupKind.TLS and self._listener.tls is not None:
                 self._start_tls(self._listener.tls)
+            elif packet.kind in self._declined:
+                raise ProtocolViolation("encryption was declined already")
             else:
+                self._declined.add(packet.kind)
                 self._transport.write(TLS_DECLINED)
 
     def _start_tls(self, offered: ServerTls) -> None:

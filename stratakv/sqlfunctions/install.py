@@ -242,7 +242,7 @@ def _write_tables(connection: Connection, listener: ListenerAddress) -> None:
     connection.execute(
         "INSERT INTO stratakv.sql_listeners (name, conninfo, is_default) VALUES (%s, %s, true)"
         " ON CONFLICT (name) DO UPDATE SET conninfo = excluded.conninfo, is_default = true",
-        (listener.name, listener.conninfo),
+        (listener.name, listener.conninfo(connection.info.server_version)),
     )
 
 
