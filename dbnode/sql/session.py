@@ -174,6 +174,8 @@ class Session:
             if self.backend.walker.was_idle:
                 self.backend.walker.was_idle = False
                 hints.end_transaction()
+                if self.lookahead is not None:
+                    self.lookahead.transaction_ended()
 
     # Statistics
 

@@ -68,7 +68,9 @@ def test_session_of_the_gateway_is_bound_and_a_direct_one_is_not(
     assert third.startswith("direct-")
 
 
-def test_session_of_a_client_that_always_is_in_a_transaction_is_bound_in_its_first(url: str, model: ReversingModel) -> None:
+def test_session_of_a_client_that_always_is_in_a_transaction_is_bound_in_its_first(
+    url: str, model: ReversingModel
+) -> None:
     with psycopg.connect(url) as connection:
         for _ in range(2):
             assert connection.execute("SELECT infer('ab')").fetchone() == ("ba",)
