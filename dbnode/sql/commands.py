@@ -1,6 +1,7 @@
 """The few commands that the SQL functions send to the private listener, and the answers. Free of I/O.
 
     infer PID ROLE DATABASE MODEL OPTIONS PROMPT    start a call; answered within the hold time
+    infer_within …                                  the same, from within a function that is not ours
     poll                                            go on waiting for it
     bind NONCE PID                                  this connection belongs to a session of the gateway
     statements PID ROLE                             statistics of statements, of one role or of all; polled like a call
@@ -31,7 +32,7 @@ _NULL = b"-"
 
 
 class NotUtf8(InvalidRequest):
-    """The prompt is not valid UTF-8, which only a database in SQL_ASCII can hold."""
+    """A text is not valid UTF-8, which only a database in SQL_ASCII can hold."""
 
     sqlstate = "22021"
 
@@ -54,6 +55,8 @@ class Infer:
     prompt: str = field(repr=False)
     row: RowPrompt | None = None
     """What the prompt was made of, if its fields may stand in another order."""
+    is_within: bool = False
+    """Called by another function, not by the statement itself."""
 
     def call(self, session: str) -> InferCall:
         """What the model is asked, on behalf of this session."""
@@ -100,24 +103,24 @@ Command = Infer | Poll | Bind | SetEncoding | Statements
 def parse_command(text: bytes) -> Command:
     """A simple query's text without its NUL. Raises ProtocolViolation, or InvalidRequest for what the caller wrote."""
     name, _, rest = text.partition(b" ")
-    if name == b"infer":
-        return _parse_infer(rest)
+    if name in (b"infer", b"infer_within"):
+        return _parse_infer(rest, is_within=name != b"infer")
     if name == b"poll" and not rest:
         return Poll()
     if name == b"bind":
         words = rest.split(b" ")
         if len(words) == _BIND_WORDS:
-            return Bind(_unhex(words[0]), _number(words[1]))
+            return Bind(_unhex(words[0], "the nonce"), _number(words[1]))
     if name == b"statements":
         words = rest.split(b" ")
         if len(words) == _STATEMENTS_WORDS:
-            return Statements(_number(words[0]), _optional(words[1]))
+            return Statements(_number(words[0]), _optional(words[1], "the role's name"))
     if name.lower() == b"set" and rest.lower().startswith(b"client_encoding to "):
         return SetEncoding()
     raise ProtocolViolation("unknown command")
 
 
-def _parse_infer(rest: bytes) -> Infer:
+def _parse_infer(rest: bytes, *, is_within: bool) -> Infer:
     words = rest.split(b" ", _INFER_WORDS - 1)
     if len(words) != _INFER_WORDS or words[5][:1] != b"=":
         raise ProtocolViolation("malformed command")
@@ -128,13 +131,22 @@ def _parse_infer(rest: bytes) -> Infer:
         raise ProtocolViolation("malformed command") from None
     except UnicodeDecodeError as error:
         raise NotUtf8(f"the prompt is not valid UTF-8 at byte {error.start}") from None
-    model_text, given = _optional(model), _parse_options(_optional(options))
+    given = _parse_options(_optional(options, "infer() options"))
     row = None
     if given.get(ROW) is True:
         row = parse_row(prompt_text)
         prompt_text = row.text()
         del given[ROW]
-    return Infer(_number(pid), _unhex(role), _unhex(database), model_text, given, prompt_text, row)
+    return Infer(
+        pid=_number(pid),
+        role=_unhex(role, "the role's name"),
+        database=_unhex(database, "the database's name"),
+        model=_optional(model, "the model's name"),
+        options=given,
+        prompt=prompt_text,
+        row=row,
+        is_within=is_within,
+    )
 
 
 def _parse_options(text: str | None) -> dict[str, Any]:
@@ -149,15 +161,19 @@ def _parse_options(text: str | None) -> dict[str, Any]:
     return options
 
 
-def _optional(word: bytes) -> str | None:
-    return None if word == _NULL else _unhex(word[1:])
+def _optional(word: bytes, name: str) -> str | None:
+    return None if word == _NULL else _unhex(word[1:], name)
 
 
-def _unhex(word: bytes) -> str:
+def _unhex(word: bytes, name: str) -> str:
     try:
-        return bytes.fromhex(word.decode("ascii")).decode()
+        text = bytes.fromhex(word.decode("ascii"))
     except ValueError:
         raise ProtocolViolation("malformed command") from None
+    try:
+        return text.decode()
+    except UnicodeDecodeError:
+        raise NotUtf8(f"{name} is not valid UTF-8") from None
 
 
 def _number(word: bytes) -> int:

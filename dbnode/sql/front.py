@@ -6,6 +6,7 @@ import asyncio
 import os
 import pwd
 
+from dbnode.sql.admin.login import login_database
 from dbnode.sql.backend import BackendAddress
 from dbnode.sql.binding import BindingRegistry
 from dbnode.sql.hints import HintStats
@@ -62,6 +63,7 @@ class SqlFront:
             is_calling=self.listener.is_calling,
             make_hints=self.listener.make_hints,
             book=self.book,
+            login_database=login_database(backend_url),
         )
 
     @property
@@ -83,6 +85,10 @@ class SqlFront:
             await self.listener.close()
             raise
         log.info("sql_started", host=self._settings.host, port=self.port)
+
+    def reload(self) -> None:
+        """Read the files again that may change while we run: certificate, key, verifiers."""
+        self.relay.reload()
 
     async def drain(self) -> None:
         """Take no new clients; what runs gets the grace of the settings, also statements of direct sessions. Then `close`.

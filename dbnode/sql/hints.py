@@ -128,18 +128,24 @@ class StatementHints:
         site, command = _numbered(command)
         self._first_seen.setdefault(site, len(self._first_seen))
         if not is_repeatable(command):
-            return None
+            return self._stand_in(command)
         key = key_of(command)
         if (hint := self._memo.find(key)) is not None:
             self._num_again += 1
             if not hint.future.done():
                 self._unknown.add(site)
-            return hint.answer
+            return hint.answer if hint.answer is not None else self._stand_in(command)
         if key not in self._new:
             self._add(key, command, self._put_off if self._is_undecided(site) else self._new)
         if key in self._new:
             self._unknown.add(site)
-        return None
+        return self._stand_in(command)
+
+    @staticmethod
+    def _stand_in(command: Infer) -> None:
+        """NULL, for the author of the statement. Other functions may decide by it who sees what. Raises PassEnded."""
+        if command.is_within:
+            raise PassEnded("a function waits for this answer")
 
     def _is_undecided(self, site: int) -> bool:
         """Whether a call may be made only because NULL stood for another's answer, which was asked for first."""

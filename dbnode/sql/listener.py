@@ -1,7 +1,8 @@
 """The private listener: where infer() calls back to, over dblink. Started by `SqlFront`.
 
 It takes connections from PostgreSQL only: on a Unix socket the kernel names the other side's uid, and everywhere the other
-side must know the key. Keeps its connections; a call belongs to one connection.
+side must know the key. Over a network it is under TLS, with a certificate made at the start, which SCRAM vouches for. Keeps
+its connections; a call belongs to one connection.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dbnode.sql.hints import HintStats, StatementHints
 from dbnode.sql.listener_connection import ListenerConnection
 from dbnode.sql.memo import KeptAnswers, MemoLimits
 from dbnode.sql.scram import Verifier
+from dbnode.sql.server_tls import own_tls
 from dbnode.sql.service import InferenceService
 from dbnode.sql.session_hints import SessionHints
 from dbnode.sql.statement_meter import MeteredService, StatementBook, StatementLog
@@ -30,6 +32,7 @@ from stratakv.sqlfunctions import ListenerAddress
 
 log = EventLogger(__name__)
 
+_CERTIFICATE_NAME = "stratakv listener"
 _SALT_BYTES = 16
 _COMMAND_OVERHEAD_BYTES = 256 * 1024
 """Room for names and options beside the prompt."""
@@ -74,6 +77,8 @@ class Listener:
         self.statements = statements
         self.registry = registry
         self.postgres_uid = postgres_uid
+        self.tls = own_tls(_CERTIFICATE_NAME) if address.tls else None
+        """Demanded of everybody, if there is one."""
         self.verifier = Verifier.of(address.key, os.urandom(_SALT_BYTES))
         self.connections: set[ListenerConnection] = set()
         self.tasks: set[asyncio.Task[str]] = set()

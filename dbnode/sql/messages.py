@@ -50,6 +50,15 @@ class Kind(enum.IntEnum):
     TERMINATE = ord("X")
 
 
+class AuthenticationCode(enum.IntEnum):
+    """First word of an Authentication message, of those that we look at."""
+
+    OK = 0
+    SASL = 10
+    SASL_CONTINUE = 11
+    SASL_FINAL = 12
+
+
 class Severity(enum.StrEnum):
     """How an ErrorResponse ends: the statement or the session."""
 
@@ -183,6 +192,10 @@ def int32(value: int) -> bytes:
 def cstring(text: str) -> bytes:
     """Text as the protocol ends it; a NUL within would cut it short."""
     return text.replace("\0", "").encode() + b"\0"
+
+
+def authentication(code: AuthenticationCode, payload: bytes = b"") -> bytes:
+    return message(b"R", int32(code) + payload)
 
 
 def error_response(error: StrataError, severity: Severity) -> bytes:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from dbnode.sql.admin.console import AdminConsole
 from dbnode.sql.binding import SessionBinding
 from dbnode.sql.errors import AdminShutdown, BackendLost, StartupTimeout
-from dbnode.sql.login import LoginReader
+from dbnode.sql.login import Legs, Login
 from dbnode.sql.looking_ahead import Lookahead
 from dbnode.sql.messages import (
     TRANSACTION_FAILED,
@@ -26,9 +28,11 @@ from dbnode.sql.messages import (
 from dbnode.sql.normalise import normalised
 from dbnode.sql.own_exchange import OwnExchange
 from dbnode.sql.own_statements import Within, bind_exchange
+from dbnode.sql.session_facts import Traffic
 from dbnode.sql.session_hints import SessionHints
 from dbnode.sql.sides import FOLLOWED, BackendSide, ClientSide, Phase
 from dbnode.sql.startup import CancelKey, StartupPacket
+from dbnode.sql.tls_transport import end_point_of
 from stratakv.errors import StrataError
 from stratakv.log import EventLogger
 
@@ -68,12 +72,18 @@ class Session:
         self.own_ended.set()
         self.lookahead: Lookahead | None = None
         """Once there is a session to look ahead in."""
+        self.console: AdminConsole | None = None
+        """Of a client of the admin database."""
+        self.traffic = Traffic()
+        """Of its database, once it is let in."""
+        self.connected_at_s = time.time()
         self._is_metered = False
         """A statement that may call infer() is under way."""
         self._wants_bind = False
         self._nonce = ""
         self._on_own_done: Callable[[], None]
-        self._login = LoginReader(trusted=relay.trusted_backend)
+        user = packet.parameters.get("user", "")
+        self._login = Login(trusted=relay.trusted_backend, user=user, verifier=relay.auth_file.get(user))
         self._num_expected = 0
         """ReadyForQuery that are still to come."""
         self._timer = asyncio.get_running_loop().call_later(relay.settings.startup_timeout_s, self._on_timeout)
@@ -81,7 +91,14 @@ class Session:
     @property
     def is_idle(self) -> bool:
         """Outside a transaction, with nothing under way in either direction."""
-        return self.is_between and self.backend.walker.transaction_status == TRANSACTION_IDLE
+        return self.phase is Phase.ADMIN or (
+            self.is_between and self.backend.walker.transaction_status == TRANSACTION_IDLE
+        )
+
+    @property
+    def is_busy(self) -> bool:
+        """PostgreSQL has something to do for it."""
+        return bool(self._num_expected) or self.exchange is not None
 
     @property
     def is_between(self) -> bool:
@@ -116,17 +133,24 @@ class Session:
             self.backend.close()
             return
         self.phase = Phase.LOGIN
+        self._login.legs = Legs(end_point_of(self.client.transport), end_point_of(self.backend.transport))
         self.backend.write(self.packet.raw)
         self._feed_held()
         self.client.read_on()
 
     def on_login_data(self, data: bytes) -> None:
-        forward, rest = self._login.feed(data)
-        self.client.write(forward)
+        for_client, for_backend, rest = self._login.feed(data)
+        self.client.write(for_client)
+        self.backend.write(for_backend)
         if not self._login.done:
             return
         self._timer.cancel()
         self.cancel_key = self._login.cancel_key
+        if self.console is not None:
+            self.phase = Phase.ADMIN
+            self.console.start()
+            return
+        self.traffic = self.relay.traffic_of(self.packet.database)
         self.phase = Phase.REPLICATION if self.packet.is_replication else Phase.OPEN
         self.backend.walker.transaction_status = TRANSACTION_IDLE
         if self.cancel_key is not None and self.phase is Phase.OPEN:
@@ -138,6 +162,11 @@ class Session:
         self.relay.on_login(self)
         if rest:
             self.backend.data_received(rest)
+
+    def on_client_login_data(self, data: bytes) -> None:
+        for_backend, for_client = self._login.feed_client(data)
+        self.backend.write(for_backend)
+        self.client.write(for_client)
 
     def _on_timeout(self) -> None:
         self.end(StartupTimeout("login took too long"))
@@ -153,6 +182,7 @@ class Session:
         for kind in kinds:
             if kind == Kind.READY_FOR_QUERY:
                 self._num_expected -= 1
+                self.traffic.num_queries += 1
             elif kind == Kind.COPY_IN_RESPONSE and self.client.walker.last_kind == Kind.SYNC and self._num_expected > 0:
                 self._num_expected -= 1  # COPY has started: PostgreSQL ignores the Sync that came with it
         if self._num_expected < 0:
@@ -261,6 +291,8 @@ class Session:
         """The batch that is held fails, as the transaction has; `rest` follows it. Raises ProtocolViolation."""
         self.backend.walker.transaction_status = TRANSACTION_FAILED
         self.client.write(error + ready_for_query(TRANSACTION_FAILED))
+        if self._is_metered:
+            self._statement_ends()
         self.go_on(rest)
 
     @property
@@ -300,12 +332,16 @@ class Session:
         self._close()
 
     def on_backend_lost(self) -> None:
-        if self.phase is Phase.CLOSED:
+        if self.phase is Phase.CLOSED or (self.console is not None and self.console.is_open):
             return
         if self.exchange is not None and self.exchange.has_ended_session:
             self.client.write(self.exchange.last_error)
         elif self.phase in FOLLOWED and self.backend.walker.last_kind != Kind.ERROR_RESPONSE:
             self._tell_loss()
+        self._close()
+
+    def client_left(self) -> None:
+        """It has said goodbye to the admin database."""
         self._close()
 
     def _tell_loss(self) -> None:

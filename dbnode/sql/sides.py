@@ -9,8 +9,9 @@ import asyncio
 import enum
 from typing import TYPE_CHECKING, cast
 
-from dbnode.sql.errors import PasswordlessLogin, ProtocolViolation
+from dbnode.sql.errors import ProtocolViolation
 from dbnode.sql.messages import MessageWalker
+from stratakv.errors import PermissionDenied
 
 if TYPE_CHECKING:
     from dbnode.sql.session import Session
@@ -33,6 +34,8 @@ class Phase(enum.Enum):
     COLLECTING = enum.auto()
     """It is whole, and still held."""
     REPLICATION = enum.auto()
+    ADMIN = enum.auto()
+    """In the admin database: PostgreSQL is not asked any more."""
     CLOSED = enum.auto()
 
 
@@ -84,8 +87,12 @@ class Side(asyncio.Protocol):
 class ClientSide(Side):
     """The client's connection."""
 
+    is_touched = False
+    """Something has come since this was last reset."""
+
     def data_received(self, data: bytes) -> None:
         session = self.session
+        self.is_touched = True
         try:
             if session.phase is Phase.OPEN:
                 if session.may_bind and self.walker.at_boundary and session.must_bind(data):
@@ -102,12 +109,14 @@ class ClientSide(Side):
                 session.lookahead.add(data)  # type: ignore[union-attr]
             elif session.phase is Phase.REPLICATION:
                 session.backend.write(data)
+            elif session.phase is Phase.ADMIN:
+                session.console.feed(data)  # type: ignore[union-attr]
             elif session.phase is Phase.LOGIN:
                 session.on_client_messages(self.walker.feed(data))
-                session.backend.write(data)
+                session.on_client_login_data(data)
             elif session.phase is not Phase.CLOSED:
                 session.held += data
-        except ProtocolViolation as error:
+        except (ProtocolViolation, PermissionDenied) as error:
             session.end(error)
 
     def forward(self, data: bytes) -> None:
@@ -115,6 +124,7 @@ class ClientSide(Side):
         found = self.walker.feed(data)
         if found:
             self.session.on_client_messages(found)
+        self.session.traffic.received_bytes += len(data)
         self.session.backend.transport.write(data)  # type: ignore[union-attr]
 
     def pause_writing(self) -> None:
@@ -138,6 +148,7 @@ class BackendSide(Side):
                 session.on_own_data(data)
             elif session.phase in FOLLOWED:
                 found = self.walker.feed(data)
+                session.traffic.sent_bytes += len(data)
                 session.client.transport.write(data)  # type: ignore[union-attr]
                 if found:
                     session.on_backend_messages(found)
@@ -145,7 +156,7 @@ class BackendSide(Side):
                 session.client.write(data)
             elif session.phase is Phase.LOGIN:
                 session.on_login_data(data)
-        except (ProtocolViolation, PasswordlessLogin) as error:
+        except (ProtocolViolation, PermissionDenied) as error:
             session.end(error)
 
     def pause_writing(self) -> None:

@@ -35,6 +35,7 @@ _FUNCTIONS = (
     *_PUBLIC,
     "sql_statement_stats()",
     "sql_call(text)",
+    "sql_caller()",
     "sql_fill_template(text, jsonb)",
     "bind(text, text)",
     "sql_ask(text, text)",
