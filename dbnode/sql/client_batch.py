@@ -63,6 +63,9 @@ class PreparedStatements:
     def __init__(self) -> None:
         self._by_name: dict[bytes, Prepared] = {}
 
+    def __len__(self) -> int:
+        return len(self._by_name)
+
     def __contains__(self, name: bytes) -> bool:
         return name in self._by_name
 

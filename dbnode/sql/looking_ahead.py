@@ -88,6 +88,11 @@ class Lookahead:
         """The client has flushed a Parse, and nothing else."""
         self._is_open_batch = False
 
+    @property
+    def remembers(self) -> bool:
+        """Whether what the client sent earlier matters for what it sends next."""
+        return self._is_described or bool(self._prepared)
+
     # Client's bytes
 
     def wants(self, data: bytes) -> bool:

@@ -46,6 +46,9 @@ _CLIENT_WATCHED = frozenset({Kind.QUERY, Kind.SYNC, Kind.FUNCTION_CALL, Kind.TER
 _BACKEND_WATCHED = frozenset({Kind.READY_FOR_QUERY, Kind.COPY_IN_RESPONSE, Kind.ERROR_RESPONSE})
 _SETTLED = frozenset({0, Kind.PASSWORD, Kind.QUERY, Kind.SYNC, Kind.FUNCTION_CALL})
 """Kinds of a client's last message after which nothing is half said."""
+_TEXT_BEARING = frozenset({int(Kind.QUERY), int(Kind.PARSE)})
+# Plain numbers: what every message is compared with must not be looked up in an enum.
+_READY_FOR_QUERY, _TERMINATE = int(Kind.READY_FOR_QUERY), int(Kind.TERMINATE)
 _DESCRIBED = frozenset({Kind.ROW_DESCRIPTION, Kind.NO_DATA})
 
 
@@ -173,14 +176,34 @@ class Session:
 
     # Ordinary traffic
 
+    def is_plain(self, data: bytes) -> bool:
+        """Whether nothing in `data`, which starts a message, is for the gateway: then it is forwarded."""
+        if data[0] in _TEXT_BEARING and b"infer" in data.lower():
+            return False
+        wants_bind = self._wants_bind and self.may_bind
+        return not (wants_bind or (self.lookahead is not None and self.lookahead.remembers))
+
+    def keeps(self, data: bytes) -> bool:
+        """Whether `data`, which starts a message, waits here while the session is bound, or looked ahead in."""
+        if self.may_bind and self.must_bind(data):
+            self.start_bind(data)
+            return True
+        if self.lookahead is not None and self.lookahead.wants(data):
+            self.phase = Phase.HOLDING
+            self.lookahead.hold(data)
+            return True
+        return False
+
     def on_client_messages(self, kinds: list[int]) -> None:
-        self._num_expected += len(kinds) - kinds.count(Kind.TERMINATE)
+        self._num_expected += len(kinds) - kinds.count(_TERMINATE)
 
     def on_backend_messages(self, kinds: list[int]) -> None:
-        if self.binding is not None and self.binding.hints is not None:
-            self._end_hints(self.binding.hints, kinds)
+        binding = self.binding
+        if binding is not None and binding.hints is not None and binding.hints.is_used:
+            self._end_hints(binding.hints, kinds)
+        self.backend.walker.was_idle = False
         for kind in kinds:
-            if kind == Kind.READY_FOR_QUERY:
+            if kind == _READY_FOR_QUERY:
                 self._num_expected -= 1
                 self.traffic.num_queries += 1
             elif kind == Kind.COPY_IN_RESPONSE and self.client.walker.last_kind == Kind.SYNC and self._num_expected > 0:
@@ -191,8 +214,8 @@ class Session:
         if self._num_expected == 0:
             if self._is_metered:
                 self._statement_ends()
-            if self.binding is not None and self.binding.caller is not None:
-                self.binding.caller.statement_ended()
+            if binding is not None and binding.caller is not None:
+                binding.caller.statement_ended()
             if self.relay.draining and self.is_idle:
                 self.end(AdminShutdown("terminating connection: the DB node is shutting down"))
 
@@ -202,7 +225,6 @@ class Session:
         if Kind.READY_FOR_QUERY in kinds:
             hints.end_statement()
             if self.backend.walker.was_idle:
-                self.backend.walker.was_idle = False
                 hints.end_transaction()
                 if self.lookahead is not None:
                     self.lookahead.transaction_ended()
