@@ -14,6 +14,8 @@ from stratakv.errors import StrataError
 
 HEADER_BYTES = 5
 """Kind and length; the length counts itself but not the kind."""
+MESSAGE_BYTES_MAX = 1 << 30
+"""PostgreSQL takes and sends no longer ones; a length counts its own four bytes."""
 TRANSACTION_IDLE = ord("I")
 TRANSACTION_OPEN = ord("T")
 TRANSACTION_FAILED = ord("E")
@@ -102,7 +104,7 @@ class MessageWalker:
         found = []
         while position <= last_header:
             kind, length = _header_at(data, position)
-            if length < _INT32_BYTES:
+            if not _INT32_BYTES <= length < MESSAGE_BYTES_MAX:
                 raise ProtocolViolation("invalid message length")
             if kind in watched:
                 if kind == _READY_FOR_QUERY:

@@ -184,6 +184,10 @@ BEGIN
     IF prompt IS NULL THEN
         RETURN NULL;
     END IF;
+    IF pg_catalog.current_setting('stratakv.explaining', true) = 'on' THEN
+        RAISE EXCEPTION 'stratakv.explain() does not look into views, functions and policies that call infer()'
+            USING ERRCODE = '0A000', HINT = 'Explain the query that they consist of.';
+    END IF;
     -- Within functions of others: who wrote them relies on the answer, so nothing may stand in for it.
     request := 'infer';
     GET DIAGNOSTICS stack = PG_CONTEXT;
