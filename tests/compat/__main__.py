@@ -81,7 +81,7 @@ def run_both(name: str, suite: Suite) -> list[Difference]:
 
 def _run_one(name: str, suite: Suite, side: Side) -> Results:
     if suite.bin_directory is not None and not suite.bin_directory.exists():
-        raise Missing(f"{suite.bin_directory} is not there. apt-get install postgresql")
+        raise Missing(f"{suite.bin_directory} is not there: apt-get install postgresql")
     directory = cache() / "runs" / name / side
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
