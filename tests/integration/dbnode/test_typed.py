@@ -70,7 +70,9 @@ async def test_salt_reaches_the_worker_and_keeps_its_prompts_apart(node: Running
         await node.openai.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=2, extra_body=extra)
     salts = ["a", "a", None, None, "a", "a"]
     assert [request.get("cache_salt") for request in worker.requests] == salts
-    uncached = [decision.uncached_tokens for decision in node.node.inference.scheduler.decisions if decision.prompt_tokens > 64]
+    uncached = [
+        decision.uncached_tokens for decision in node.node.inference.scheduler.decisions if decision.prompt_tokens > 64
+    ]
     assert uncached[0] == uncached[1] > uncached[2]
 
 
