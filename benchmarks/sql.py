@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,14 +63,15 @@ class Face:
     url: str
     front: SqlFront
     model: StandInModel
+    cluster: EmbeddedPostgres
 
 
 @contextmanager
-def running_face() -> Iterator[Face]:
-    """PostgreSQL, and the face on a thread of its own."""
+def running_face(options: Mapping[str, str] | None = None) -> Iterator[Face]:
+    """PostgreSQL with these settings, and the face on a thread of its own."""
     with (
         tempfile.TemporaryDirectory(prefix="skv-") as directory,
-        EmbeddedPostgres(PostgresSettings(), Path(directory) / "pg", throw_away=True) as cluster,
+        EmbeddedPostgres(PostgresSettings(), Path(directory) / "pg", throw_away=True, options=options) as cluster,
     ):
         Path(directory).chmod(0o711)
         settings = SqlSettings(port=0, listener_dir=Path(directory))
@@ -94,7 +95,7 @@ def running_face() -> Iterator[Face]:
             raise SystemExit("the SQL face did not start")
         loop, front, model = found
         try:
-            yield Face(f"postgresql://postgres@127.0.0.1:{front.port}/postgres", front, model)
+            yield Face(f"postgresql://postgres@127.0.0.1:{front.port}/postgres", front, model, cluster)
         finally:
             loop.call_soon_threadsafe(stop.set)
             thread.join(START_TIMEOUT_S)

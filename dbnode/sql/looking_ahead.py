@@ -7,7 +7,7 @@ wrong here only costs time.
 from __future__ import annotations
 
 import asyncio
-import contextlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dbnode.sql.client_batch import (
@@ -17,14 +17,24 @@ from dbnode.sql.client_batch import (
     BatchReader,
     PreparedStatements,
     Readiness,
+    Resumed,
     bound_statement,
     statement_text,
 )
+from dbnode.sql.cursors import FETCHING, OpenCursor, OpenCursors, declared, fetched
 from dbnode.sql.errors import GatewayFailed, ProtocolViolation
 from dbnode.sql.hints import PassLimits, StatementHints
-from dbnode.sql.messages import TRANSACTION_IDLE, Kind
+from dbnode.sql.messages import TRANSACTION_FAILED, Kind
 from dbnode.sql.own_exchange import OwnExchange
-from dbnode.sql.own_statements import check_exchange, circumstances, pass_exchange, rollback_exchange
+from dbnode.sql.own_statements import (
+    Circumstances,
+    Within,
+    check_exchange,
+    circumstances,
+    end_exchange,
+    pass_exchange,
+)
+from dbnode.sql.session_hints import SessionHints
 from dbnode.sql.statements import Collectable, collectable
 from stratakv.errors import Cancelled
 from stratakv.log import EventLogger
@@ -44,17 +54,44 @@ IDLE_MARGIN_S = 0.2
 """The batch goes on so long before PostgreSQL would end the session as idle."""
 
 
+class TransactionLost(Exception):
+    """Something ended the client's transaction while a statement of the gateway's ran: a cancel that nobody sent us."""
+
+    def __init__(self, response: bytes) -> None:
+        super().__init__("the transaction has failed")
+        self.response = response
+        """PostgreSQL's ErrorResponse."""
+
+
+@dataclass(frozen=True, slots=True)
+class Aim:
+    """What is looked ahead for."""
+
+    batch: Batch
+    """Where its parameters are."""
+    target: Collectable
+    cursor: OpenCursor | None = None
+    """Only the next rows of it are wanted."""
+
+
 class Lookahead:
     """Where the batch of one session is held."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, hints: SessionHints) -> None:
         self._session = session
+        self._hints = hints
         self._prepared = PreparedStatements()
+        self._cursors = OpenCursors()
         self._reader: BatchReader | None = None
         self._task: asyncio.Task[None] | None = None
         self._is_described = False
         """The client has flushed a Parse, and nothing else."""
         self._is_open_batch = False
+
+    @property
+    def remembers(self) -> bool:
+        """Whether what the client sent earlier matters for what it sends next."""
+        return self._is_described or bool(self._prepared)
 
     # Client's bytes
 
@@ -69,13 +106,16 @@ class Lookahead:
             wanted = kind in (Kind.QUERY, Kind.PARSE) and INFER.search(data) is not None
             if not wanted and kind in (Kind.QUERY, Kind.PARSE):
                 self._prepared.forget(b"")
+            if self._cursors:
+                is_fetch = kind in (Kind.QUERY, Kind.PARSE) and FETCHING.search(data) is not None
+                wanted = wanted or is_fetch or kind == Kind.EXECUTE
         if not wanted:
             return False
-        session.statement_begins(statement_text(data, self._prepared))
+        session.statement_begins(None if kind == Kind.EXECUTE else statement_text(data, self._prepared))
         if session.binding is None or session.binding.caller is None:
             return False
         self._is_open_batch = is_described and session.is_described
-        return session.is_idle or self._is_open_batch
+        return session.is_between or self._is_open_batch
 
     def hold(self, data: bytes) -> None:
         """The beginning of a batch, or more of it."""
@@ -84,15 +124,58 @@ class Lookahead:
         readiness = self._reader.feed(data)
         if readiness is Readiness.INCOMPLETE:
             return
-        batch = self._reader.batch
-        target = _target(batch) if batch is not None else None
-        if batch is None or target is None:
+        aim = self._aim(self._reader.batch) if self._reader.batch is not None else None
+        if aim is None:
             self._is_described = readiness is Readiness.DESCRIBED
             self._go_on()
             return
-        self._session.statement_begins(batch.prepared.text)
+        self._session.statement_begins(aim.batch.prepared.text)
         self._session.start_collecting()
-        self._task = asyncio.get_running_loop().create_task(self._look_ahead(batch, target))
+        self._task = asyncio.get_running_loop().create_task(self._look_ahead(aim))
+
+    def _aim(self, batch: Batch | Resumed) -> Aim | None:
+        """What to look ahead for before a batch."""
+        if isinstance(batch, Resumed):
+            return self._aim_further(batch.portal.decode(errors="replace"), batch.num_rows or None)
+        try:
+            text = batch.prepared.text.decode()
+        except UnicodeDecodeError:
+            return None
+        if self._cursors and (fetch := fetched(text)) is not None:
+            return self._aim_further(fetch.name, fetch.num_rows)
+        declare = declared(text)
+        target = collectable(text if declare is None else declare.query)
+        if target is None:
+            return None
+        window = max(self._session.relay.settings.hints_window, batch.num_rows)
+        if declare is not None and not declare.is_held:
+            if self._session.within is Within.NOTHING:
+                return None  # PostgreSQL refuses it
+            return Aim(batch, target, self._open(declare.name, batch, target, window))
+        if batch.num_rows:
+            return Aim(batch, target, self._open(batch.portal.decode(errors="replace"), batch, target, window))
+        return Aim(batch, target)
+
+    def _open(self, name: str, batch: Batch, target: Collectable, window: int) -> OpenCursor:
+        cursor = OpenCursor(batch, target, window)
+        if self._session.within is Within.TRANSACTION:
+            self._cursors.put(name, cursor)
+        return cursor
+
+    def _aim_further(self, name: str, num_rows: int | None) -> Aim | None:
+        """Before a part of the rows of a cursor is fetched; None for all that are left."""
+        cursor = self._cursors.get(name)
+        if cursor is None or not cursor.needs_more(num_rows):
+            return None
+        if num_rows is None:
+            return Aim(cursor.batch, cursor.target)
+        cursor.window = max(cursor.window, num_rows)
+        return Aim(cursor.batch, cursor.target, cursor)
+
+    def transaction_ended(self) -> None:
+        """No cursor is left."""
+        if self._cursors:
+            self._cursors.clear()
 
     def add(self, data: bytes) -> None:
         """What the client sends meanwhile."""
@@ -106,6 +189,13 @@ class Lookahead:
         held, self._reader = self._reader.held, None
         self._session.go_on(held)
 
+    def _refuse(self, error: bytes) -> None:
+        assert self._reader is not None
+        rest, self._reader = self._reader.rest, None
+        self._hints.note_failure()
+        self._hints.end_statement()
+        self._session.refuse(error, rest)
+
     async def _run(self, exchange: OwnExchange) -> OwnExchange:
         done = asyncio.Event()
         self._session.run_own(exchange, done.set)
@@ -116,93 +206,111 @@ class Lookahead:
 
     def cancel(self) -> None:
         """The client wants the statement to end: it goes on at once, and fails by its next call."""
-        hints = self._hints
-        if self._task is not None and hints is not None:
-            hints.abort(Cancelled("canceling statement due to user request"))
+        if self._task is not None:
+            self._hints.abort(Cancelled("canceling statement due to user request"))
 
     def close(self) -> None:
         """The session has ended."""
         if self._task is not None:
             self._task.cancel()
-        if self._hints is not None:
-            self._hints.close()
 
-    @property
-    def _hints(self) -> StatementHints | None:
-        return self._session.binding.hints if self._session.binding is not None else None
-
-    async def _look_ahead(self, batch: Batch, target: Collectable) -> None:
+    async def _look_ahead(self, aim: Aim) -> None:
         session = self._session
-        assert session.binding is not None
-        hints = session.binding.hints = session.relay.make_hints(session.name)
         try:
-            await self._collect(batch, target, hints)
+            await self._collect(aim, self._hints.statement)
             self._task = None
             self._go_on()
+        except TransactionLost as error:
+            self._task = None
+            self._refuse(error.response)
         except (ProtocolViolation, GatewayFailed) as error:
             session.end(error)
         except Exception:
             log.exception("looking_ahead_failed", session=session.name)
             session.end(GatewayFailed("internal error"))
 
-    async def _collect(self, batch: Batch, target: Collectable, hints: StatementHints) -> None:
-        loop, settings = asyncio.get_running_loop(), self._session.relay.settings
-        started_s = loop.time()
-        found = circumstances(await self._run(check_exchange(target.functions, sync_first=self._is_open_batch)))
+    async def _collect(self, aim: Aim, hints: StatementHints) -> None:
+        """Raises TransactionLost, GatewayFailed."""
+        settings, within = self._session.relay.settings, self._session.within
+        started_s = asyncio.get_running_loop().time()
+        check = await self._run(check_exchange(within, aim.target.functions, sync_first=self._is_open_batch))
+        await self._leave(within, check)
+        found = circumstances(check, within, started_s)
         if not found.may_collect:
             return
-        window = settings.hints_window if target.is_bounded or batch.is_partial else None
-        budget_s = min(settings.hints_budget_s, found.statement_timeout_s or settings.hints_budget_s)
-        for number in range(1, PASSES_MAX + 1):
+        if aim.cursor is None:
+            await self._run_passes(within, aim, hints, settings.hints_window if aim.target.is_bounded else None, found)
+            return
+        hints.is_lasting = True
+        num_new = await self._run_passes(within, aim, hints, aim.cursor.window, found)
+        aim.cursor.looked(hints.found, is_exhausted=num_new == 0)
+
+    async def _run_passes(
+        self, within: Within, aim: Aim, hints: StatementHints, window: int | None, found: Circumstances
+    ) -> int:
+        """How many new prompts the last one found. Raises TransactionLost, GatewayFailed."""
+        loop, settings = asyncio.get_running_loop(), self._session.relay.settings
+        passes_max = PASSES_MAX if aim.cursor is None else min(PASSES_MAX, aim.cursor.num_levels)
+        budget_s = min(settings.hints_budget_s, found.statement_s or settings.hints_budget_s)
+        num_new = 0
+        for number in range(1, passes_max + 1):
             if hints.failure is not None:
-                return
+                break
             pass_started_s = loop.time()
             limits = PassLimits(window, settings.hints_bytes_max, pass_started_s + budget_s)
-            num_new = await self._run_pass(batch, target, hints, limits, budget_s)
-            budget_s -= loop.time() - pass_started_s
+            await self._run_pass(within, aim, hints, limits, budget_s)
+            pass_ended_s = loop.time()
+            budget_s -= pass_ended_s - pass_started_s
+            num_new = await hints.end_pass(found.order_budget_s(settings.order_budget_s))
             log.debug("pass_ended", session=self._session.name, number=number, new=num_new, window=window)
-            if num_new == 0 or not await self._settle(
-                hints, started_s, found.statement_timeout_s, found.idle_timeout_s
-            ):
-                return
-            if budget_s <= 0:
-                return
+            if num_new == 0 or number == passes_max or budget_s <= 0:
+                break
+            if not await self._settle(hints, pass_ended_s, found):
+                break
             window = window and 2 * window
+        return num_new
 
     async def _run_pass(
-        self, batch: Batch, target: Collectable, hints: StatementHints, limits: PassLimits, budget_s: float
-    ) -> int:
-        """How many new prompts it found."""
+        self, within: Within, aim: Aim, hints: StatementHints, limits: PassLimits, budget_s: float
+    ) -> None:
+        """Let the hints see what the statement asks."""
+        batch, target = aim.batch, aim.target
         sites = None if hints.is_unnumbered else target.sites
         hints.start_pass(limits, sites.governors if sites is not None else None)
-        select = sites.select if sites is not None else target.select
-        exchange = await self._run(pass_exchange(batch, select, budget_s))
-        if sites is not None and _REFUSED in exchange.last_error:
+        if sites is not None:
+            exchange = await self._run(pass_exchange(within, batch, sites.select, budget_s))
+            await self._leave(within, exchange)
+            if _REFUSED not in exchange.first_error:
+                return
             # A function of these names that is not ours, or an expression that no longer equals another one.
             hints.is_unnumbered = True
-            exchange = await self._run(pass_exchange(batch, target.select, budget_s))
+        await self._leave(within, await self._run(pass_exchange(within, batch, target.select, budget_s)))
+
+    async def _leave(self, within: Within, exchange: OwnExchange) -> None:
+        """Make sure that the session is again where it was before an exchange that is done."""
+        error = exchange.first_error
         for _ in range(ROLLBACKS_MAX):
-            if exchange.transaction_status == TRANSACTION_IDLE:
-                return hints.end_pass()
-            exchange = await self._run(rollback_exchange())
+            if exchange.transaction_status == within.value:
+                return
+            exchange = await self._run(end_exchange(within))
+        if within is Within.TRANSACTION and exchange.transaction_status == TRANSACTION_FAILED:
+            raise TransactionLost(error)
         raise GatewayFailed("the DB node could not end its transaction")
 
-    async def _settle(
-        self, hints: StatementHints, started_s: float, statement_s: float | None, idle_s: float | None
-    ) -> bool:
-        """Wait for the model; False if the statement must not wait any longer. No transaction is open meanwhile."""
+    async def _settle(self, hints: StatementHints, idle_since_s: float, found: Circumstances) -> bool:
+        """Wait for the model; False if the statement must not wait any longer. No statement runs meanwhile.
+
+        Within the client's transaction the time is short in which it may be idle. When that is over the statement goes on,
+        and its calls wait.
+        """
         loop = asyncio.get_running_loop()
-        left_s = None if statement_s is None else started_s + statement_s - loop.time()
-        idle_left_s = None if idle_s is None else max(0.0, idle_s - IDLE_MARGIN_S)
-        timeouts = [value for value in (left_s, idle_left_s) if value is not None]
-        if await hints.settle(max(0.0, min(timeouts)) if timeouts else None):
+        waits = [] if found.statement_s is None else [found.checked_s + found.statement_s - loop.time()]
+        if found.idle_s is not None:
+            waits.append(idle_since_s + found.idle_s - IDLE_MARGIN_S - loop.time())
+        if found.transaction_left_s is not None:
+            waits.append(found.checked_s + found.transaction_left_s - IDLE_MARGIN_S - loop.time())
+        if await hints.settle(max(0.0, min(waits)) if waits else None):
             return True
-        if statement_s is not None and loop.time() >= started_s + statement_s:
+        if found.statement_s is not None and loop.time() >= found.checked_s + found.statement_s:
             hints.abort(Cancelled("canceling statement due to statement timeout"))
         return False
-
-
-def _target(batch: Batch) -> Collectable | None:
-    with contextlib.suppress(UnicodeDecodeError):
-        return collectable(batch.prepared.text.decode())
-    return None

@@ -7,19 +7,32 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from dbnode.sql.admin.console import AdminConsole
 from dbnode.sql.binding import SessionBinding
 from dbnode.sql.errors import AdminShutdown, BackendLost, StartupTimeout
-from dbnode.sql.login import LoginReader
+from dbnode.sql.login import Legs, Login
 from dbnode.sql.looking_ahead import Lookahead
-from dbnode.sql.messages import TRANSACTION_IDLE, Kind, Severity, error_response, message
+from dbnode.sql.messages import (
+    TRANSACTION_FAILED,
+    TRANSACTION_IDLE,
+    Kind,
+    Severity,
+    error_response,
+    message,
+    ready_for_query,
+)
 from dbnode.sql.normalise import normalised
 from dbnode.sql.own_exchange import OwnExchange
-from dbnode.sql.own_statements import bind_exchange
+from dbnode.sql.own_statements import Within, bind_exchange
+from dbnode.sql.session_facts import Traffic
+from dbnode.sql.session_hints import SessionHints
 from dbnode.sql.sides import FOLLOWED, BackendSide, ClientSide, Phase
 from dbnode.sql.startup import CancelKey, StartupPacket
+from dbnode.sql.tls_transport import end_point_of
 from stratakv.errors import StrataError
 from stratakv.log import EventLogger
 
@@ -30,9 +43,12 @@ log = EventLogger(__name__)
 
 _INFER = re.compile(rb"infer", re.IGNORECASE)
 _CLIENT_WATCHED = frozenset({Kind.QUERY, Kind.SYNC, Kind.FUNCTION_CALL, Kind.TERMINATE})
-_BACKEND_WATCHED = frozenset({Kind.READY_FOR_QUERY, Kind.COPY_IN_RESPONSE})
+_BACKEND_WATCHED = frozenset({Kind.READY_FOR_QUERY, Kind.COPY_IN_RESPONSE, Kind.ERROR_RESPONSE})
 _SETTLED = frozenset({0, Kind.PASSWORD, Kind.QUERY, Kind.SYNC, Kind.FUNCTION_CALL})
 """Kinds of a client's last message after which nothing is half said."""
+_TEXT_BEARING = frozenset({int(Kind.QUERY), int(Kind.PARSE)})
+# Plain numbers: what every message is compared with must not be looked up in an enum.
+_READY_FOR_QUERY, _TERMINATE = int(Kind.READY_FOR_QUERY), int(Kind.TERMINATE)
 _DESCRIBED = frozenset({Kind.ROW_DESCRIPTION, Kind.NO_DATA})
 
 
@@ -59,12 +75,18 @@ class Session:
         self.own_ended.set()
         self.lookahead: Lookahead | None = None
         """Once there is a session to look ahead in."""
+        self.console: AdminConsole | None = None
+        """Of a client of the admin database."""
+        self.traffic = Traffic()
+        """Of its database, once it is let in."""
+        self.connected_at_s = time.time()
         self._is_metered = False
         """A statement that may call infer() is under way."""
         self._wants_bind = False
         self._nonce = ""
         self._on_own_done: Callable[[], None]
-        self._login = LoginReader(trusted=relay.trusted_backend)
+        user = packet.parameters.get("user", "")
+        self._login = Login(trusted=relay.trusted_backend, user=user, verifier=relay.auth_file.get(user))
         self._num_expected = 0
         """ReadyForQuery that are still to come."""
         self._timer = asyncio.get_running_loop().call_later(relay.settings.startup_timeout_s, self._on_timeout)
@@ -72,6 +94,18 @@ class Session:
     @property
     def is_idle(self) -> bool:
         """Outside a transaction, with nothing under way in either direction."""
+        return self.phase is Phase.ADMIN or (
+            self.is_between and self.backend.walker.transaction_status == TRANSACTION_IDLE
+        )
+
+    @property
+    def is_busy(self) -> bool:
+        """PostgreSQL has something to do for it."""
+        return bool(self._num_expected) or self.exchange is not None
+
+    @property
+    def is_between(self) -> bool:
+        """Nothing is under way, and the transaction, if there is one, has not failed."""
         return self._is_quiet and self.client.walker.last_kind in _SETTLED
 
     @property
@@ -80,11 +114,16 @@ class Session:
         return self._is_quiet and self.backend.walker.last_kind in _DESCRIBED
 
     @property
+    def within(self) -> Within:
+        """Where a statement of the gateway's would run; the session is between statements."""
+        return Within(self.backend.walker.transaction_status)
+
+    @property
     def _is_quiet(self) -> bool:
         return (
             self.phase is Phase.OPEN
             and self._num_expected == 0
-            and self.backend.walker.transaction_status == TRANSACTION_IDLE
+            and self.backend.walker.transaction_status != TRANSACTION_FAILED
             and self.client.walker.at_boundary
             and self.backend.walker.at_boundary
         )
@@ -97,44 +136,77 @@ class Session:
             self.backend.close()
             return
         self.phase = Phase.LOGIN
+        self._login.legs = Legs(end_point_of(self.client.transport), end_point_of(self.backend.transport))
         self.backend.write(self.packet.raw)
         self._feed_held()
         self.client.read_on()
 
     def on_login_data(self, data: bytes) -> None:
-        forward, rest = self._login.feed(data)
-        self.client.write(forward)
+        for_client, for_backend, rest = self._login.feed(data)
+        self.client.write(for_client)
+        self.backend.write(for_backend)
         if not self._login.done:
             return
         self._timer.cancel()
         self.cancel_key = self._login.cancel_key
+        if self.console is not None:
+            self.phase = Phase.ADMIN
+            self.console.start()
+            return
+        self.traffic = self.relay.traffic_of(self.packet.database)
         self.phase = Phase.REPLICATION if self.packet.is_replication else Phase.OPEN
         self.backend.walker.transaction_status = TRANSACTION_IDLE
         if self.cancel_key is not None and self.phase is Phase.OPEN:
             self.binding = SessionBinding(self.name, self.cancel_key.pid)
             self.may_bind = True
             if self.relay.settings.hints:
-                self.lookahead = Lookahead(self)
+                self.binding.hints = self.relay.make_hints(self.name)
+                self.lookahead = Lookahead(self, self.binding.hints)
         self.relay.on_login(self)
         if rest:
             self.backend.data_received(rest)
+
+    def on_client_login_data(self, data: bytes) -> None:
+        for_backend, for_client = self._login.feed_client(data)
+        self.backend.write(for_backend)
+        self.client.write(for_client)
 
     def _on_timeout(self) -> None:
         self.end(StartupTimeout("login took too long"))
 
     # Ordinary traffic
 
+    def is_plain(self, data: bytes) -> bool:
+        """Whether nothing in `data`, which starts a message, is for the gateway: then it is forwarded."""
+        if data[0] in _TEXT_BEARING and b"infer" in data.lower():
+            return False
+        wants_bind = self._wants_bind and self.may_bind
+        return not (wants_bind or (self.lookahead is not None and self.lookahead.remembers))
+
+    def keeps(self, data: bytes) -> bool:
+        """Whether `data`, which starts a message, waits here while the session is bound, or looked ahead in."""
+        if self.may_bind and self.must_bind(data):
+            self.start_bind(data)
+            return True
+        if self.lookahead is not None and self.lookahead.wants(data):
+            self.phase = Phase.HOLDING
+            self.lookahead.hold(data)
+            return True
+        return False
+
     def on_client_messages(self, kinds: list[int]) -> None:
-        self._num_expected += len(kinds) - kinds.count(Kind.TERMINATE)
+        self._num_expected += len(kinds) - kinds.count(_TERMINATE)
 
     def on_backend_messages(self, kinds: list[int]) -> None:
-        if self.binding is not None and self.binding.hints is not None and Kind.READY_FOR_QUERY in kinds:
-            self.binding.hints.close()
-            self.binding.hints = None
+        binding = self.binding
+        if binding is not None and binding.hints is not None and binding.hints.is_used:
+            self._end_hints(binding.hints, kinds)
+        self.backend.walker.was_idle = False
         for kind in kinds:
-            if kind == Kind.READY_FOR_QUERY:
+            if kind == _READY_FOR_QUERY:
                 self._num_expected -= 1
-            elif self.client.walker.last_kind == Kind.SYNC and self._num_expected > 0:
+                self.traffic.num_queries += 1
+            elif kind == Kind.COPY_IN_RESPONSE and self.client.walker.last_kind == Kind.SYNC and self._num_expected > 0:
                 self._num_expected -= 1  # COPY has started: PostgreSQL ignores the Sync that came with it
         if self._num_expected < 0:
             # An order of messages we do not know: never take the session for idle again.
@@ -142,10 +214,20 @@ class Session:
         if self._num_expected == 0:
             if self._is_metered:
                 self._statement_ends()
-            if self.binding is not None and self.binding.caller is not None:
-                self.binding.caller.statement_ended()
+            if binding is not None and binding.caller is not None:
+                binding.caller.statement_ended()
             if self.relay.draining and self.is_idle:
                 self.end(AdminShutdown("terminating connection: the DB node is shutting down"))
+
+    def _end_hints(self, hints: SessionHints, kinds: list[int]) -> None:
+        if Kind.ERROR_RESPONSE in kinds:
+            hints.note_failure()
+        if Kind.READY_FOR_QUERY in kinds:
+            hints.end_statement()
+            if self.backend.walker.was_idle:
+                hints.end_transaction()
+                if self.lookahead is not None:
+                    self.lookahead.transaction_ended()
 
     # Statistics
 
@@ -163,11 +245,11 @@ class Session:
     def must_bind(self, data: bytes) -> bool:
         """Whether to bind before `data`, which starts a message, is forwarded.
 
-        Within a transaction a failure of ours would be the client's: then the next statement outside one binds.
+        Within a transaction only before the statement itself: binding takes a snapshot, as it is going to.
         """
-        if not self._wants_bind:
-            self._wants_bind = data[0] in (Kind.QUERY, Kind.PARSE) and _INFER.search(data) is not None
-        return self._wants_bind and self.is_idle
+        is_for_infer = data[0] in (Kind.QUERY, Kind.PARSE) and _INFER.search(data) is not None
+        self._wants_bind = self._wants_bind or is_for_infer
+        return self._wants_bind and (self.is_between if is_for_infer else self.is_idle)
 
     def start_bind(self, data: bytes) -> None:
         assert self.binding is not None
@@ -177,7 +259,7 @@ class Session:
         self.held = data
         self.client.stop_reading()
         self._nonce = self.relay.registry.issue(self.binding)
-        self.run_own(bind_exchange(self._nonce, self.relay.listener_name), self._end_bind)
+        self.run_own(bind_exchange(self.within, self._nonce, self.relay.listener_name), self._end_bind)
 
     def _end_bind(self) -> None:
         self.relay.registry.revoke(self._nonce)
@@ -222,9 +304,28 @@ class Session:
         """Forward what was held. Raises ProtocolViolation."""
         self.phase = Phase.OPEN
         self.own_ended.set()
-        self.client.forward(held)
+        if held:
+            self.client.forward(held)
         if not self.backend.is_full:
             self.client.read_on()
+
+    def refuse(self, error: bytes, rest: bytes) -> None:
+        """The batch that is held fails, as the transaction has; `rest` follows it. Raises ProtocolViolation."""
+        self.backend.walker.transaction_status = TRANSACTION_FAILED
+        self.client.write(error + ready_for_query(TRANSACTION_FAILED))
+        if self._is_metered:
+            self._statement_ends()
+        self.go_on(rest)
+
+    @property
+    def is_collecting(self) -> bool:
+        """Whether the backend runs a pass."""
+        return self.phase is Phase.COLLECTING and self.exchange is not None
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether the statement that runs was cancelled while it was held."""
+        return self.binding is not None and self.binding.hints is not None and self.binding.hints.is_aborted
 
     def cancel_lookahead(self) -> None:
         """The client has sent a cancel."""
@@ -253,12 +354,16 @@ class Session:
         self._close()
 
     def on_backend_lost(self) -> None:
-        if self.phase is Phase.CLOSED:
+        if self.phase is Phase.CLOSED or (self.console is not None and self.console.is_open):
             return
         if self.exchange is not None and self.exchange.has_ended_session:
             self.client.write(self.exchange.last_error)
         elif self.phase in FOLLOWED and self.backend.walker.last_kind != Kind.ERROR_RESPONSE:
             self._tell_loss()
+        self._close()
+
+    def client_left(self) -> None:
+        """It has said goodbye to the admin database."""
         self._close()
 
     def _tell_loss(self) -> None:
@@ -276,6 +381,10 @@ class Session:
         self.own_ended.set()
         if self.lookahead is not None:
             self.lookahead.close()
+        if self.binding is not None and self.binding.hints is not None:
+            if self.backend.walker.transaction_status != TRANSACTION_IDLE:
+                self.binding.hints.note_failure()
+            self.binding.hints.end_transaction()
         if self._is_metered:
             self._statement_ends()
         if self.binding is not None and self.binding.caller is not None:

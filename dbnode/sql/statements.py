@@ -6,7 +6,7 @@ A statement that is misread here only loses its hints, or has its SELECT run onc
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -16,6 +16,9 @@ from sqlglot import Token, TokenType, exp
 from sqlglot.errors import SqlglotError
 
 from dbnode.sql.call_sites import CallSites, call_sites, marked, written_calls
+from dbnode.sql.explained import explained
+from dbnode.sql.merged import merged
+from dbnode.sql.token_lists import clauses_of, split, top_level, written
 from stratakv.log import EventLogger
 
 log = EventLogger(__name__)
@@ -30,7 +33,6 @@ _FORBIDDEN = (exp.TableSample, exp.Lock, exp.DML, exp.Into, exp.Command)
 """What reads at random, locks or writes."""
 _BOUNDED = (exp.Limit, exp.Fetch, exp.Exists)
 _QUERY_STARTS = (TokenType.SELECT, TokenType.WITH, TokenType.L_PAREN)
-_QUOTED = (TokenType.IDENTIFIER, TokenType.STRING)
 _FILLED = ("TABLE", "MATERIALIZED")
 _CREATE_WORDS = 4
 """CREATE LOCAL TEMPORARY TABLE is the longest beginning."""
@@ -54,6 +56,8 @@ class Collectable:
 @lru_cache(maxsize=_CACHED_MAX)
 def collectable(text: str) -> Collectable | None:
     """What to run for a statement, or None if it goes without hints."""
+    if (explain := explained(text)) is not None:
+        return collectable(explain.statement) if explain.is_run else None
     if len(text) > TEXT_CHARS_MAX or "infer" not in text.lower():
         return None
     try:
@@ -102,32 +106,22 @@ def _inner_select(text: str, tokens: list[Token]) -> str | None:
         return _updated(text, tokens[1:])
     if first is TokenType.DELETE and len(tokens) > 1:
         return _deleted(text, tokens[2:])
+    if first is TokenType.MERGE:
+        return merged(text, tokens[1:])
     return None
-
-
-def _top_level(tokens: list[Token]) -> Iterator[int]:
-    """Positions outside parentheses, those of opening ones included."""
-    depth = 0
-    for position, token in enumerate(tokens):
-        if depth == 0:
-            yield position
-        if token.token_type is TokenType.L_PAREN:
-            depth += 1
-        elif token.token_type is TokenType.R_PAREN:
-            depth -= 1
 
 
 def _inserted(text: str, tokens: list[Token]) -> str | None:
     start = None
-    for position in _top_level(tokens):
+    for position in top_level(tokens):
         kind = tokens[position].token_type
         if start is None and kind in (TokenType.SELECT, TokenType.WITH):
             start = position
         elif start is not None and (
             kind is TokenType.RETURNING or (kind is TokenType.ON and _is_conflict(tokens, position))
         ):
-            return _slice(text, tokens[start:position])
-    return None if start is None else _slice(text, tokens[start:])
+            return written(text, tokens[start:position])
+    return None if start is None else written(text, tokens[start:])
 
 
 def _is_conflict(tokens: list[Token], position: int) -> bool:
@@ -138,7 +132,7 @@ def _created(text: str, tokens: list[Token]) -> str | None:
     """CREATE TABLE … AS and CREATE MATERIALIZED VIEW; WITH NO DATA runs nothing, and neither does a plain view."""
     if not any(token.text.upper() in _FILLED for token in tokens[1:_CREATE_WORDS]):
         return None
-    for position in _top_level(tokens):
+    for position in top_level(tokens):
         if tokens[position].token_type is TokenType.ALIAS:
             query = tokens[position + 1 :]
             if not query or query[0].token_type not in _QUERY_STARTS:
@@ -146,7 +140,7 @@ def _created(text: str, tokens: list[Token]) -> str | None:
             tail = [token.text.upper() for token in query[-3:]]
             if tail == ["WITH", "NO", "DATA"]:
                 return None
-            return _slice(text, query[:-2] if tail[1:] == ["WITH", "DATA"] else query)
+            return written(text, query[:-2] if tail[1:] == ["WITH", "DATA"] else query)
     return None
 
 
@@ -154,28 +148,28 @@ def _copied(text: str, tokens: list[Token]) -> str | None:
     """COPY (query) TO …"""
     if len(tokens) < 2 or tokens[1].token_type is not TokenType.L_PAREN:
         return None
-    top = list(_top_level(tokens))
+    top = list(top_level(tokens))
     end = top[2] - 1 if len(top) > 2 else len(tokens) - 1
-    return _slice(text, tokens[2:end])
+    return written(text, tokens[2:end])
 
 
 def _updated(text: str, tokens: list[Token]) -> str | None:
     """UPDATE target SET column = value, … FROM … WHERE … RETURNING …"""
-    target, clauses = _clauses(tokens, ("SET", "FROM", "WHERE", "RETURNING"))
+    target, clauses = clauses_of(tokens, ("SET", "FROM", "WHERE", "RETURNING"))
     values = []
-    for assignment in _split(clauses.get("SET", []), lambda token: token.token_type is TokenType.COMMA):
-        sides = _split(assignment, lambda token: token.token_type is TokenType.EQ)
+    for assignment in split(clauses.get("SET", []), lambda token: token.token_type is TokenType.COMMA):
+        sides = split(assignment, lambda token: token.token_type is TokenType.EQ)
         if len(sides) < 2 or not sides[0] or not sides[1]:
             return None
         value = assignment[len(sides[0]) + 1 :]
         if [token.text.upper() for token in value] != ["DEFAULT"]:
-            values.append(_slice(text, value))
+            values.append(written(text, value))
     return _read(text, ", ".join(values) or "1", target, clauses.get("FROM"), clauses.get("WHERE"))
 
 
 def _deleted(text: str, tokens: list[Token]) -> str | None:
     """DELETE FROM target USING … WHERE … RETURNING …"""
-    target, clauses = _clauses(tokens, ("USING", "WHERE", "RETURNING"))
+    target, clauses = clauses_of(tokens, ("USING", "WHERE", "RETURNING"))
     return _read(text, "1", target, clauses.get("USING"), clauses.get("WHERE"))
 
 
@@ -185,28 +179,5 @@ def _read(
     """What such a statement reads, before it writes."""
     if not target or others == [] or condition == []:
         return None
-    source = _slice(text, target) + (f", {_slice(text, others)}" if others else "")
-    return f"SELECT {values} FROM {source}" + (f" WHERE {_slice(text, condition)}" if condition else "")
-
-
-def _clauses(tokens: list[Token], words: tuple[str, ...]) -> tuple[list[Token], dict[str, list[Token]]]:
-    """What stands before the first of the keywords, and what follows each, outside parentheses."""
-    starts = [
-        position
-        for position in _top_level(tokens)
-        if tokens[position].text.upper() in words and tokens[position].token_type not in _QUOTED
-    ]
-    ends = [*starts[1:], len(tokens)] if starts else []
-    clauses = {tokens[a].text.upper(): tokens[a + 1 : b] for a, b in zip(starts, ends, strict=True)}
-    return tokens[: starts[0]] if starts else tokens, clauses
-
-
-def _split(tokens: list[Token], is_separator: Callable[[Token], bool]) -> list[list[Token]]:
-    """Parts between separators outside parentheses."""
-    separators = [position for position in _top_level(tokens) if is_separator(tokens[position])]
-    starts, ends = [0, *(position + 1 for position in separators)], [*separators, len(tokens)]
-    return [tokens[a:b] for a, b in zip(starts, ends, strict=True)]
-
-
-def _slice(text: str, tokens: list[Token]) -> str:
-    return text[tokens[0].start : tokens[-1].end + 1] if tokens else ""
+    source = written(text, target) + (f", {written(text, others)}" if others else "")
+    return f"SELECT {values} FROM {source}" + (f" WHERE {written(text, condition)}" if condition else "")

@@ -29,12 +29,16 @@ CREATE OR REPLACE FUNCTION stratakv.infer_tokens(content text, model text DEFAUL
 LANGUAGE sql STABLE PARALLEL RESTRICTED COST 1000
 RETURN stratakv.infer(content, model, '{"@count_tokens": true}')::integer;
 
--- {name} stands for a field, {{ and }} for braces.
+-- {name} stands for a field, {*} for all others, {{ and }} for braces. What the DB node gets is JSON: the text before {*} and
+-- after it, and the fields that stand there; it puts them in the order that lets rows begin alike.
 CREATE OR REPLACE FUNCTION stratakv.sql_fill_template(template text, fields jsonb) RETURNS text
 LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    part   text;
-    filled text := '';
+    part        text;
+    before      text;
+    filled      text := '';
+    others      jsonb := fields;
+    has_fields  boolean := false;
 BEGIN
     IF template IS NULL OR fields IS NULL THEN
         RETURN NULL;
@@ -53,22 +57,37 @@ BEGIN
             filled := filled || pg_catalog.left(part, 1);
         ELSIF part NOT LIKE '{%' THEN
             filled := filled || part;
+        ELSIF part = '{*}' THEN
+            IF before IS NOT NULL THEN
+                RAISE EXCEPTION 'infer_row: the template has {*} twice' USING ERRCODE = '22023';
+            END IF;
+            before := filled;
+            filled := '';
         ELSE
+            has_fields := true;
             part := pg_catalog.substr(part, 2, pg_catalog.length(part) - 2);
             IF NOT fields ? part THEN
                 RAISE EXCEPTION 'infer_row: the template names {%}, which is no field', part USING ERRCODE = '22023';
             END IF;
             filled := filled || COALESCE(fields ->> part, '');
+            others := others - part;
         END IF;
     END LOOP;
-    RETURN filled;
+    IF before IS NULL AND has_fields THEN
+        RETURN pg_catalog.jsonb_build_object('before', filled, 'after', '', 'fields', '{}'::jsonb);
+    END IF;
+    SELECT pg_catalog.jsonb_object_agg(f.key, COALESCE(f.value, '')) INTO others FROM pg_catalog.jsonb_each_text(others) f;
+    RETURN pg_catalog.jsonb_build_object(
+        'before', COALESCE(before, filled || E'\n'), 'after', CASE WHEN before IS NULL THEN '' ELSE filled END,
+        'fields', COALESCE(others, '{}'));
 END
 $$;
 
 CREATE OR REPLACE FUNCTION stratakv.infer_row(
     template text, fields jsonb, model text DEFAULT NULL, options jsonb DEFAULT NULL) RETURNS text
 LANGUAGE sql STABLE PARALLEL RESTRICTED COST 1000
-RETURN stratakv.infer(stratakv.sql_fill_template(template, fields), model, options);
+RETURN stratakv.infer(
+    stratakv.sql_fill_template(template, fields), model, COALESCE(options, '{}') || '{"@row": true}');
 
 GRANT EXECUTE ON FUNCTION
     stratakv.infer_json(text, jsonb, text, jsonb), stratakv.infer_choice(text, text[], text, jsonb),
@@ -80,4 +99,4 @@ COMMENT ON FUNCTION stratakv.infer_choice(text, text[], text, jsonb) IS 'The mod
 COMMENT ON FUNCTION stratakv.infer_bool(text, text, jsonb) IS 'The model''s yes or no';
 COMMENT ON FUNCTION stratakv.infer_tokens(text, text) IS 'How many tokens a text has';
 COMMENT ON FUNCTION stratakv.infer_row(text, jsonb, text, jsonb) IS 'The model''s answer to a template filled with fields';
-COMMENT ON FUNCTION stratakv.sql_fill_template(text, jsonb) IS 'A template with its fields filled in';
+COMMENT ON FUNCTION stratakv.sql_fill_template(text, jsonb) IS 'A template with its fields, as infer() takes it';

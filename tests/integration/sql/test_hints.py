@@ -123,6 +123,8 @@ async def test_asyncpg_is_looked_ahead_for_from_the_first_run_on(url: str, front
         f"COPY (SELECT infer(body, {SLOW}) FROM t) TO STDOUT",
         f"UPDATE t AS x SET g = DEFAULT, maybe = infer(x.body, {SLOW}) FROM t y WHERE x.i = y.i RETURNING x.maybe",
         f"DELETE FROM t WHERE infer(body, {SLOW}) <> 'x'",
+        f"MERGE INTO t USING t AS s ON t.i = s.i WHEN MATCHED AND s.i < 0 THEN DELETE"
+        f" WHEN MATCHED THEN UPDATE SET maybe = infer(s.body, {SLOW})",
     ],
 )
 def test_statements_around_a_select_are_looked_ahead_in(
@@ -134,6 +136,13 @@ def test_statements_around_a_select_are_looked_ahead_in(
             assert len(list(copy.rows())) == 120
     else:
         assert connection.execute(statement).rowcount == 120
+    assert len(model.calls) == 40
+    assert model.most_running > MANY
+
+
+def test_an_explain_that_runs_its_statement_is_looked_ahead_in(connection: Connection, model: ReversingModel) -> None:
+    plan = connection.execute(f"EXPLAIN (ANALYZE, COSTS off) SELECT infer(body, {SLOW}) FROM t").fetchall()
+    assert "rows=120" in str(plan)
     assert len(model.calls) == 40
     assert model.most_running > MANY
 

@@ -55,6 +55,54 @@ def test_tokens_is_an_integer(session: Connection, model: ReversingModel) -> Non
     assert model.calls[0].options == {"@count_tokens": True}
 
 
+def test_row_takes_the_fields_without_a_place_of_their_own(session: Connection, model: ReversingModel) -> None:
+    fields = Jsonb({"long": "multi\nline", "name": "Ada", "no": None, "list": [1, "x"], "x": 1.50, "tricky": "{*}"})
+    lines = 'x: 1.5\nno: \nlist: [1, "x"]\nlong: multi\nline\n'
+    for template, prompt in (
+        ("About {name}: {{{*}}} Go on.", "About Ada: {" + lines + "tricky: {*}} Go on."),
+        ("About {name}.", "About Ada."),
+        ("Sum {{}} up.", "Sum {} up.\n" + lines + "name: Ada\ntricky: {*}"),
+        ("{*}", lines + "name: Ada\ntricky: {*}"),
+    ):
+        _one(session, "SELECT infer_row(%s, %s, options => '{\"max_tokens\": 9}')", template, fields)
+        assert (model.calls[-1].prompt, model.calls[-1].options) == (prompt, {"max_tokens": 9})
+    _one(session, "SELECT infer_row('Say.', '{}')")
+    assert model.calls[-1].prompt == "Say.\n"
+
+
+def test_rows_of_a_statement_begin_alike_and_get_their_own_answers(session: Connection, model: ReversingModel) -> None:
+    session.execute(
+        "CREATE TABLE r AS SELECT 'n' || i AS a, 'long text ' || i % 4 AS body FROM generate_series(1, 40) i"
+    )
+    rows = session.execute(
+        "SELECT a, body, infer_row('Say:', to_jsonb(r), options => '{\"delay_s\": 0.02}') FROM r"
+    ).fetchall()
+    prompts = [call.prompt for call in model.calls]
+    assert set(prompts) == {f"Say:\nbody: {body}\na: {a}" for a, body, _ in rows}, "body is what repeats"
+    assert prompts == sorted(prompts)
+    assert len(prompts) == 40
+    assert {answer[::-1] for _, _, answer in rows} == set(prompts)
+    assert all(answer[::-1].endswith(f"body: {body}\na: {a}") for a, body, answer in rows)
+
+
+def test_without_looking_ahead_fields_stand_as_jsonb_sorts_them(session: Connection, model: ReversingModel) -> None:
+    session.execute("SET stratakv.hints = off")
+    session.execute("SELECT infer_row('Say:', to_jsonb(r)) FROM (VALUES ('1', 'x'), ('2', 'x')) r(a, body)")
+    assert sorted(call.prompt for call in model.calls) == ["Say:\na: 1\nbody: x", "Say:\na: 2\nbody: x"]
+
+
+def test_row_that_nobody_filled_is_refused(session: Connection, model: ReversingModel) -> None:
+    for prompt in (
+        "x",
+        "[]",
+        '{"before": "a", "after": 1, "fields": {}}',
+        '{"before": "", "after": "", "fields": {"a": 1}}',
+    ):
+        with pytest.raises(errors.InvalidParameterValue, match="@row"):
+            session.execute("SELECT infer(%s, options => '{\"@row\": true}')", (prompt,))
+    assert model.calls == []
+
+
 def test_row_fills_the_template(session: Connection, model: ReversingModel) -> None:
     fields = Jsonb({"name": "Ada", "a b": None, "n": 1.5, "list": [1, "x"], "unused": "u", "tricky": "{name}"})
     template = "{{{name}}} {name}:{a b}:{n}:{list}:{tricky}"
@@ -74,6 +122,7 @@ def test_row_fills_the_template(session: Connection, model: ReversingModel) -> N
         ("Say {name.", {"name": 1}, r"single \{"),
         ("Say name}.", {"name": 1}, r"single \}"),
         ("Say.", [1], "JSON object"),
+        ("{*} {*}", {"name": 1}, "twice"),
     ],
 )
 def test_template_that_cannot_be_filled_is_refused_by_name(

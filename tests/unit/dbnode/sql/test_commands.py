@@ -14,7 +14,8 @@ from dbnode.sql.binding import BindingRegistry, SessionBinding, UnknownNonce
 from dbnode.sql.commands import Bind, Infer, NotUtf8, Poll, SetEncoding, answer_reply, parse_command
 from dbnode.sql.errors import ProtocolViolation
 from dbnode.sql.messages import cstring, int32, message
-from dbnode.sql.own_statements import bind_exchange
+from dbnode.sql.own_statements import Within, bind_exchange
+from dbnode.sql.row_prompt import RowPrompt
 from stratakv.errors import InvalidRequest, StrataError
 
 texts = st.text(st.characters(blacklist_categories=["Cs"]), max_size=30)
@@ -42,6 +43,15 @@ def test_call_is_read_as_it_was_written(
 ) -> None:
     command = parse_command(_infer(role, model, options, prompt.encode()))
     assert command == Infer(7, role, "db", model, options or {}, prompt)
+
+
+@given(texts, texts, st.dictionaries(texts, texts))
+def test_row_is_read_with_its_fields_in_order(before: str, after: str, fields: dict[str, str]) -> None:
+    prompt = json.dumps({"after": after, "before": before, "fields": fields}).encode()
+    command = parse_command(_infer("r", None, {"@row": True, "seed": 1}, prompt))
+    row = RowPrompt(before, after, tuple(fields.items()))
+    lines = "\n".join(f"{name}: {value}" for name, value in fields.items())
+    assert command == Infer(7, "r", "db", None, {"seed": 1}, before + lines + after, row)
 
 
 @given(st.binary(max_size=200) | st.binary(max_size=100).map(lambda data: b"infer " + data))
@@ -119,7 +129,7 @@ ERROR = message(b"E", b"SERROR\0C3F000\0Mno schema\0\0")
 
 @given(st.sampled_from([SUCCESS, ERROR]), st.integers(0, 200))
 def test_exchange_swallows_its_answers_and_hands_on_the_rest(outcome: bytes, cut: int) -> None:
-    exchange = bind_exchange("nonce", "listener")
+    exchange = bind_exchange(Within.NOTHING, "nonce", "listener")
     first = NOTIFICATION + outcome + READY
     for_client = b""
     for chunk in (first[:cut], first[cut:], message(b"3") + NOTIFICATION, READY + b"rest"):
@@ -129,3 +139,19 @@ def test_exchange_swallows_its_answers_and_hands_on_the_rest(outcome: bytes, cut
     assert exchange.last_error == (ERROR if outcome == ERROR else b"")
     assert for_client == NOTIFICATION * 2
     assert exchange.take_rest() == b"rest"
+
+
+def test_bind_is_not_even_parsed_before_its_function_is_known_to_be_ours() -> None:
+    request = bind_exchange(Within.NOTHING, "nonce", "listener").request
+    first_sync = request.index(message(b"S"))
+    assert request.index(b"prosecdef") < request.index(b"stratakv.bind($1") < first_sync
+
+
+def test_call_from_within_another_function_says_so() -> None:
+    command = parse_command(_infer("a", None, None, b"x").replace(b"infer ", b"infer_within ", 1))
+    assert command == Infer(7, "a", "db", None, {}, "x", is_within=True)
+
+
+def test_names_that_are_not_utf8_are_told_as_such() -> None:
+    with pytest.raises(NotUtf8, match="role's name"):
+        parse_command(_infer("a", None, None, b"x").replace(_hex("a"), b"ff", 1))

@@ -20,6 +20,18 @@ from dbnode.sql.statements import TEXT_CHARS_MAX, TOKENS_MAX, collectable
         ("COPY (SELECT infer(a) FROM t) TO STDOUT (FORMAT csv)", "SELECT infer(a) FROM t"),
         ("UPDATE t SET a = infer(b), c = DEFAULT WHERE d = 'x'", "SELECT infer(b) FROM t WHERE d = 'x'"),
         ("UPDATE t x SET (a, b) = (c, infer(d)) FROM u RETURNING a", "SELECT (c, infer(d)) FROM t x, u"),
+        ("EXPLAIN ANALYZE VERBOSE SELECT infer(a) FROM t", "SELECT infer(a) FROM t"),
+        ("/* x */ explain (ANALYZE true, FORMAT json) INSERT INTO t SELECT infer(b) FROM u", "SELECT infer(b) FROM u"),
+        ("EXPLAIN (ANALYZE) (SELECT infer(a) FROM t)", "(SELECT infer(a) FROM t)"),
+        (
+            "MERGE INTO t AS x USING (SELECT * FROM u) s ON x.a = infer(s.a)"
+            " WHEN MATCHED AND CASE WHEN s.b THEN true END THEN UPDATE SET a = infer(s.b) = 'x', c = DEFAULT"
+            " WHEN MATCHED THEN DELETE WHEN NOT MATCHED BY TARGET THEN INSERT (a, b) VALUES (infer(s.c), 1)",
+            "SELECT CASE WHEN x.ctid IS NOT NULL AND (CASE WHEN s.b THEN true END)"
+            " THEN CAST(ROW(infer(s.b) = 'x') AS text) WHEN x.ctid IS NOT NULL THEN NULL"
+            " WHEN x.ctid IS NULL THEN CAST(ROW(infer(s.c), 1) AS text) END"
+            " FROM (SELECT * FROM u) s LEFT JOIN t AS x ON x.a = infer(s.a)",
+        ),
         ("DELETE FROM ONLY t USING u WHERE infer(t.a) = u.a", "SELECT 1 FROM ONLY t, u WHERE infer(t.a) = u.a"),
     ],
 )
@@ -51,12 +63,15 @@ def test_a_select_is_run_as_it_is_written(statement: str) -> None:
         "CREATE VIEW v AS SELECT infer(a) FROM t",
         "CREATE TABLE v AS SELECT infer(a) FROM t WITH NO DATA",
         "CREATE FUNCTION f() RETURNS text LANGUAGE sql AS 'SELECT infer(a) FROM t'",
-        "EXPLAIN ANALYZE SELECT infer(a) FROM t",
+        "EXPLAIN SELECT infer(a) FROM t",
+        "EXPLAIN (VERBOSE, ANALYZE off) SELECT infer(a) FROM t",
+        "EXPLAIN (ANALYZE) SELECT infer(a) FROM t; SELECT 1",
         "DECLARE c CURSOR FOR SELECT infer(a) FROM t",
         "PREPARE p AS SELECT infer(a) FROM t",
         "INSERT INTO t VALUES (infer('a'))",
         "COPY infer FROM STDIN",
-        "MERGE INTO t USING u ON t.a = u.a WHEN MATCHED THEN UPDATE SET a = infer(u.b)",
+        "MERGE INTO t USING u ON t.a = u.a WHEN NOT MATCHED BY SOURCE THEN UPDATE SET a = infer(t.b)",
+        "MERGE INTO t USING u ON t.a = u.a WHEN MATCHED",
         "CALL infer(1)",
         "this is no infer SQL ' at all",
         "(" * 10_000 + "infer",
