@@ -223,7 +223,9 @@ class LogSettings:
 class UpSettings:
     """[up] `stratakv up`: everything on one machine."""
 
-    data_dir: Path = setting(Path("~/.local/share/stratakv"), "what outlives a restart: the embedded PostgreSQL, KV on disk")
+    data_dir: Path = setting(
+        Path("~/.local/share/stratakv"), "what outlives a restart: the embedded PostgreSQL, KV on disk"
+    )
     daemons: int = setting(2, "memory-pool daemons")
     prefill_workers: int = setting(1, "workers for prefill")
     decode_workers: int = setting(1, "workers for decode")

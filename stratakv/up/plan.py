@@ -12,7 +12,6 @@ from stratakv.settings import Settings
 from stratakv.up.ports import Ports
 from stratakv.wire import WorkerRole
 
-
 DISK_DIR = "kv"
 """Below `up.data_dir`: the disk tier, unless `dmp.disk_dir` names another place."""
 

@@ -41,7 +41,9 @@ def _from_disk(worker: Worker, prompt: list[int]) -> Completion:
     return answers[-1]
 
 
-def test_blocks_from_disk_answer_alike_and_outlive_their_daemon(fleet: Fleet, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_blocks_from_disk_answer_alike_and_outlive_their_daemon(
+    fleet: Fleet, tokenizer: PreTrainedTokenizerBase
+) -> None:
     # Whatever a daemon holds in memory is too much: less than a page may stay, and none comes back.
     fleet.meta("--demote-high", "0.001", "--demote-low", "0")
     daemon = fleet.daemon("dmp-0", "--disk-dir", str(fleet.directory / "disk"))

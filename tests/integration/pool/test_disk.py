@@ -30,7 +30,7 @@ from stratakv.wire import (
     ReleaseLease,
 )
 from tests.integration.pool.daemon import DaemonProcess
-from tests.integration.pool.pages import LAYOUT, NAMESPACE, WrittenPages, empty_layers, soon, write_pages
+from tests.integration.pool.pages import LAYOUT, NAMESPACE, WrittenPages, empty_memory, layer_data, soon, write_pages
 from tests.service_process import ServiceProcess
 from tests.support import eventually_async, free_port
 
@@ -125,10 +125,10 @@ def _read(match: Match, written: WrittenPages) -> list[list[tuple[bytes, ...]]]:
     assert connection.kind is (TransportKind.TCP if segment.is_disk else TransportKind.SHM)
     pages = PageReader(LAYOUT, NAMESPACE).read_headers(connection, match.places, written.keys, deadline=soon())
     assert not pages.failures
-    layers = empty_layers(LAYOUT, len(written.keys))
-    pages.read_layers(range(len(layers)), layers, deadline=soon())
+    memory, layers = empty_memory(LAYOUT, len(written.keys)), range(len(LAYOUT.layers))
+    pages.read_layers(layers, memory, deadline=soon())
     connection.close()
-    return [[tuple(bytes(part) for part in page) for page in layer] for layer in layers]
+    return [layer_data(memory, layer) for layer in layers]
 
 
 async def test_cold_pages_leave_memory_and_are_read_from_disk(client: MetaClient, start: StartDaemon) -> None:
