@@ -89,7 +89,7 @@ class StatementHints:
         self._book = book
         self._own: set[asyncio.Task[str]] = set()
         self._memo = memo
-        self._found: list[Hint] = []
+        self.found: list[Hint] = []
         """What the passes have put into the memo."""
         self._new: dict[Key, Hint] = {}
         """Found by the pass that runs."""
@@ -173,10 +173,10 @@ class StatementHints:
         self.is_collecting = False
         if self._put_off:
             self._decide_put_off()
-        if self._found and not self._num_again:
+        if self.found and not self._num_again:
             return 0  # the prompts are others each time: now() may be in them
         new = [hint for hint in self._new.values() if self._memo.put(hint)]
-        self._found += new
+        self.found += new
         if order_budget_s:
             await self._order_fields(order_budget_s)
             new.sort(key=_place)
@@ -295,7 +295,7 @@ class StatementHints:
     def close(self) -> None:
         """The statement has ended."""
         self._stop()
-        self._stats.wasted += self._memo.drop_unanswered(self._found)
+        self._stats.wasted += self._memo.drop_unanswered(self.found)
 
     def _stop(self) -> None:
         self._queue.clear()

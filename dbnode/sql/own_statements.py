@@ -55,6 +55,8 @@ class Circumstances:
     """What the check found; None for no limit."""
 
     may_collect: bool
+    checked_s: float
+    """When it began, on the event loop's clock."""
     statement_s: float | None = None
     """Longest time of a statement."""
     idle_s: float | None = None
@@ -88,17 +90,17 @@ def _exchange(within: Within, *statements: OwnStatement, sync_first: bool = Fals
     return OwnExchange([_SAVEPOINT, *statements], _end(within), sync_first=sync_first)
 
 
-def circumstances(exchange: OwnExchange, within: Within) -> Circumstances:
+def circumstances(exchange: OwnExchange, within: Within, checked_s: float) -> Circumstances:
     """Of a check that is done."""
     if exchange.row is None:
-        return Circumstances(may_collect=False)
+        return Circumstances(may_collect=False, checked_s=checked_s)
     may_look, hints, *times = text_columns(exchange.row)
     may_collect = may_look == "t" and (hints or "on").lower() not in _OFF
     statement_s, idle_s, idle_in_transaction_s, transaction_s, age_s = (_seconds(time) for time in times)
     if within is Within.NOTHING:
-        return Circumstances(may_collect, statement_s, idle_s)
+        return Circumstances(may_collect, checked_s, statement_s, idle_s)
     left_s = None if transaction_s is None else transaction_s - (age_s or 0.0)
-    return Circumstances(may_collect, statement_s, idle_in_transaction_s, left_s)
+    return Circumstances(may_collect, checked_s, statement_s, idle_in_transaction_s, left_s)
 
 
 def pass_exchange(within: Within, batch: Batch, select: str, timeout_s: float) -> OwnExchange:

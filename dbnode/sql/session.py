@@ -226,6 +226,8 @@ class Session:
             hints.end_statement()
             if self.backend.walker.was_idle:
                 hints.end_transaction()
+                if self.lookahead is not None:
+                    self.lookahead.transaction_ended()
 
     # Statistics
 
