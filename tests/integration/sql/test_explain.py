@@ -281,7 +281,7 @@ def test_an_explain_that_was_begun_by_hand_changes_no_real_call(ada: Connection)
     ada.execute("SELECT stratakv.sql_explain_begin('SELECT 1', '{}')")
     assert ada.execute("SELECT infer('ab'), count(infer(body)) FROM t GROUP BY ()").fetchone() == ("ba", 120)
     ada.execute("SELECT stratakv.sql_explain_begin('SELECT 1', '{}')")
-    with pytest.raises(errors.InsufficientPrivilege):
+    with pytest.raises((errors.InsufficientPrivilege, errors.ObjectNotInPrerequisiteState)):
         ada.execute("SELECT stratakv.sql_explain_end('00', 1)")
     with pytest.raises(errors.InsufficientPrivilege):
         ada.execute("SELECT stratakv.sql_call('poll')")
