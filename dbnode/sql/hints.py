@@ -95,6 +95,8 @@ class StatementHints:
         self.is_collecting = False
         self.is_unnumbered = False
         """PostgreSQL does not take the SELECT whose calls carry numbers."""
+        self.is_streaming = False
+        """Rows go to the client while the model still works: what a pass finds is sent at once, in its order."""
         self.failure: StrataError | None = None
         """What every further call of the statement fails by, once the client has cancelled it."""
         self._service = service
