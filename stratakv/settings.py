@@ -142,6 +142,9 @@ class SqlSettings:
         1.0, "longest time that is spent on the order of fields in infer_row(), for each pass of looking ahead"
     )
     hints_bytes_max: Bytes = setting(Bytes(64 * MIB), "prompts of one statement that are looked ahead for")
+    memo_ttl_s: float = setting(30.0, "how long the answers of a failed transaction are kept for its retry; 0: not at all")
+    memo_entries_max: int = setting(100_000, "answers that a transaction shares, and that are kept of failed ones")
+    memo_bytes_max: Bytes = setting(Bytes(64 * MIB), "the same, in bytes of prompts and answers")
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Callable
 from typing import Protocol
 
-from dbnode.sql.hints import StatementHints
+from dbnode.sql.session_hints import SessionHints
 from stratakv.errors import PermissionDenied
 
 NONCE_BYTES = 16
@@ -47,8 +47,8 @@ class SessionBinding:
         self.name = name
         self.pid = pid
         self.caller: BoundCaller | None = None
-        self.hints: StatementHints | None = None
-        """What is known of the statement that runs; only the gateway sets it."""
+        self.hints: SessionHints | None = None
+        """None if nothing is looked ahead for; only the gateway sets it."""
 
 
 class BindingRegistry:

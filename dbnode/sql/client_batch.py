@@ -81,6 +81,7 @@ class BatchReader:
         """When it is complete."""
         self._known = known
         self._position = 0
+        """Where the next message starts."""
         self._kinds = b""
         self._bound: tuple[bytes, bytes] | None = None
         self._executed = False
@@ -106,6 +107,11 @@ class BatchReader:
                 return Readiness.FORWARD  # malformed: PostgreSQL says how
             if readiness is not Readiness.INCOMPLETE:
                 return readiness
+
+    @property
+    def rest(self) -> bytes:
+        """What follows a batch that is complete."""
+        return self.held[self._position :]
 
     def _incomplete(self, end: int) -> Readiness:
         return Readiness.INCOMPLETE if end <= HELD_BYTES_MAX else Readiness.FORWARD

@@ -10,6 +10,7 @@ from dbnode.sql.backend import BackendAddress
 from dbnode.sql.binding import BindingRegistry
 from dbnode.sql.hints import HintStats
 from dbnode.sql.listener import Listener, ListenerLimits
+from dbnode.sql.memo import MemoLimits
 from dbnode.sql.relay import Relay
 from dbnode.sql.service import InferenceService
 from dbnode.sql.statement_meter import StatementBook, StatementLog
@@ -45,7 +46,8 @@ class SqlFront:
             require_loopback(settings.host, "sql.host", "the embedded PostgreSQL asks nobody for a password")
         self._settings = settings
         registry = BindingRegistry()
-        limits = ListenerLimits(settings.prompt_bytes_max, settings.calls_waiting_max, settings.calls_waiting_max)
+        memo = MemoLimits(settings.memo_entries_max, settings.memo_bytes_max, settings.memo_ttl_s)
+        limits = ListenerLimits(settings.prompt_bytes_max, settings.calls_waiting_max, settings.calls_waiting_max, memo)
         self.address = ListenerAddress.from_settings(settings)
         """What `stratakv.sqlfunctions.install` takes."""
         uid = _postgres_uid() if postgres_uid is None else postgres_uid

@@ -1,4 +1,4 @@
-"""What the gateway knows of one statement's infer() calls before PostgreSQL makes them: collected, sent, answered.
+"""What the gateway learns of one statement's infer() calls before PostgreSQL makes them: collected, sent, answered.
 
 While a pass runs, the private listener gives every call here and hands back what is known, or NULL. When the statement itself
 runs it finds the answers. Only speed depends on it: what is not here is asked for as ever.
@@ -7,16 +7,15 @@ runs it finds the answers. Only speed depends on it: what is not here is asked f
 from __future__ import annotations
 
 import asyncio
-import json
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 from dbnode.sql.call_sites import SITE_OPTION, UNNUMBERED
 from dbnode.sql.commands import Infer
-from dbnode.sql.row_prompt import RowPrompt, ordered_texts
-from dbnode.sql.service import InferCall, InferenceService
+from dbnode.sql.memo import Hint, Key, TransactionMemo, is_repeatable, key_of
+from dbnode.sql.row_prompt import ordered_texts
+from dbnode.sql.service import InferenceService
 from dbnode.sql.statement_meter import StatementBook
 from stratakv.errors import Cancelled, StrataError
 from stratakv.log import EventLogger
@@ -25,7 +24,6 @@ log = EventLogger(__name__)
 
 IN_FLIGHT_MAX = 64
 """Inferences of one statement at a time."""
-Key: TypeAlias = tuple[str, str, str | None, str, str, RowPrompt | None]
 ORDER_INLINE_FIELDS_MAX = 1000
 """More are put in order beside the event loop."""
 
@@ -51,23 +49,6 @@ class HintStats:
     """Those that it did not."""
 
 
-@dataclass(slots=True, eq=False)
-class Hint:
-    """One prompt of a statement."""
-
-    call: InferCall
-    future: asyncio.Future[str]
-    row: RowPrompt | None = None
-    is_started: bool = False
-    is_consumed: bool = False
-
-    @property
-    def answer(self) -> str | None:
-        """None while there is none."""
-        future = self.future
-        return future.result() if future.done() and not future.cancelled() and future.exception() is None else None
-
-
 @dataclass(frozen=True, slots=True)
 class PassLimits:
     """Where a pass ends."""
@@ -81,7 +62,7 @@ class PassLimits:
 
 
 class StatementHints:
-    """Memo of one statement. Its owner is the session, which closes it when the statement has ended."""
+    """Of one statement. Its owner is `SessionHints`, which closes it when the statement has ended."""
 
     def __init__(
         self,
@@ -91,12 +72,15 @@ class StatementHints:
         tasks: set[asyncio.Task[str]],
         num_free: Callable[[], int],
         book: StatementBook,
+        memo: TransactionMemo,
     ) -> None:
         self.is_collecting = False
         self.is_unnumbered = False
         """PostgreSQL does not take the SELECT whose calls carry numbers."""
         self.is_streaming = False
         """Rows go to the client while the model still works: what a pass finds is sent at once, in its order."""
+        self.is_lasting = False
+        """Later statements of the transaction ask on: FETCH, or the next part of a portal."""
         self.failure: StrataError | None = None
         """What every further call of the statement fails by, once the client has cancelled it."""
         self._service = service
@@ -106,7 +90,9 @@ class StatementHints:
         self._num_free = num_free
         self._book = book
         self._own: set[asyncio.Task[str]] = set()
-        self._known: dict[Key, Hint] = {}
+        self._memo = memo
+        self._found: list[Hint] = []
+        """What the passes have put into the memo."""
         self._new: dict[Key, Hint] = {}
         """Found by the pass that runs."""
         self._num_again = 0
@@ -143,14 +129,14 @@ class StatementHints:
         self._stats.collected += 1
         site, command = _numbered(command)
         self._first_seen.setdefault(site, len(self._first_seen))
-        key = _key(command)
-        if (hint := self._known.get(key)) is not None:
+        if not is_repeatable(command):
+            return None
+        key = key_of(command)
+        if (hint := self._memo.find(key)) is not None:
             self._num_again += 1
             if not hint.future.done():
                 self._unknown.add(site)
             return hint.answer
-        if not is_repeatable(command):
-            return None
         if key not in self._new:
             self._add(key, command, self._put_off if self._is_undecided(site) else self._new)
         if key in self._new:
@@ -173,7 +159,10 @@ class StatementHints:
         if (window is not None and len(found) >= window) or size_bytes > self._limits.bytes_max:
             raise PassEnded("enough prompts have been seen")
         self._size_bytes = size_bytes
-        found[key] = Hint(command.call(self._session), asyncio.get_running_loop().create_future(), command.row)
+        hint = found[key] = self._hint(key, command)
+        if self.is_streaming and self._memo.put(hint):
+            self._found.append(hint)
+            self._send([hint])
 
     async def end_pass(self, order_budget_s: float) -> int:
         """How many prompts it found that are new; they are sent now, those with common beginnings in a row.
@@ -181,15 +170,22 @@ class StatementHints:
         The fields of rows are put in order first, for so long at most.
         """
         self.is_collecting = False
+        if self.is_streaming:
+            return len(self._new)  # they have been sent
         if self._put_off:
             self._decide_put_off()
-        if self._known and not self._num_again:
+        if self._found and not self._num_again:
             return 0  # the prompts are others each time: now() may be in them
-        self._known |= self._new
+        new = [hint for hint in self._new.values() if self._memo.put(hint)]
+        self._found += new
         await self._order_fields(order_budget_s)
         if self.failure is not None:
             return 0
-        new = sorted(self._new.values(), key=_place)
+        new.sort(key=_place)
+        self._send(new)
+        return len(new)
+
+    def _send(self, new: list[Hint]) -> None:
         self._stats.distinct += len(new)
         self._book.found(self._session, len(new))
         self._queue.extend(new)
@@ -199,7 +195,6 @@ class StatementHints:
             for tasks in (self._own, self._tasks):
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
-        return len(new)
 
     async def _order_fields(self, budget_s: float) -> None:
         """Let the rows among the new prompts begin alike."""
@@ -240,6 +235,7 @@ class StatementHints:
         hint.is_started = True
         try:
             hint.future.set_result(await self._service.infer_text(hint.call))
+            self._memo.answered(hint)
         except asyncio.CancelledError:
             hint.future.cancel()
             raise
@@ -252,32 +248,46 @@ class StatementHints:
     # The statement itself
 
     def find(self, command: Infer) -> Hint | None:
-        """What is known or under way for a call. Raises the error of a cancelled statement."""
+        """What is known or under way for a call, or is now; None if it is not to be shared.
+
+        Raises the error of a cancelled statement.
+        """
         if self.failure is not None:
             raise self.failure
-        if not self._known or not is_repeatable(command):
+        if not is_repeatable(command):
             return None
-        hint = self._known.get(_key(command))
-        if hint is None:
-            return None
+        key = key_of(command)
+        hint = self._memo.find(key)
+        if hint is None or hint.future.cancelled():
+            hint = self._hint(key, command)
+            hint.is_ahead = False
+            if not self._memo.put(hint):
+                return None
         if not hint.is_consumed:
             hint.is_consumed = True
-            self._stats.consumed += 1
+            self._stats.consumed += hint.is_ahead
         return hint
+
+    def _hint(self, key: Key, command: Infer) -> Hint:
+        return Hint(key, command.call(self._session), asyncio.get_running_loop().create_future(), command.row)
 
     async def answer(self, hint: Hint) -> str:
         """What the statement gets for a hint. What failed for want of room or of a worker is tried again alone."""
-        if not hint.is_started:
-            await self._run(hint)  # the statement waits for this one: it does not queue behind the others
+        is_ours = not hint.is_started
         try:
+            if is_ours:
+                await self._run(hint)  # the statement waits for this one: it does not queue behind the others
             return await asyncio.shield(hint.future)
         except asyncio.CancelledError:
-            if not hint.future.cancelled():
+            if is_ours or not hint.future.cancelled():
                 raise  # it is the call that is cancelled
             raise self.failure or Cancelled("the inference was cancelled") from None
         except StrataError as error:
-            if not error.retryable:
+            if is_ours or not error.retryable:
                 raise
+        finally:
+            if not hint.is_ahead:
+                self._memo.drop_unanswered([hint])
         return await self._service.infer_text(hint.call)
 
     def abort(self, failure: StrataError) -> None:
@@ -288,8 +298,7 @@ class StatementHints:
     def close(self) -> None:
         """The statement has ended."""
         self._stop()
-        self._stats.wasted += sum(not hint.is_consumed for hint in self._known.values())
-        self._known.clear()
+        self._stats.wasted += self._memo.drop_unanswered(self._found)
 
     def _stop(self) -> None:
         self._queue.clear()
@@ -305,21 +314,8 @@ def _numbered(command: Infer) -> tuple[int, Infer]:
     return site, replace(command, options={k: v for k, v in command.options.items() if k != SITE_OPTION})
 
 
-def is_repeatable(command: Infer) -> bool:
-    """Whether two equal calls of a statement may share one answer: not if it is drawn by lot."""
-    options = command.options
-    if options.get("dedupe") is False:
-        return False
-    return not options.get("temperature") or options.get("seed") is not None
-
-
 def _place(hint: Hint) -> tuple[int, str, str, str]:
     """Sorts hints: what is urgent first, then what begins alike together."""
     call = hint.call
     priority, system = call.options.get("priority"), call.options.get("system")
     return priority if isinstance(priority, int) else 0, call.model or "", str(system or ""), call.prompt
-
-
-def _key(command: Infer) -> Key:
-    options = json.dumps(command.options, sort_keys=True)
-    return command.role, command.database, command.model, options, command.prompt, command.row

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import time
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -17,8 +18,10 @@ from pathlib import Path
 from dbnode.sql.binding import BindingRegistry
 from dbnode.sql.hints import HintStats, StatementHints
 from dbnode.sql.listener_connection import ListenerConnection
+from dbnode.sql.memo import KeptAnswers, MemoLimits
 from dbnode.sql.scram import Verifier
 from dbnode.sql.service import InferenceService
+from dbnode.sql.session_hints import SessionHints
 from dbnode.sql.statement_meter import MeteredService, StatementBook, StatementLog
 from stratakv.errors import SetupError
 from stratakv.log import EventLogger
@@ -42,6 +45,7 @@ class ListenerLimits:
     prompt_bytes_max: int
     calls_max: int
     connections_max: int
+    memo: MemoLimits
 
     @property
     def command_bytes_max(self) -> int:
@@ -75,6 +79,7 @@ class Listener:
         self.tasks: set[asyncio.Task[str]] = set()
         self.draining = False
         self.hint_stats = HintStats()
+        self._kept = KeptAnswers(limits.memo, time.monotonic)
         self._numbers = count(1)
         self._server: asyncio.Server | None = None
 
@@ -83,9 +88,15 @@ class Listener:
         """Whether no more calls are taken."""
         return len(self.tasks) >= self.limits.calls_max
 
-    def make_hints(self, session: str) -> StatementHints:
-        """For one statement of a session of the gateway."""
-        return StatementHints(self.service, session, self.hint_stats, self.tasks, self._num_free, self.book)
+    def make_hints(self, session: str) -> SessionHints:
+        """For one session of the gateway."""
+        return SessionHints(
+            lambda memo: StatementHints(
+                self.service, session, self.hint_stats, self.tasks, self._num_free, self.book, memo
+            ),
+            self.hint_stats,
+            self._kept,
+        )
 
     def _num_free(self) -> int:
         return 0 if self.draining else max(0, self.limits.calls_max - len(self.tasks))

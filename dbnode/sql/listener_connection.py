@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, cast
 from dbnode.sql.binding import SessionBinding
 from dbnode.sql.commands import Bind, Infer, Poll, SetEncoding, Statements, Status, answer_reply, parse_command, reply
 from dbnode.sql.errors import MessageTooLong, ProtocolViolation
-from dbnode.sql.hints import Hint, StatementHints
+from dbnode.sql.hints import StatementHints
+from dbnode.sql.memo import Hint
 from dbnode.sql.messages import (
     Kind,
     MessageReader,
@@ -229,7 +230,8 @@ class ListenerConnection(asyncio.Protocol):
             raise Unavailable("the DB node is shutting down", hint="Run the statement again.")
         if len(command.prompt.encode()) > listener.limits.prompt_bytes_max:
             raise _prompt_too_long(listener.limits.prompt_bytes_max)
-        hints = self._binding.hints if self._binding is not None else None
+        session_hints = self._binding.hints if self._binding is not None else None
+        hints = session_hints.statement if session_hints is not None else None
         meter = listener.book.called(self._session_name, command.role, command.database)
         if hints is not None and hints.is_collecting:
             self._answer_pass(hints, command)
@@ -245,7 +247,7 @@ class ListenerConnection(asyncio.Protocol):
                 hint="Run fewer statements at a time, or raise sql.calls_waiting_max.",
             )
         call = command.call(self._session_name)
-        meter.count_call(is_known=hint is not None)
+        meter.count_call(is_known=hint is not None and (hint.is_ahead or hint.is_started))
         self._start(_run(listener, call, hints, hint, meter), command.pid)
         if hints is not None and hints.is_streaming:
             self._answer_wait(Status.FLUSH)

@@ -22,9 +22,17 @@ from dbnode.sql.client_batch import (
 )
 from dbnode.sql.errors import GatewayFailed, ProtocolViolation
 from dbnode.sql.hints import PassLimits, StatementHints
-from dbnode.sql.messages import TRANSACTION_IDLE, Kind
+from dbnode.sql.messages import TRANSACTION_FAILED, Kind
 from dbnode.sql.own_exchange import OwnExchange
-from dbnode.sql.own_statements import check_exchange, circumstances, pass_exchange, rollback_exchange
+from dbnode.sql.own_statements import (
+    Circumstances,
+    Within,
+    check_exchange,
+    circumstances,
+    end_exchange,
+    pass_exchange,
+)
+from dbnode.sql.session_hints import SessionHints
 from dbnode.sql.statements import Collectable, collectable
 from stratakv.errors import Cancelled
 from stratakv.log import EventLogger
@@ -44,11 +52,21 @@ IDLE_MARGIN_S = 0.2
 """The batch goes on so long before PostgreSQL would end the session as idle."""
 
 
+class TransactionLost(Exception):
+    """Something ended the client's transaction while a statement of the gateway's ran: a cancel that nobody sent us."""
+
+    def __init__(self, response: bytes) -> None:
+        super().__init__("the transaction has failed")
+        self.response = response
+        """PostgreSQL's ErrorResponse."""
+
+
 class Lookahead:
     """Where the batch of one session is held."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, hints: SessionHints) -> None:
         self._session = session
+        self._hints = hints
         self._prepared = PreparedStatements()
         self._reader: BatchReader | None = None
         self._task: asyncio.Task[None] | None = None
@@ -75,7 +93,7 @@ class Lookahead:
         if session.binding is None or session.binding.caller is None:
             return False
         self._is_open_batch = is_described and session.is_described
-        return session.is_idle or self._is_open_batch
+        return session.is_between or self._is_open_batch
 
     def hold(self, data: bytes) -> None:
         """The beginning of a batch, or more of it."""
@@ -106,6 +124,13 @@ class Lookahead:
         held, self._reader = self._reader.held, None
         self._session.go_on(held)
 
+    def _refuse(self, error: bytes) -> None:
+        assert self._reader is not None
+        rest, self._reader = self._reader.rest, None
+        self._hints.note_failure()
+        self._hints.end_statement()
+        self._session.refuse(error, rest)
+
     async def _run(self, exchange: OwnExchange) -> OwnExchange:
         done = asyncio.Event()
         self._session.run_own(exchange, done.set)
@@ -116,29 +141,23 @@ class Lookahead:
 
     def cancel(self) -> None:
         """The client wants the statement to end: it goes on at once, and fails by its next call."""
-        hints = self._hints
-        if self._task is not None and hints is not None:
-            hints.abort(Cancelled("canceling statement due to user request"))
+        if self._task is not None:
+            self._hints.abort(Cancelled("canceling statement due to user request"))
 
     def close(self) -> None:
         """The session has ended."""
         if self._task is not None:
             self._task.cancel()
-        if self._hints is not None:
-            self._hints.close()
-
-    @property
-    def _hints(self) -> StatementHints | None:
-        return self._session.binding.hints if self._session.binding is not None else None
 
     async def _look_ahead(self, batch: Batch, target: Collectable) -> None:
         session = self._session
-        assert session.binding is not None
-        hints = session.binding.hints = session.relay.make_hints(session.name)
         try:
-            await self._collect(batch, target, hints)
+            await self._collect(batch, target, self._hints.statement)
             self._task = None
             self._go_on()
+        except TransactionLost as error:
+            self._task = None
+            self._refuse(error.response)
         except (ProtocolViolation, GatewayFailed) as error:
             session.end(error)
         except Exception:
@@ -146,59 +165,82 @@ class Lookahead:
             session.end(GatewayFailed("internal error"))
 
     async def _collect(self, batch: Batch, target: Collectable, hints: StatementHints) -> None:
-        loop, settings = asyncio.get_running_loop(), self._session.relay.settings
+        """Raises TransactionLost, GatewayFailed."""
+        loop, settings, within = asyncio.get_running_loop(), self._session.relay.settings, self._session.within
         started_s = loop.time()
-        found = circumstances(await self._run(check_exchange(target.functions, sync_first=self._is_open_batch)))
+        check = await self._run(check_exchange(within, target.functions, sync_first=self._is_open_batch))
+        await self._leave(within, check)
+        found = circumstances(check, within)
         if not found.may_collect:
             return
         window = settings.hints_window if target.is_bounded or batch.is_partial else None
-        budget_s = min(settings.hints_budget_s, found.statement_timeout_s or settings.hints_budget_s)
+        # Where calls depend on others, or the window grows, later passes need the answers.
+        hints.is_streaming = found.may_stream and window is None and target.sites is None
+        budget_s = min(settings.hints_budget_s, found.statement_s or settings.hints_budget_s)
         for number in range(1, PASSES_MAX + 1):
             if hints.failure is not None:
                 return
             pass_started_s = loop.time()
             limits = PassLimits(window, settings.hints_bytes_max, pass_started_s + budget_s)
-            await self._run_pass(batch, target, hints, limits, budget_s)
+            await self._run_pass(within, batch, target, hints, limits, budget_s)
             pass_ended_s = loop.time()
             budget_s -= pass_ended_s - pass_started_s
             num_new = await hints.end_pass(found.order_budget_s(settings.order_budget_s))
-            idle_s = found.idle_timeout_s and found.idle_timeout_s - (loop.time() - pass_ended_s)
             log.debug("pass_ended", session=self._session.name, number=number, new=num_new, window=window)
-            if num_new == 0 or not await self._settle(hints, started_s, found.statement_timeout_s, idle_s):
+            if hints.is_streaming:
+                self._session.start_streaming()
                 return
-            if budget_s <= 0:
+            if num_new == 0 or not await self._settle(hints, started_s, pass_ended_s, found) or budget_s <= 0:
                 return
             window = window and 2 * window
 
     async def _run_pass(
-        self, batch: Batch, target: Collectable, hints: StatementHints, limits: PassLimits, budget_s: float
+        self,
+        within: Within,
+        batch: Batch,
+        target: Collectable,
+        hints: StatementHints,
+        limits: PassLimits,
+        budget_s: float,
     ) -> None:
         """Let the hints see what the statement asks."""
         sites = None if hints.is_unnumbered else target.sites
         hints.start_pass(limits, sites.governors if sites is not None else None)
-        select = sites.select if sites is not None else target.select
-        exchange = await self._run(pass_exchange(batch, select, budget_s))
-        if sites is not None and _REFUSED in exchange.last_error:
+        if sites is not None:
+            exchange = await self._run(pass_exchange(within, batch, sites.select, budget_s))
+            await self._leave(within, exchange)
+            if _REFUSED not in exchange.first_error:
+                return
             # A function of these names that is not ours, or an expression that no longer equals another one.
             hints.is_unnumbered = True
-            exchange = await self._run(pass_exchange(batch, target.select, budget_s))
+        await self._leave(within, await self._run(pass_exchange(within, batch, target.select, budget_s)))
+
+    async def _leave(self, within: Within, exchange: OwnExchange) -> None:
+        """Make sure that the session is again where it was before an exchange that is done."""
+        error = exchange.first_error
         for _ in range(ROLLBACKS_MAX):
-            if exchange.transaction_status == TRANSACTION_IDLE:
+            if exchange.transaction_status == within.value:
                 return
-            exchange = await self._run(rollback_exchange())
+            exchange = await self._run(end_exchange(within))
+        if within is Within.TRANSACTION and exchange.transaction_status == TRANSACTION_FAILED:
+            raise TransactionLost(error)
         raise GatewayFailed("the DB node could not end its transaction")
 
-    async def _settle(
-        self, hints: StatementHints, started_s: float, statement_s: float | None, idle_s: float | None
-    ) -> bool:
-        """Wait for the model; False if the statement must not wait any longer. No transaction is open meanwhile."""
+    async def _settle(self, hints: StatementHints, started_s: float, idle_since_s: float, found: Circumstances) -> bool:
+        """Wait for the model; False if the statement must not wait any longer. No statement runs meanwhile.
+
+        Within the client's transaction the time is short in which it may be idle. When that is over the statement goes on,
+        and its calls wait.
+        """
         loop = asyncio.get_running_loop()
-        left_s = None if statement_s is None else started_s + statement_s - loop.time()
-        idle_left_s = None if idle_s is None else max(0.0, idle_s - IDLE_MARGIN_S)
-        timeouts = [value for value in (left_s, idle_left_s) if value is not None]
-        if await hints.settle(max(0.0, min(timeouts)) if timeouts else None):
+        waits = [] if found.statement_s is None else [started_s + found.statement_s - loop.time()]
+        if found.idle_s is not None:
+            waits.append(idle_since_s + found.idle_s - IDLE_MARGIN_S - loop.time())
+        if found.transaction_left_s is not None:
+            waits.append(started_s + found.transaction_left_s - IDLE_MARGIN_S - loop.time())
+        if await hints.settle(max(0.0, min(waits)) if waits else None):
             return True
-        if statement_s is not None and loop.time() >= started_s + statement_s:
+        if found.statement_s is not None and loop.time() >= started_s + found.statement_s:
             hints.abort(Cancelled("canceling statement due to statement timeout"))
         return False
 

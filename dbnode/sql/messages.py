@@ -15,6 +15,8 @@ from stratakv.errors import StrataError
 HEADER_BYTES = 5
 """Kind and length; the length counts itself but not the kind."""
 TRANSACTION_IDLE = ord("I")
+TRANSACTION_OPEN = ord("T")
+TRANSACTION_FAILED = ord("E")
 _INT32 = struct.Struct("!i")
 _INT16 = struct.Struct("!h")
 _HEADER = struct.Struct("!ci")
@@ -61,7 +63,7 @@ class MessageWalker:
     Keeps at most one header. The stream must start at a boundary.
     """
 
-    __slots__ = ("_partial", "_skip_bytes", "_watched", "last_kind", "transaction_status")
+    __slots__ = ("_partial", "_skip_bytes", "_watched", "last_kind", "transaction_status", "was_idle")
 
     def __init__(self, watched: frozenset[int]) -> None:
         self._watched = watched
@@ -71,6 +73,8 @@ class MessageWalker:
         """Of the last message whose header has been seen."""
         self.transaction_status = 0
         """Of the last ReadyForQuery."""
+        self.was_idle = False
+        """Some ReadyForQuery has told of no transaction, since its reader has set this back."""
 
     @property
     def at_boundary(self) -> bool:
@@ -94,7 +98,9 @@ class MessageWalker:
                 if kind == Kind.READY_FOR_QUERY:
                     if position + HEADER_BYTES == end:
                         break  # the status is still to come
-                    self.transaction_status = data[position + HEADER_BYTES]
+                    self.transaction_status = status = data[position + HEADER_BYTES]
+                    if status == TRANSACTION_IDLE:
+                        self.was_idle = True
                 found.append(kind)
             last_kind = kind
             position += length + 1
@@ -187,9 +193,8 @@ def error_response(error: StrataError, severity: Severity) -> bytes:
     return message(b"E", b"".join(name.encode() + cstring(text) for name, text in fields.items()) + b"\0")
 
 
-def ready_for_query() -> bytes:
-    """ReadyForQuery outside a transaction."""
-    return message(b"Z", b"I")
+def ready_for_query(transaction_status: int = TRANSACTION_IDLE) -> bytes:
+    return message(b"Z", bytes((transaction_status,)))
 
 
 def parameter_status(name: str, value: str) -> bytes:

@@ -1,12 +1,12 @@
 """Statements of the gateway's own on a client's backend. Free of I/O.
 
-They go out while the session is idle, as named statements and portals of the extended protocol: the client's unnamed ones
+They go out between a client's statements, as named statements and portals of the extended protocol: the client's unnamed ones
 survive, which a simple Query would destroy. Their answers are swallowed; what PostgreSQL may send at any time is handed on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dbnode.sql.errors import MessageTooLong
@@ -38,7 +38,9 @@ class OwnStatement:
         )
 
     def close(self) -> bytes:
-        return message(b"C", b"S" + cstring(self.name))
+        """Within the client's transaction portals stay open."""
+        name = cstring(self.name)
+        return message(b"C", b"P" + name) + message(b"C", b"S" + name)
 
 
 def text_parameters(values: Sequence[str]) -> bytes:
@@ -48,29 +50,29 @@ def text_parameters(values: Sequence[str]) -> bytes:
 
 
 class OwnExchange:
-    """Runs statements in a row, up to the first error, then `last` in any case; all of them are closed.
+    """Runs `statements` in a row, up to the first error, then `last` likewise in any case; all of them are closed.
 
     With `sync_first` an extended batch that the client has flushed but not ended is ended first.
     """
 
     def __init__(
-        self, statements: Iterable[OwnStatement], last: OwnStatement | None = None, *, sync_first: bool = False
+        self, statements: Sequence[OwnStatement], last: Sequence[OwnStatement] = (), *, sync_first: bool = False
     ) -> None:
-        statements = tuple(statements)
         self._reader = MessageReader(KEPT_BYTES_MAX, skip_too_long=True)
-        self._num_ready = 3 if sync_first else 2
         parts = [_SYNC] if sync_first else []
-        parts += [statement.run() for statement in statements]
+        for group in (statements, last):
+            if group:
+                parts += [statement.run() for statement in group]
+                parts.append(_SYNC)
+        parts += [statement.close() for statement in (*statements, *last)]
         parts.append(_SYNC)
-        parts += [statement.close() for statement in statements]
-        if last is not None:
-            parts += [last.close(), last.run(), last.close()]  # an earlier one may have been left by a cancel
-        parts.append(_SYNC)
+        self._num_ready = parts.count(_SYNC)
         self.request = b"".join(parts)
         """What to send."""
         self.done = False
+        self.first_error = b""
+        """An ErrorResponse, as the next."""
         self.last_error = b""
-        """An ErrorResponse."""
         self.transaction_status = 0
         self.row: bytes | None = None
         """The last DataRow."""
@@ -98,6 +100,7 @@ class OwnExchange:
                 self.done = self._num_ready == 0
             elif kind == Kind.ERROR_RESPONSE:
                 self.last_error = message(bytes((kind,)), payload)
+                self.first_error = self.first_error or self.last_error
             elif kind == Kind.DATA_ROW:
                 self.row = payload
             elif kind in _HAND_ON:

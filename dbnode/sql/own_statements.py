@@ -1,83 +1,128 @@
 """The gateway's own statements on a client's backend, before the client's: bind the session, ask whether to look ahead, and
-the pass that does. Free of I/O."""
+the pass that does. Free of I/O.
+
+Outside a transaction each runs in one of its own; within the client's they run behind a savepoint, to which the transaction
+goes back: settings, locks and portals are then as before, and an error of ours is none of the client's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import enum
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dbnode.sql.client_batch import Batch
+from dbnode.sql.messages import TRANSACTION_IDLE, TRANSACTION_OPEN
 from dbnode.sql.own_exchange import OwnExchange, OwnStatement, text_columns, text_parameters
 
 _PREFIX = "stratakv_gateway_"
 _OFF = ("off", "false", "no", "0")
+_ON = ("on", "true", "yes", "1")
+_BIND = b"SELECT stratakv.bind($1, $2)"
 _CHECK = b"""\
 SELECT NOT EXISTS (
          SELECT FROM pg_catalog.pg_proc WHERE provolatile = 'v' AND proname = ANY ($1::pg_catalog.name[])),
        pg_catalog.current_setting('stratakv.hints', true),
+       CASE WHEN pg_catalog.current_setting('stratakv.stream', true) <> '' AND EXISTS (
+           SELECT FROM pg_catalog.pg_proc WHERE pronamespace = pg_catalog.to_regnamespace('stratakv')
+               AND proname = 'infer' AND pg_catalog.strpos(prosrc, 'flush') > 0)
+           THEN pg_catalog.current_setting('stratakv.stream') END,
        (1000 * EXTRACT(epoch FROM pg_catalog.current_setting('statement_timeout')::interval))::bigint,
-       (1000 * EXTRACT(epoch FROM pg_catalog.current_setting('idle_session_timeout')::interval))::bigint"""
-_BIND = b"SELECT stratakv.bind($1, $2)"
+       (1000 * EXTRACT(epoch FROM pg_catalog.current_setting('idle_session_timeout')::interval))::bigint,
+       (1000 * EXTRACT(epoch FROM
+               pg_catalog.current_setting('idle_in_transaction_session_timeout')::interval))::bigint,
+       (1000 * EXTRACT(epoch FROM pg_catalog.current_setting('transaction_timeout', true)::interval))::bigint,
+       (1000 * EXTRACT(epoch FROM pg_catalog.clock_timestamp() - pg_catalog.now()))::bigint"""
 _BEGIN = OwnStatement(_PREFIX + "begin", b"BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY NOT DEFERRABLE")
 _ROLLBACK = OwnStatement(_PREFIX + "rollback", b"ROLLBACK")
+_SAVEPOINT = OwnStatement(_PREFIX + "savepoint", b"SAVEPOINT stratakv_gateway")
+_ROLLBACK_TO = OwnStatement(_PREFIX + "rollback", b"ROLLBACK TO SAVEPOINT stratakv_gateway")
+_RELEASE = OwnStatement(_PREFIX + "release", b"RELEASE SAVEPOINT stratakv_gateway")
 # A scan that joins another one in the middle would show other rows to a LIMIT each time.
-_SET = (
-    b"SELECT pg_catalog.set_config('statement_timeout', $1, true),"
-    b" pg_catalog.set_config('synchronize_seqscans', 'off', true)"
-)
+_SET = b"""\
+SELECT pg_catalog.set_config('statement_timeout', $1, true),
+       pg_catalog.set_config('synchronize_seqscans', 'off', true),
+       pg_catalog.set_config('transaction_read_only', 'on', true)"""
+
+
+class Within(enum.Enum):
+    """Where a statement of the gateway's runs, by the transaction status of the session."""
+
+    NOTHING = TRANSACTION_IDLE
+    TRANSACTION = TRANSACTION_OPEN
 
 
 @dataclass(frozen=True, slots=True)
 class Circumstances:
-    """What the check found."""
+    """What the check found; None for no limit."""
 
     may_collect: bool
-    statement_timeout_s: float | None
-    idle_timeout_s: float | None
+    may_stream: bool = False
+    statement_s: float | None = None
+    """Longest time of a statement."""
+    idle_s: float | None = None
+    """Longest time that the session may have nothing to do, where it is."""
+    transaction_left_s: float | None = None
 
     def order_budget_s(self, wanted_s: float) -> float:
         """For putting fields in order: never so long that a timeout of the session passes by it."""
-        timeouts = [t / 2 for t in (self.statement_timeout_s, self.idle_timeout_s) if t is not None]
+        timeouts = [t / 2 for t in (self.statement_s, self.idle_s, self.transaction_left_s) if t is not None]
         return min([wanted_s, *timeouts])
 
 
-def bind_exchange(nonce: str, listener: str) -> OwnExchange:
+def bind_exchange(within: Within, nonce: str, listener: str) -> OwnExchange:
     """Tie the session to its connection of the listener."""
-    return OwnExchange([OwnStatement(_PREFIX + "bind", _BIND, parameters=text_parameters([nonce, listener]))])
+    return _exchange(within, OwnStatement(_PREFIX + "bind", _BIND, parameters=text_parameters([nonce, listener])))
 
 
-def check_exchange(functions: Iterable[str], *, sync_first: bool) -> OwnExchange:
+def check_exchange(within: Within, functions: Iterable[str], *, sync_first: bool) -> OwnExchange:
     """Ask whether a function of these names is volatile, and for settings of the session."""
     names = "{" + ",".join(_quoted(name) for name in sorted(functions)) + "}"
     check = OwnStatement(_PREFIX + "check", _CHECK, parameters=text_parameters([names]))
-    return OwnExchange([check], sync_first=sync_first)
+    return _exchange(within, check, sync_first=sync_first)
 
 
-def circumstances(exchange: OwnExchange) -> Circumstances:
+def _exchange(within: Within, statement: OwnStatement, *, sync_first: bool = False) -> OwnExchange:
+    """Of a statement that is no pass, and needs no transaction."""
+    if within is Within.NOTHING:
+        return OwnExchange([statement], sync_first=sync_first)
+    return OwnExchange([_SAVEPOINT, statement], _end(within), sync_first=sync_first)
+
+
+def circumstances(exchange: OwnExchange, within: Within) -> Circumstances:
     """Of a check that is done."""
     if exchange.row is None:
-        return Circumstances(False, None, None)
-    is_stable, hints, statement_ms, idle_ms = text_columns(exchange.row)
+        return Circumstances(may_collect=False)
+    is_stable, hints, stream, *times = text_columns(exchange.row)
     may_collect = is_stable == "t" and (hints or "on").lower() not in _OFF
-    return Circumstances(may_collect, _seconds(statement_ms), _seconds(idle_ms))
+    may_stream = (stream or "off").lower() in _ON
+    statement_s, idle_s, idle_in_transaction_s, transaction_s, age_s = (_seconds(time) for time in times)
+    if within is Within.NOTHING:
+        return Circumstances(may_collect, may_stream, statement_s, idle_s)
+    left_s = None if transaction_s is None else transaction_s - (age_s or 0.0)
+    return Circumstances(may_collect, may_stream, statement_s, idle_in_transaction_s, left_s)
 
 
-def pass_exchange(batch: Batch, select: str, timeout_s: float) -> OwnExchange:
-    """Run the SELECT in a read-only transaction that leaves nothing behind."""
+def pass_exchange(within: Within, batch: Batch, select: str, timeout_s: float) -> OwnExchange:
+    """Run the SELECT read-only, and leave nothing behind."""
     timeout_ms = str(max(1, round(timeout_s * 1000)))
     return OwnExchange(
         [
-            _BEGIN,
+            _BEGIN if within is Within.NOTHING else _SAVEPOINT,
             OwnStatement(_PREFIX + "set", _SET, parameters=text_parameters([timeout_ms])),
             OwnStatement(_PREFIX + "collect", select.encode(), batch.prepared.types, batch.parameters),
         ],
-        last=_ROLLBACK,
+        _end(within),
     )
 
 
-def rollback_exchange() -> OwnExchange:
-    """Again, after something has interrupted the first one."""
-    return OwnExchange([], last=_ROLLBACK)
+def end_exchange(within: Within) -> OwnExchange:
+    """Go back again, after something has interrupted the first time."""
+    return OwnExchange((), _end(within))
+
+
+def _end(within: Within) -> Sequence[OwnStatement]:
+    return (_ROLLBACK,) if within is Within.NOTHING else (_ROLLBACK_TO, _RELEASE)
 
 
 def _seconds(milliseconds: str | None) -> float | None:

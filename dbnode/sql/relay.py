@@ -10,9 +10,9 @@ from dbnode.sql.backend import BackendAddress
 from dbnode.sql.binding import BindingRegistry
 from dbnode.sql.errors import AdminShutdown, BackendUnreachable, TooManyClients
 from dbnode.sql.handshake import ClientHandshake
-from dbnode.sql.hints import StatementHints
 from dbnode.sql.messages import Severity, error_response
 from dbnode.sql.session import Session
+from dbnode.sql.session_hints import SessionHints
 from dbnode.sql.startup import CancelKey, StartupPacket, cancel_request
 from dbnode.sql.statement_meter import StatementBook
 from stratakv.errors import StrataError
@@ -24,6 +24,9 @@ log = EventLogger(__name__)
 
 HANDSHAKES_MAX = 1000
 """Connections that are no session yet: logins that begin, and cancels."""
+CANCELS_AGAIN_MAX = 20
+CANCEL_AGAIN_S = 0.05
+"""A cancel is repeated so often, in such intervals, while a statement runs that was held when it came."""
 _BACKLOG = 1024
 
 
@@ -39,7 +42,7 @@ class Relay:
         *,
         trusted_backend: bool,
         is_calling: Callable[[int], bool],
-        make_hints: Callable[[str], StatementHints],
+        make_hints: Callable[[str], SessionHints],
         book: StatementBook,
     ) -> None:
         self.settings = settings
@@ -123,10 +126,20 @@ class Relay:
         try:
             if session is not None:
                 session.cancel_lookahead()
+                if session.is_collecting:
+                    await self._address.send_cancel(packet.raw)  # ours must not keep the client waiting
                 await session.own_ended.wait()  # else our own statement would be cancelled, not the client's
             await self._address.send_cancel(packet.raw)
             if session is not None and session.binding is not None and session.binding.caller is not None:
                 session.binding.caller.interrupt()
+            for _ in range(CANCELS_AGAIN_MAX):
+                if session is None or not session.is_cancelled:
+                    break
+                await asyncio.sleep(
+                    CANCEL_AGAIN_S
+                )  # the statement has just gone on: PostgreSQL may not have had it yet
+                if session.is_cancelled:
+                    await self._address.send_cancel(packet.raw)
         except BackendUnreachable as error:
             log.warning("cancel_failed", reason=error.message)
         finally:

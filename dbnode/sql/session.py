@@ -14,10 +14,20 @@ from dbnode.sql.binding import SessionBinding
 from dbnode.sql.errors import AdminShutdown, BackendLost, StartupTimeout
 from dbnode.sql.login import LoginReader
 from dbnode.sql.looking_ahead import Lookahead
-from dbnode.sql.messages import TRANSACTION_IDLE, Kind, Severity, error_response, message
+from dbnode.sql.messages import (
+    TRANSACTION_FAILED,
+    TRANSACTION_IDLE,
+    Kind,
+    Severity,
+    error_response,
+    message,
+    ready_for_query,
+)
 from dbnode.sql.normalise import normalised
+from dbnode.sql.notice_filter import NoticeFilter
 from dbnode.sql.own_exchange import OwnExchange
-from dbnode.sql.own_statements import bind_exchange
+from dbnode.sql.own_statements import Within, bind_exchange
+from dbnode.sql.session_hints import SessionHints
 from dbnode.sql.sides import FOLLOWED, BackendSide, ClientSide, Phase
 from dbnode.sql.startup import CancelKey, StartupPacket
 from stratakv.errors import StrataError
@@ -30,7 +40,7 @@ log = EventLogger(__name__)
 
 _INFER = re.compile(rb"infer", re.IGNORECASE)
 _CLIENT_WATCHED = frozenset({Kind.QUERY, Kind.SYNC, Kind.FUNCTION_CALL, Kind.TERMINATE})
-_BACKEND_WATCHED = frozenset({Kind.READY_FOR_QUERY, Kind.COPY_IN_RESPONSE})
+_BACKEND_WATCHED = frozenset({Kind.READY_FOR_QUERY, Kind.COPY_IN_RESPONSE, Kind.ERROR_RESPONSE})
 _SETTLED = frozenset({0, Kind.PASSWORD, Kind.QUERY, Kind.SYNC, Kind.FUNCTION_CALL})
 """Kinds of a client's last message after which nothing is half said."""
 _DESCRIBED = frozenset({Kind.ROW_DESCRIPTION, Kind.NO_DATA})
@@ -54,6 +64,8 @@ class Session:
         """No attempt has been made yet."""
         self.exchange: OwnExchange | None = None
         """Statements of the gateway's own that the backend runs: what it sends is the answer to them."""
+        self.notices: NoticeFilter | None = None
+        """While a statement streams."""
         self.own_ended = asyncio.Event()
         """Clear while the backend runs a statement of the gateway's own, or may."""
         self.own_ended.set()
@@ -72,6 +84,11 @@ class Session:
     @property
     def is_idle(self) -> bool:
         """Outside a transaction, with nothing under way in either direction."""
+        return self.is_between and self.backend.walker.transaction_status == TRANSACTION_IDLE
+
+    @property
+    def is_between(self) -> bool:
+        """Nothing is under way, and the transaction, if there is one, has not failed."""
         return self._is_quiet and self.client.walker.last_kind in _SETTLED
 
     @property
@@ -80,11 +97,16 @@ class Session:
         return self._is_quiet and self.backend.walker.last_kind in _DESCRIBED
 
     @property
+    def within(self) -> Within:
+        """Where a statement of the gateway's would run; the session is between statements."""
+        return Within(self.backend.walker.transaction_status)
+
+    @property
     def _is_quiet(self) -> bool:
         return (
             self.phase is Phase.OPEN
             and self._num_expected == 0
-            and self.backend.walker.transaction_status == TRANSACTION_IDLE
+            and self.backend.walker.transaction_status != TRANSACTION_FAILED
             and self.client.walker.at_boundary
             and self.backend.walker.at_boundary
         )
@@ -114,7 +136,8 @@ class Session:
             self.binding = SessionBinding(self.name, self.cancel_key.pid)
             self.may_bind = True
             if self.relay.settings.hints:
-                self.lookahead = Lookahead(self)
+                self.binding.hints = self.relay.make_hints(self.name)
+                self.lookahead = Lookahead(self, self.binding.hints)
         self.relay.on_login(self)
         if rest:
             self.backend.data_received(rest)
@@ -128,13 +151,12 @@ class Session:
         self._num_expected += len(kinds) - kinds.count(Kind.TERMINATE)
 
     def on_backend_messages(self, kinds: list[int]) -> None:
-        if self.binding is not None and self.binding.hints is not None and Kind.READY_FOR_QUERY in kinds:
-            self.binding.hints.close()
-            self.binding.hints = None
+        if self.binding is not None and self.binding.hints is not None:
+            self._end_hints(self.binding.hints, kinds)
         for kind in kinds:
             if kind == Kind.READY_FOR_QUERY:
                 self._num_expected -= 1
-            elif self.client.walker.last_kind == Kind.SYNC and self._num_expected > 0:
+            elif kind == Kind.COPY_IN_RESPONSE and self.client.walker.last_kind == Kind.SYNC and self._num_expected > 0:
                 self._num_expected -= 1  # COPY has started: PostgreSQL ignores the Sync that came with it
         if self._num_expected < 0:
             # An order of messages we do not know: never take the session for idle again.
@@ -146,6 +168,15 @@ class Session:
                 self.binding.caller.statement_ended()
             if self.relay.draining and self.is_idle:
                 self.end(AdminShutdown("terminating connection: the DB node is shutting down"))
+
+    def _end_hints(self, hints: SessionHints, kinds: list[int]) -> None:
+        if Kind.ERROR_RESPONSE in kinds:
+            hints.note_failure()
+        if Kind.READY_FOR_QUERY in kinds:
+            hints.end_statement()
+            if self.backend.walker.was_idle:
+                self.backend.walker.was_idle = False
+                hints.end_transaction()
 
     # Statistics
 
@@ -163,11 +194,11 @@ class Session:
     def must_bind(self, data: bytes) -> bool:
         """Whether to bind before `data`, which starts a message, is forwarded.
 
-        Within a transaction a failure of ours would be the client's: then the next statement outside one binds.
+        Within a transaction only before the statement itself: binding takes a snapshot, as it is going to.
         """
-        if not self._wants_bind:
-            self._wants_bind = data[0] in (Kind.QUERY, Kind.PARSE) and _INFER.search(data) is not None
-        return self._wants_bind and self.is_idle
+        is_for_infer = data[0] in (Kind.QUERY, Kind.PARSE) and _INFER.search(data) is not None
+        self._wants_bind = self._wants_bind or is_for_infer
+        return self._wants_bind and (self.is_between if is_for_infer else self.is_idle)
 
     def start_bind(self, data: bytes) -> None:
         assert self.binding is not None
@@ -177,7 +208,7 @@ class Session:
         self.held = data
         self.client.stop_reading()
         self._nonce = self.relay.registry.issue(self.binding)
-        self.run_own(bind_exchange(self._nonce, self.relay.listener_name), self._end_bind)
+        self.run_own(bind_exchange(self.within, self._nonce, self.relay.listener_name), self._end_bind)
 
     def _end_bind(self) -> None:
         self.relay.registry.revoke(self._nonce)
@@ -218,13 +249,34 @@ class Session:
         self.phase = Phase.COLLECTING
         self.own_ended.clear()
 
+    def start_streaming(self) -> None:
+        """The statement that is held makes PostgreSQL send its rows by notices, which are not the client's."""
+        self.notices = NoticeFilter()
+
     def go_on(self, held: bytes) -> None:
         """Forward what was held. Raises ProtocolViolation."""
         self.phase = Phase.OPEN
         self.own_ended.set()
-        self.client.forward(held)
+        if held:
+            self.client.forward(held)
         if not self.backend.is_full:
             self.client.read_on()
+
+    def refuse(self, error: bytes, rest: bytes) -> None:
+        """The batch that is held fails, as the transaction has; `rest` follows it. Raises ProtocolViolation."""
+        self.backend.walker.transaction_status = TRANSACTION_FAILED
+        self.client.write(error + ready_for_query(TRANSACTION_FAILED))
+        self.go_on(rest)
+
+    @property
+    def is_collecting(self) -> bool:
+        """Whether the backend runs a pass."""
+        return self.phase is Phase.COLLECTING and self.exchange is not None
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether the statement that runs was cancelled while it was held."""
+        return self.binding is not None and self.binding.hints is not None and self.binding.hints.is_aborted
 
     def cancel_lookahead(self) -> None:
         """The client has sent a cancel."""
@@ -276,6 +328,10 @@ class Session:
         self.own_ended.set()
         if self.lookahead is not None:
             self.lookahead.close()
+        if self.binding is not None and self.binding.hints is not None:
+            if self.backend.walker.transaction_status != TRANSACTION_IDLE:
+                self.binding.hints.note_failure()
+            self.binding.hints.end_transaction()
         if self._is_metered:
             self._statement_ends()
         if self.binding is not None and self.binding.caller is not None:

@@ -138,6 +138,8 @@ class BackendSide(Side):
                 session.on_own_data(data)
             elif session.phase in FOLLOWED:
                 found = self.walker.feed(data)
+                if session.notices is not None:
+                    data = session.notices.feed(data)
                 session.client.transport.write(data)  # type: ignore[union-attr]
                 if found:
                     session.on_backend_messages(found)

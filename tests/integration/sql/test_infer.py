@@ -68,12 +68,14 @@ def test_session_of_the_gateway_is_bound_and_a_direct_one_is_not(
     assert third.startswith("direct-")
 
 
-def test_session_whose_client_never_commits_is_bound_at_its_next_transaction(url: str, model: ReversingModel) -> None:
+def test_session_of_a_client_that_always_is_in_a_transaction_is_bound_in_its_first(
+    url: str, model: ReversingModel
+) -> None:
     with psycopg.connect(url) as connection:
         for _ in range(2):
             assert connection.execute("SELECT infer('ab')").fetchone() == ("ba",)
             connection.commit()
-    assert [call.session.partition("-")[0] for call in model.calls] == ["direct", "sql"]
+    assert [call.session.partition("-")[0] for call in model.calls] == ["sql", "sql"]
 
 
 def test_binding_leaves_the_clients_unnamed_statement_alone(session: Connection) -> None:

@@ -14,7 +14,7 @@ from dbnode.sql.binding import BindingRegistry, SessionBinding, UnknownNonce
 from dbnode.sql.commands import Bind, Infer, NotUtf8, Poll, SetEncoding, answer_reply, parse_command
 from dbnode.sql.errors import ProtocolViolation
 from dbnode.sql.messages import cstring, int32, message
-from dbnode.sql.own_statements import bind_exchange
+from dbnode.sql.own_statements import Within, bind_exchange
 from dbnode.sql.row_prompt import RowPrompt
 from stratakv.errors import InvalidRequest, StrataError
 
@@ -129,7 +129,7 @@ ERROR = message(b"E", b"SERROR\0C3F000\0Mno schema\0\0")
 
 @given(st.sampled_from([SUCCESS, ERROR]), st.integers(0, 200))
 def test_exchange_swallows_its_answers_and_hands_on_the_rest(outcome: bytes, cut: int) -> None:
-    exchange = bind_exchange("nonce", "listener")
+    exchange = bind_exchange(Within.NOTHING, "nonce", "listener")
     first = NOTIFICATION + outcome + READY
     for_client = b""
     for chunk in (first[:cut], first[cut:], message(b"3") + NOTIFICATION, READY + b"rest"):
