@@ -157,14 +157,10 @@ class Measurement:
 
     def first_row_seconds(self, query: str) -> tuple[float, float]:
         """Until the first row is here, and until all are."""
-        connection = self._connection.pgconn
         started_s = time.perf_counter()
-        connection.send_query_params(query.encode(), None)
-        connection.set_single_row_mode()
         first_s = 0.0
-        while (result := connection.get_result()) is not None:
+        for _ in self._connection.cursor().stream(query.encode()):
             first_s = first_s or time.perf_counter() - started_s
-            result.clear()
         return first_s, time.perf_counter() - started_s
 
     def set(self, name: str, value: str) -> None:

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 TEXT_BYTES_MAX = 32 * 1024
 """Of a message; longer statements are not looked ahead in."""
-NAMES_MAX = 500
+NAMES_MAX = 200
 """Of a database; no more are learned."""
 REFRESH_S = 60.0
 """What was learned is asked for again after so long, before the next statement that may call infer()."""
 DATABASES_MAX = 1000
 """That something is remembered of; the oldest is forgotten first."""
 _INFER = re.compile(rb"infer", re.IGNORECASE)
-_CHANGE = re.compile(rb"\b(?:create|alter|drop)\b", re.IGNORECASE)
+_CHANGE = re.compile(rb"(?:create|alter|drop)\b", re.IGNORECASE)
 _MATERIALIZED = b"materialized"
 _IN_WORDS = re.compile(rb"[0-9a-zA-Z_$\x80-\xff]")
 # Everything that is no part of a name becomes a space, capitals become small.

@@ -77,6 +77,8 @@ class StatementHints:
         self.is_collecting = False
         self.is_unnumbered = False
         """PostgreSQL does not take the SELECT whose calls carry numbers."""
+        self.is_planning = False
+        """The statement is only planned: no call of it is answered."""
         self.is_streaming = False
         """Rows go to the client while the model still works: what a pass finds is sent at once, in its order."""
         self.is_lasting = False

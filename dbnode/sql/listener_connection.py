@@ -236,6 +236,9 @@ class ListenerConnection(asyncio.Protocol):
         if hints is not None and hints.is_collecting:
             self._answer_pass(hints, command)
             return
+        if hints is not None and hints.is_planning:
+            self._transport.write(reply(Status.OK))
+            return
         hint = hints.find(command) if hints is not None else None
         if hint is not None and hint.answer is not None:
             meter.count_call(is_known=True)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from dbnode.sql.client_batch import (
     HELD_BYTES_MAX,
-    INFER,
     Batch,
     BatchReader,
     PreparedStatements,
@@ -21,6 +20,8 @@ from dbnode.sql.client_batch import (
     statement_text,
 )
 from dbnode.sql.errors import GatewayFailed, ProtocolViolation
+from dbnode.sql.explained import explained
+from dbnode.sql.hidden_calls import HiddenCalls
 from dbnode.sql.hints import PassLimits, StatementHints
 from dbnode.sql.messages import TRANSACTION_FAILED, Kind
 from dbnode.sql.own_exchange import OwnExchange
@@ -67,7 +68,7 @@ class Lookahead:
     def __init__(self, session: Session, hints: SessionHints) -> None:
         self._session = session
         self._hints = hints
-        self._prepared = PreparedStatements()
+        self._prepared = PreparedStatements(session.calls.may_call)
         self._reader: BatchReader | None = None
         self._task: asyncio.Task[None] | None = None
         self._is_described = False
@@ -84,11 +85,12 @@ class Lookahead:
             name = bound_statement(data)
             wanted = name is not None and name in self._prepared
         else:
-            wanted = kind in (Kind.QUERY, Kind.PARSE) and INFER.search(data) is not None
+            wanted = kind in (Kind.QUERY, Kind.PARSE) and session.calls.may_call(data)
             if not wanted and kind in (Kind.QUERY, Kind.PARSE):
                 self._prepared.forget(b"")
         if not wanted:
             return False
+        session.note_calls(data)
         session.statement_begins(statement_text(data, self._prepared))
         if session.binding is None or session.binding.caller is None:
             return False
@@ -103,7 +105,10 @@ class Lookahead:
         if readiness is Readiness.INCOMPLETE:
             return
         batch = self._reader.batch
-        target = _target(batch) if batch is not None else None
+        if batch is not None and _is_planned_only(batch):
+            self._plan()
+            return
+        target = _target(batch, self._session.calls) if batch is not None else None
         if batch is None or target is None:
             self._is_described = readiness is Readiness.DESCRIBED
             self._go_on()
@@ -123,6 +128,14 @@ class Lookahead:
         assert self._reader is not None
         held, self._reader = self._reader.held, None
         self._session.go_on(held)
+
+    def _plan(self) -> None:
+        """The batch is an EXPLAIN that runs nothing: what follows it waits, so that every call until then is the planner's."""
+        assert self._reader is not None
+        self._hints.statement.is_planning = True
+        reader, self._reader = self._reader, None
+        self._session.go_on(reader.whole)
+        self._session.hold_until_ready(reader.rest)
 
     def _refuse(self, error: bytes) -> None:
         assert self._reader is not None
@@ -245,7 +258,14 @@ class Lookahead:
         return False
 
 
-def _target(batch: Batch) -> Collectable | None:
+def _is_planned_only(batch: Batch) -> bool:
     with contextlib.suppress(UnicodeDecodeError):
-        return collectable(batch.prepared.text.decode())
+        found = explained(batch.prepared.text.decode())
+        return found is not None and not found.is_run
+    return False
+
+
+def _target(batch: Batch, calls: HiddenCalls) -> Collectable | None:
+    with contextlib.suppress(UnicodeDecodeError):
+        return collectable(batch.prepared.text.decode(), calls.views)
     return None

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dbnode.sql.client_batch import Batch
+from dbnode.sql.hidden_calls import LEARN
 from dbnode.sql.messages import TRANSACTION_IDLE, TRANSACTION_OPEN
 from dbnode.sql.own_exchange import OwnExchange, OwnStatement, text_columns, text_parameters
 
@@ -73,6 +74,11 @@ class Circumstances:
 def bind_exchange(within: Within, nonce: str, listener: str) -> OwnExchange:
     """Tie the session to its connection of the listener."""
     return _exchange(within, OwnStatement(_PREFIX + "bind", _BIND, parameters=text_parameters([nonce, listener])))
+
+
+def learn_exchange() -> OwnExchange:
+    """Ask which views call infer()."""
+    return OwnExchange([OwnStatement(_PREFIX + "learn", LEARN)])
 
 
 def check_exchange(within: Within, functions: Iterable[str], *, sync_first: bool) -> OwnExchange:

@@ -10,6 +10,7 @@ from dbnode.sql.backend import BackendAddress
 from dbnode.sql.binding import BindingRegistry
 from dbnode.sql.errors import AdminShutdown, BackendUnreachable, TooManyClients
 from dbnode.sql.handshake import ClientHandshake
+from dbnode.sql.hidden_calls import DATABASES_MAX, HiddenCalls
 from dbnode.sql.messages import Severity, error_response
 from dbnode.sql.session import Session
 from dbnode.sql.session_hints import SessionHints
@@ -57,6 +58,7 @@ class Relay:
         self._is_calling = is_calling
         self._sessions: set[Session] = set()
         self._by_key: dict[CancelKey, Session] = {}
+        self._calls: dict[str, HiddenCalls] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._numbers = count(1)
         self._server: asyncio.Server | None = None
@@ -157,6 +159,13 @@ class Relay:
             del self._by_key[session.cancel_key]
         if not self._sessions:
             self._emptied.set()
+
+    def calls_of(self, packet: StartupPacket) -> HiddenCalls:
+        """What is known of the database that the packet asks for."""
+        database = packet.parameters.get("database") or packet.parameters.get("user", "")
+        if database not in self._calls and len(self._calls) >= DATABASES_MAX:
+            del self._calls[next(iter(self._calls))]
+        return self._calls.setdefault(database, HiddenCalls())
 
     def stop_inference(self, key: CancelKey) -> None:
         """The client of a session is gone: cancel its statement, if that waits for the model."""

@@ -28,15 +28,18 @@ class Phase(enum.Enum):
     LOGIN = enum.auto()
     OPEN = enum.auto()
     BINDING = enum.auto()
+    """A statement of the gateway's own runs before the client's."""
     HOLDING = enum.auto()
     """A batch that is not whole yet is held."""
     COLLECTING = enum.auto()
     """It is whole, and still held."""
+    PLANNING = enum.auto()
+    """PostgreSQL plans a statement and does not run it; what the client sends after it is held."""
     REPLICATION = enum.auto()
     CLOSED = enum.auto()
 
 
-FOLLOWED = frozenset({Phase.OPEN, Phase.HOLDING, Phase.COLLECTING})
+FOLLOWED = frozenset({Phase.OPEN, Phase.HOLDING, Phase.COLLECTING, Phase.PLANNING})
 """Phases in which both sides are an ordinary session's."""
 
 
@@ -88,6 +91,14 @@ class ClientSide(Side):
         session = self.session
         try:
             if session.phase is Phase.OPEN:
+                calls = session.calls
+                if (
+                    (calls.is_stale or session.has_changed_views)
+                    and self.walker.at_boundary
+                    and session.must_learn(data)
+                ):
+                    session.start_learning(data)
+                    return
                 if session.may_bind and self.walker.at_boundary and session.must_bind(data):
                     session.start_bind(data)
                     return
@@ -156,7 +167,7 @@ class BackendSide(Side):
 
     def resume_writing(self) -> None:
         self.is_full = False
-        if self.session.phase is not Phase.BINDING:
+        if self.session.phase not in (Phase.BINDING, Phase.PLANNING):
             self.session.client.read_on()
 
     def connection_lost(self, error: Exception | None) -> None:

@@ -147,6 +147,56 @@ def test_an_explain_that_runs_its_statement_is_looked_ahead_in(connection: Conne
     assert model.most_running > MANY
 
 
+def test_an_explain_that_runs_nothing_asks_nothing(connection: Connection, model: ReversingModel) -> None:
+    connection.execute("SELECT infer('bind')")
+    model.calls.clear()
+    query = "SELECT i FROM t WHERE body = infer('planned')"
+    simple = psycopg.ClientCursor(connection)
+    for explain in ("EXPLAIN", "EXPLAIN VERBOSE", "explain (FORMAT json, ANALYZE off)", "EXPLAIN (GENERIC_PLAN)"):
+        if "GENERIC" in explain and connection.info.server_version < 160000:
+            continue
+        assert connection.execute(f"{explain} {query}").fetchall()
+        assert simple.execute(f"{explain} {query}").fetchall()
+    with connection.transaction():
+        assert connection.execute(f"EXPLAIN {query}").fetchall()
+    assert model.calls == []
+
+
+async def test_what_follows_an_explain_in_a_pipeline_is_answered(url: str, model: ReversingModel) -> None:
+    async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
+        await connection.execute("SELECT infer('bind')")
+        async with connection.pipeline() as pipeline:
+            cursors = []
+            for number in range(20):
+                cursors.append(await connection.execute("EXPLAIN SELECT 1 FROM pg_class WHERE relname = infer('x')"))
+                await pipeline.sync()
+                cursors.append(await connection.execute(f"SELECT infer('n{number}')"))
+                await pipeline.sync()
+            answers = [await cursor.fetchall() for cursor in cursors[1::2]]
+    assert answers == [[(f"n{number}"[::-1],)] for number in range(20)]
+    assert "x" not in {call.prompt for call in model.calls}
+
+
+def test_views_that_hide_a_call_are_looked_ahead_in(connection: Connection, url: str, model: ReversingModel) -> None:
+    connection.execute(f"CREATE VIEW answers AS SELECT i, infer(body, {SLOW}) AS answer FROM t")
+    connection.execute('CREATE VIEW "Best" AS SELECT answer FROM answers WHERE i <= 40')
+    connection.execute("CREATE MATERIALIZED VIEW kept AS SELECT count(answer) FROM answers")
+    with psycopg.connect(url, autocommit=True) as other:
+        for query in ("SELECT * FROM answers", 'SELECT * FROM "Best"', "INSERT INTO t (body) TABLE answers"):
+            model.most_running = 0
+            if "TABLE" in query:
+                query = "INSERT INTO t (body) SELECT answer FROM answers"
+            other.execute(query)
+            assert model.most_running > MANY
+        model.most_running = 0
+        other.execute("ALTER VIEW answers RENAME TO renamed")
+        other.execute("SELECT * FROM renamed WHERE i <= 120")
+        assert model.most_running > MANY
+        model.calls.clear()
+        assert other.execute("SELECT * FROM kept").fetchone() == (120,)
+        assert model.calls == []
+
+
 def test_one_row_of_constants_costs_no_pass(connection: Connection, stats: Callable[[], HintStats]) -> None:
     assert connection.execute("SELECT infer('ab')").fetchone() == ("ba",)
     assert stats() == HintStats()
