@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -93,14 +93,17 @@ class Face:
     url: str
     front: SqlFront
     model: StandInModel
+    cluster: EmbeddedPostgres
 
 
 @contextmanager
-def running_face(hints_budget_s: float) -> Iterator[Face]:
-    """PostgreSQL, and the face on a thread of its own."""
+def running_face(
+    options: Mapping[str, str] | None = None, *, hints_budget_s: float = SqlSettings().hints_budget_s
+) -> Iterator[Face]:
+    """PostgreSQL with these settings, and the face on a thread of its own."""
     with (
         tempfile.TemporaryDirectory(prefix="skv-") as directory,
-        EmbeddedPostgres(PostgresSettings(), Path(directory) / "pg", throw_away=True) as cluster,
+        EmbeddedPostgres(PostgresSettings(), Path(directory) / "pg", throw_away=True, options=options) as cluster,
     ):
         Path(directory).chmod(0o711)
         settings = SqlSettings(port=0, listener_dir=Path(directory), hints_budget_s=hints_budget_s)
@@ -124,7 +127,7 @@ def running_face(hints_budget_s: float) -> Iterator[Face]:
             raise SystemExit("the SQL face did not start")
         loop, front, model = found
         try:
-            yield Face(f"postgresql://postgres@127.0.0.1:{front.port}/postgres", front, model)
+            yield Face(f"postgresql://postgres@127.0.0.1:{front.port}/postgres", front, model, cluster)
         finally:
             loop.call_soon_threadsafe(stop.set)
             thread.join(START_TIMEOUT_S)
@@ -231,7 +234,10 @@ def measure_mixed(face: Face, session: Measurement) -> dict[str, Any]:
 
 def measure_aggregate(seconds: float) -> dict[str, Any]:
     """An aggregate that takes so long before the first infer(), against the aggregate alone."""
-    with running_face(seconds * BUDGET_SHARE) as face, psycopg.connect(face.url, autocommit=True) as connection:
+    with (
+        running_face(hints_budget_s=seconds * BUDGET_SHARE) as face,
+        psycopg.connect(face.url, autocommit=True) as connection,
+    ):
         session = Measurement(face, connection)
         session.execute(TABLES)
         session.seconds(FIRST)
@@ -245,7 +251,7 @@ def main() -> int:
     options = parse_options(__doc__)
     runs = RUNS_QUICK if options.quick else RUNS
     with (
-        running_face(SqlSettings().hints_budget_s) as face,
+        running_face() as face,
         psycopg.connect(face.url, autocommit=True) as connection,
     ):
         session = Measurement(face, connection)

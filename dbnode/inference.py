@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -159,6 +159,22 @@ class InferenceService:
         if len(text) <= TOKENIZE_INLINE_CHARS_MAX:
             return len(make())
         return len(await asyncio.get_running_loop().run_in_executor(self._tokenize, make))
+
+    async def prompt_keys(self, requests: Sequence[GenerateRequest]) -> list[PromptKeys]:
+        """Of requests that are not made; computed off the event loop. Raises ModelNotFound, InvalidRequest."""
+        for request in requests:
+            self._check_model(request.model)
+        sizes = {r.facts.block_size for r in self.scheduler.directory.usable(self.model) if r.facts}
+
+        def make() -> list[PromptKeys]:
+            texts = (chat_text(self._tokenizer, request.messages or ()) for request in requests)
+            found = [PromptKeys(self._encoder.encode(t), r.cache_salt) for t, r in zip(texts, requests, strict=True)]
+            for keys in found:
+                for size in sizes:
+                    keys.of_size(size)
+            return found
+
+        return await asyncio.get_running_loop().run_in_executor(self._tokenize, make)
 
     async def drained(self, timeout_s: float) -> bool:
         """Take nothing new, and wait until what is in flight has ended."""

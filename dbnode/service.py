@@ -8,15 +8,18 @@ from __future__ import annotations
 import asyncio
 
 from dbnode.node import Node
+from dbnode.sql.admin.login import check_name
 from dbnode.sql.front import SqlFront
+from dbnode.sql_explain import SqlExplainer
 from dbnode.sql_inference import SqlInference
+from dbnode.sql_metrics import SqlMetrics
 from stratakv import migrate
 from stratakv.errors import SetupError
 from stratakv.http_server import HttpServer
 from stratakv.log import EventLogger
 from stratakv.pool.auth import PoolCredentials
 from stratakv.pool.meta_client import MetaClient
-from stratakv.process import require_loopback, started
+from stratakv.process import on_hangup, require_loopback, started
 from stratakv.settings import Settings
 
 log = EventLogger("dbnode")
@@ -36,6 +39,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         require_loopback(settings.rest.host, "rest.host", "because rest.api_key is not set")
     rest = HttpServer(settings.rest.host, settings.rest.port, "rest")
     await asyncio.to_thread(migrate.check, database_url)
+    await check_name(settings.sql.backend_url or database_url, settings.sql.admin_database)
     credentials = PoolCredentials.from_settings(settings.pool)
     meta = MetaClient(settings.meta, role="dbnode", name=f"{settings.rest.host}:{rest.port}", credentials=credentials)
     node = Node(settings, meta)
@@ -47,8 +51,11 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             trusted_backend=settings.sql.backend_trusted,
             postgres_uid=settings.sql.backend_uid,
             statements=node.statements,
+            explainer=SqlExplainer(node.inference),
         )
+        node.metrics.registry.register(SqlMetrics(sql))
         await sql.start()
+        on_hangup(sql.reload)
         try:
             await _run(settings, node, rest, sql, stop)
         finally:

@@ -43,22 +43,7 @@ class SqlInference:
             return _instead(OnError(options.get("on_error", OnError.RAISE)), error)
 
     async def _answer(self, call: InferCall, options: Mapping[str, Any], arrived_s: float) -> str:
-        messages: list[object] = [{"role": "user", "content": call.prompt}]
-        if "system" in options:
-            messages.insert(0, {"role": "system", "content": options["system"]})
-        request = GenerateRequest(
-            request_id=f"sql-{uuid.uuid4().hex}",
-            source=Source.SQL,
-            arrived_s=arrived_s,
-            model=call.model,
-            messages=tuple(messages),
-            sampling=sampling(options),
-            priority=options.get("priority", 0),
-            cache_salt=options.get("cache_salt"),
-            deadline_s=arrived_s + options["timeout_ms"] / 1e3 if "timeout_ms" in options else None,
-            caller=Caller(role=call.role, database=call.database, session=call.session),
-            on_settled=_reporter(call),
-        )
+        request = request_of(call, options, arrived_s)
         answer = Answer()
         async with aclosing(self._service.generate(request)) as chunks:
             async for chunk in chunks:
@@ -69,6 +54,30 @@ class SqlInference:
         if request.sampling.structured_outputs is not None:
             _check_form(request.sampling.structured_outputs, text, answer.finish_reason)
         return text
+
+
+def request_of(
+    call: InferCall, options: Mapping[str, Any] | None = None, arrived_s: float | None = None
+) -> GenerateRequest:
+    """What the inference service is asked for a call, whose options are checked if they are not given. Raises InvalidRequest."""
+    options = checked_options(call.options) if options is None else options
+    arrived_s = time.monotonic() if arrived_s is None else arrived_s
+    messages: list[object] = [{"role": "user", "content": call.prompt}]
+    if "system" in options:
+        messages.insert(0, {"role": "system", "content": options["system"]})
+    return GenerateRequest(
+        request_id=f"sql-{uuid.uuid4().hex}",
+        source=Source.SQL,
+        arrived_s=arrived_s,
+        model=call.model,
+        messages=tuple(messages),
+        sampling=sampling(options),
+        priority=options.get("priority", 0),
+        cache_salt=options.get("cache_salt"),
+        deadline_s=arrived_s + options["timeout_ms"] / 1e3 if "timeout_ms" in options else None,
+        caller=Caller(role=call.role, database=call.database, session=call.session),
+        on_settled=_reporter(call),
+    )
 
 
 def _reporter(call: InferCall) -> Callable[[Settled], None] | None:

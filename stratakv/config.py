@@ -22,6 +22,9 @@ from stratakv.settings import Bytes, Secret, Settings
 
 ENV_PREFIX = "STRATAKV_"
 CONFIG_FILE_ENV = "STRATAKV_CONFIG"
+NATIVE_ENV = "STRATAKV_NATIVE"
+_NO_SETTINGS = {CONFIG_FILE_ENV, NATIVE_ENV}
+"""Variables of this program that are no settings."""
 MASK = "***"
 _UNITS = {"": 1, "B": 1, "KIB": 1024, "MIB": 1024**2, "GIB": 1024**3, "TIB": 1024**4}
 
@@ -76,7 +79,7 @@ def load_settings(
             raw[place] = (str(config_file), value)
     by_env = {o.env: place for place, o in known.items()}
     for name, text in env.items():
-        if name.startswith(ENV_PREFIX) and name != CONFIG_FILE_ENV:
+        if name.startswith(ENV_PREFIX) and name not in _NO_SETTINGS:
             raw[by_env.get(name, ("", name))] = (f"environment {name}", text)
     for place, text in (overrides or {}).items():
         option = known.get(place)

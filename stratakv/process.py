@@ -11,6 +11,7 @@ import ipaddress
 import os
 import signal
 import sys
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 
 import uvloop
@@ -55,6 +56,12 @@ async def _until_stopped(service: Service, settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
     await service(settings, stop)
+
+
+def on_hangup(reload: Callable[[], None]) -> None:
+    """Call `reload` at every SIGHUP, in a service that runs as a process of its own."""
+    if threading.current_thread() is threading.main_thread():
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
 
 
 def first_setup_error(group: BaseExceptionGroup[SetupError]) -> SetupError:

@@ -6,6 +6,7 @@ A field's `doc` becomes the help of its flag and its line in the configuration r
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NewType
@@ -16,6 +17,19 @@ Secret = NewType("Secret", str)
 """Shown as `***` wherever settings are shown."""
 Bytes = NewType("Bytes", int)
 """A size; may be written as 512MiB or 2GiB."""
+
+
+class TlsMode(enum.StrEnum):
+    """What the DB node does when a PostgreSQL client asks for TLS."""
+
+    DISABLE = "disable"
+    ALLOW = "allow"
+    """Give it, if there is a certificate."""
+    REQUIRE = "require"
+    """And let nobody in without."""
+    PASSTHROUGH = "passthrough"
+    """Let PostgreSQL give it; what goes through is not seen."""
+
 
 MIB = 1024 * 1024
 GIB = 1024 * MIB
@@ -130,7 +144,24 @@ class SqlSettings:
     listener_key: Secret | None = setting(
         None, "key PostgreSQL shows there; with listener_dir one is made and kept in it"
     )
+    admin_database: str = setting(
+        "stratakv_admin", "name under which clients reach the admin database, which only answers SHOW; empty: none"
+    )
+    listener_tls: bool | None = setting(
+        None, "TLS at that address (not in listener_dir); by default unless it is a loopback address"
+    )
+    tls_mode: TlsMode = setting(
+        TlsMode.ALLOW, "TLS with clients: disable, allow, require, or passthrough (PostgreSQL's own, without hints)"
+    )
+    tls_cert: Path | None = setting(None, "certificate shown to clients, and its chain (PEM)")
+    tls_key: Path | None = setting(None, "its key (PEM)")
+    auth_file: Path | None = setting(
+        None, "users and their SCRAM verifiers, whom the DB node authenticates itself (PgBouncer's format)"
+    )
     clients_max: int = setting(500, "client connections at once")
+    client_idle_timeout_s: float = setting(
+        0.0, "end sessions that are idle outside a transaction for so long; 0: never"
+    )
     startup_timeout_s: float = setting(30.0, "a client must finish logging in within so long")
     drain_grace_s: float = setting(10.0, "statements still running after a SIGTERM get so long")
     prompt_bytes_max: Bytes = setting(Bytes(4 * MIB), "longest prompt infer() takes")
@@ -142,7 +173,9 @@ class SqlSettings:
         1.0, "longest time that is spent on the order of fields in infer_row(), for each pass of looking ahead"
     )
     hints_bytes_max: Bytes = setting(Bytes(64 * MIB), "prompts of one statement that are looked ahead for")
-    memo_ttl_s: float = setting(30.0, "how long the answers of a failed transaction are kept for its retry; 0: not at all")
+    memo_ttl_s: float = setting(
+        30.0, "how long the answers of a failed transaction are kept for its retry; 0: not at all"
+    )
     memo_entries_max: int = setting(100_000, "answers that a transaction shares, and that are kept of failed ones")
     memo_bytes_max: Bytes = setting(Bytes(64 * MIB), "the same, in bytes of prompts and answers")
 

@@ -1,13 +1,18 @@
 """The few commands that the SQL functions send to the private listener, and the answers. Free of I/O.
 
     infer PID ROLE DATABASE MODEL OPTIONS PROMPT    start a call; answered within the hold time
+    infer_within …                                  the same, from within a function that is not ours
     poll                                            go on waiting for it
     bind NONCE PID                                  this connection belongs to a session of the gateway
     statements PID ROLE                             statistics of statements, of one role or of all; polled like a call
+    explain PID ROLE DATABASE NAMES QUERY           look at what the query's calls would ask; answered with the query to run
+    probe PID ROLE DATABASE MODEL OPTIONS PROMPT    a call of that query
+    explained PID TOKEN ROWS                        it has ended: what it would cost; polled like a call
     set client_encoding to '…'                      what libpq sends for dblink; all our text is ASCII
 
 ROLE, DATABASE and NONCE are hexadecimal UTF-8; MODEL and OPTIONS too, after `=`, or `-` for NULL, as is the ROLE of `statements`,
-where NULL means all; PROMPT is base64 after `=`.
+where NULL means all. PROMPT is base64 after `=`, or `-` for NULL in `probe`; QUERY is base64 after `=`, and NAMES are
+separated by commas.
 """
 
 from __future__ import annotations
@@ -27,11 +32,13 @@ from stratakv.errors import InvalidRequest, StrataError
 
 _INFER_WORDS = 6
 _BIND_WORDS = _STATEMENTS_WORDS = 2
+_EXPLAINING = {b"explain": 5, b"probe": _INFER_WORDS, b"explained": 3}
+"""Words of each command."""
 _NULL = b"-"
 
 
 class NotUtf8(InvalidRequest):
-    """The prompt is not valid UTF-8, which only a database in SQL_ASCII can hold."""
+    """A text is not valid UTF-8, which only a database in SQL_ASCII can hold."""
 
     sqlstate = "22021"
 
@@ -54,6 +61,8 @@ class Infer:
     prompt: str = field(repr=False)
     row: RowPrompt | None = None
     """What the prompt was made of, if its fields may stand in another order."""
+    is_within: bool = False
+    """Called by another function, not by the statement itself."""
 
     def call(self, session: str) -> InferCall:
         """What the model is asked, on behalf of this session."""
@@ -94,47 +103,108 @@ class Statements:
     """None for all roles'."""
 
 
-Command = Infer | Poll | Bind | SetEncoding | Statements
+@dataclass(frozen=True, slots=True)
+class Explain:
+    """Look at what a query would ask."""
+
+    pid: int
+    role: str
+    database: str
+    names: frozenset[str]
+    """Functions of ours that need no schema in this session."""
+    query: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A call of a query that is explained."""
+
+    pid: int
+    call: Infer | None
+    """None without a prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """The query has ended."""
+
+    pid: int
+    token: str = field(repr=False)
+    num_rows: int
+
+
+Command = Infer | Poll | Bind | SetEncoding | Statements | Explain | Probe | Explained
 
 
 def parse_command(text: bytes) -> Command:
     """A simple query's text without its NUL. Raises ProtocolViolation, or InvalidRequest for what the caller wrote."""
     name, _, rest = text.partition(b" ")
-    if name == b"infer":
-        return _parse_infer(rest)
+    if name in (b"infer", b"infer_within"):
+        return _parse_infer(rest, is_within=name != b"infer")
     if name == b"poll" and not rest:
         return Poll()
     if name == b"bind":
         words = rest.split(b" ")
         if len(words) == _BIND_WORDS:
-            return Bind(_unhex(words[0]), _number(words[1]))
+            return Bind(_unhex(words[0], "the nonce"), _number(words[1]))
     if name == b"statements":
         words = rest.split(b" ")
         if len(words) == _STATEMENTS_WORDS:
-            return Statements(_number(words[0]), _optional(words[1]))
+            return Statements(_number(words[0]), _optional(words[1], "the role's name"))
+    if name in _EXPLAINING:
+        return _parse_explaining(name, rest)
     if name.lower() == b"set" and rest.lower().startswith(b"client_encoding to "):
         return SetEncoding()
     raise ProtocolViolation("unknown command")
 
 
-def _parse_infer(rest: bytes) -> Infer:
+def _parse_infer(rest: bytes, *, is_within: bool) -> Infer:
     words = rest.split(b" ", _INFER_WORDS - 1)
-    if len(words) != _INFER_WORDS or words[5][:1] != b"=":
+    if len(words) != _INFER_WORDS:
         raise ProtocolViolation("malformed command")
     pid, role, database, model, options, prompt = words
-    try:
-        prompt_text = base64.b64decode(prompt[1:].replace(b"\n", b""), validate=True).decode()
-    except binascii.Error:
-        raise ProtocolViolation("malformed command") from None
-    except UnicodeDecodeError as error:
-        raise NotUtf8(f"the prompt is not valid UTF-8 at byte {error.start}") from None
-    model_text, given = _optional(model), _parse_options(_optional(options))
+    prompt_text = _base64(prompt, "the prompt")
+    given = _parse_options(_optional(options, "infer() options"))
     row = None
     if given.get(ROW) is True:
         row = parse_row(prompt_text)
         prompt_text = row.text()
         del given[ROW]
-    return Infer(_number(pid), _unhex(role), _unhex(database), model_text, given, prompt_text, row)
+    return Infer(
+        pid=_number(pid),
+        role=_unhex(role, "the role's name"),
+        database=_unhex(database, "the database's name"),
+        model=_optional(model, "the model's name"),
+        options=given,
+        prompt=prompt_text,
+        row=row,
+        is_within=is_within,
+    )
+
+
+def _parse_explaining(name: bytes, rest: bytes) -> Explain | Probe | Explained:
+    words = rest.split(b" ", _EXPLAINING[name] - 1)
+    if len(words) != _EXPLAINING[name]:
+        raise ProtocolViolation("malformed command")
+    pid = _number(words[0])
+    if name == b"explain":
+        names = frozenset(_unhex(words[3], "the names").split(","))
+        query = _base64(words[4], "the query")
+        return Explain(pid, _unhex(words[1], "the role's name"), _unhex(words[2], "the database's name"), names, query)
+    if name == b"probe":
+        return Probe(pid, None if words[5] == _NULL else _parse_infer(rest, is_within=False))
+    return Explained(pid, _unhex(words[1], "the token"), _number(words[2]))
+
+
+def _base64(word: bytes, name: str) -> str:
+    if word[:1] != b"=":
+        raise ProtocolViolation("malformed command")
+    try:
+        return base64.b64decode(word[1:].replace(b"\n", b""), validate=True).decode()
+    except binascii.Error:
+        raise ProtocolViolation("malformed command") from None
+    except UnicodeDecodeError as error:
+        raise NotUtf8(f"{name} is not valid UTF-8 at byte {error.start}") from None
 
 
 def _parse_options(text: str | None) -> dict[str, Any]:
@@ -149,15 +219,19 @@ def _parse_options(text: str | None) -> dict[str, Any]:
     return options
 
 
-def _optional(word: bytes) -> str | None:
-    return None if word == _NULL else _unhex(word[1:])
+def _optional(word: bytes, name: str) -> str | None:
+    return None if word == _NULL else _unhex(word[1:], name)
 
 
-def _unhex(word: bytes) -> str:
+def _unhex(word: bytes, name: str) -> str:
     try:
-        return bytes.fromhex(word.decode("ascii")).decode()
+        text = bytes.fromhex(word.decode("ascii"))
     except ValueError:
         raise ProtocolViolation("malformed command") from None
+    try:
+        return text.decode()
+    except UnicodeDecodeError:
+        raise NotUtf8(f"{name} is not valid UTF-8") from None
 
 
 def _number(word: bytes) -> int:

@@ -6,8 +6,10 @@ import asyncio
 import os
 import pwd
 
+from dbnode.sql.admin.login import login_database
 from dbnode.sql.backend import BackendAddress
 from dbnode.sql.binding import BindingRegistry
+from dbnode.sql.explain import Explainer
 from dbnode.sql.hints import HintStats
 from dbnode.sql.listener import Listener, ListenerLimits
 from dbnode.sql.memo import MemoLimits
@@ -40,6 +42,7 @@ class SqlFront:
         trusted_backend: bool = False,
         postgres_uid: int | None = None,
         statements: StatementLog | None = None,
+        explainer: Explainer | None = None,
     ) -> None:
         """Raises SetupError."""
         if trusted_backend:
@@ -52,7 +55,9 @@ class SqlFront:
         """What `stratakv.sqlfunctions.install` takes."""
         uid = _postgres_uid() if postgres_uid is None else postgres_uid
         self.book = StatementBook(statements)
-        self.listener = Listener(self.address, limits, service, registry, self.book, statements, postgres_uid=uid)
+        self.listener = Listener(
+            self.address, limits, service, registry, self.book, statements, explainer, postgres_uid=uid
+        )
         self.relay = Relay(
             settings,
             BackendAddress.from_url(backend_url),
@@ -62,6 +67,7 @@ class SqlFront:
             is_calling=self.listener.is_calling,
             make_hints=self.listener.make_hints,
             book=self.book,
+            login_database=login_database(backend_url),
         )
 
     @property
@@ -83,6 +89,10 @@ class SqlFront:
             await self.listener.close()
             raise
         log.info("sql_started", host=self._settings.host, port=self.port)
+
+    def reload(self) -> None:
+        """Read the files again that may change while we run: certificate, key, verifiers."""
+        self.relay.reload()
 
     async def drain(self) -> None:
         """Take no new clients; what runs gets the grace of the settings, also statements of direct sessions. Then `close`.

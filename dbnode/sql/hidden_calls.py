@@ -18,7 +18,7 @@ REFRESH_S = 60.0
 """What was learned is asked for again after so long, before the next statement that may call infer()."""
 DATABASES_MAX = 1000
 """That something is remembered of; the oldest is forgotten first."""
-_INFER = re.compile(rb"infer", re.IGNORECASE)
+_INFER = b"infer"
 _CHANGE = re.compile(rb"(?:create|alter|drop)\b", re.IGNORECASE)
 _MATERIALIZED = b"materialized"
 _IN_WORDS = re.compile(rb"[0-9a-zA-Z_$\x80-\xff]")
@@ -27,27 +27,31 @@ _WORDS = bytes(byte if _IN_WORDS.match(bytes((byte,))) else ord(" ") for byte in
 LEARN = (
     b"""\
 WITH RECURSIVE hidden (oid, is_kept) AS (
-    SELECT r.ev_class, c.relkind = 'm'
+    SELECT c.oid, c.relkind OPERATOR(pg_catalog.=) 'm'::pg_catalog."char"
     FROM pg_catalog.pg_proc p
-    JOIN pg_catalog.pg_depend d ON d.refclassid = 'pg_catalog.pg_proc'::pg_catalog.regclass AND d.refobjid = p.oid
-        AND d.classid = 'pg_catalog.pg_rewrite'::pg_catalog.regclass
-    JOIN pg_catalog.pg_rewrite r ON r.oid = d.objid
-    JOIN pg_catalog.pg_class c ON c.oid = r.ev_class
-    WHERE p.proname LIKE 'infer%%' AND p.pronamespace IN (
-        pg_catalog.to_regnamespace('stratakv'), pg_catalog.to_regnamespace('public'))
+    JOIN pg_catalog.pg_depend d ON d.refobjid OPERATOR(pg_catalog.=) p.oid
+    JOIN pg_catalog.pg_rewrite r ON r.oid OPERATOR(pg_catalog.=) d.objid
+    JOIN pg_catalog.pg_class c ON c.oid OPERATOR(pg_catalog.=) r.ev_class
+    WHERE d.refclassid OPERATOR(pg_catalog.=) 'pg_catalog.pg_proc'::pg_catalog.regclass::pg_catalog.oid
+      AND d.classid OPERATOR(pg_catalog.=) 'pg_catalog.pg_rewrite'::pg_catalog.regclass::pg_catalog.oid
+      AND pg_catalog.starts_with(p.proname::pg_catalog.text, 'infer')
+      AND p.pronamespace OPERATOR(pg_catalog.=) ANY (ARRAY[
+          pg_catalog.to_regnamespace('stratakv'), pg_catalog.to_regnamespace('public')]::pg_catalog.oid[])
     UNION
-    SELECT r.ev_class, c.relkind = 'm'
+    SELECT c.oid, c.relkind OPERATOR(pg_catalog.=) 'm'::pg_catalog."char"
     FROM hidden h
-    JOIN pg_catalog.pg_depend d ON d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass AND d.refobjid = h.oid
-        AND d.classid = 'pg_catalog.pg_rewrite'::pg_catalog.regclass
-    JOIN pg_catalog.pg_rewrite r ON r.oid = d.objid
-    JOIN pg_catalog.pg_class c ON c.oid = r.ev_class
-    WHERE NOT h.is_kept AND r.ev_class <> h.oid)
-SELECT pg_catalog.string_agg(DISTINCT pg_catalog.encode(pg_catalog.convert_to(n.relname, 'UTF8'), 'hex'), ' ')
-           FILTER (WHERE NOT n.is_kept),
-       pg_catalog.string_agg(DISTINCT pg_catalog.encode(pg_catalog.convert_to(n.relname, 'UTF8'), 'hex'), ' ')
-           FILTER (WHERE n.is_kept)
-FROM (SELECT c.relname, h.is_kept FROM hidden h JOIN pg_catalog.pg_class c USING (oid) ORDER BY oid LIMIT %d) n"""
+    JOIN pg_catalog.pg_depend d ON d.refobjid OPERATOR(pg_catalog.=) h.oid
+    JOIN pg_catalog.pg_rewrite r ON r.oid OPERATOR(pg_catalog.=) d.objid
+    JOIN pg_catalog.pg_class c ON c.oid OPERATOR(pg_catalog.=) r.ev_class
+    WHERE NOT h.is_kept AND c.oid OPERATOR(pg_catalog.<>) h.oid
+      AND d.refclassid OPERATOR(pg_catalog.=) 'pg_catalog.pg_class'::pg_catalog.regclass::pg_catalog.oid
+      AND d.classid OPERATOR(pg_catalog.=) 'pg_catalog.pg_rewrite'::pg_catalog.regclass::pg_catalog.oid)
+SELECT pg_catalog.string_agg(n.name, ' ') FILTER (WHERE NOT n.is_kept),
+       pg_catalog.string_agg(n.name, ' ') FILTER (WHERE n.is_kept)
+FROM (
+    SELECT pg_catalog.encode(pg_catalog.convert_to(c.relname::pg_catalog.text, 'UTF8'), 'hex') AS name, h.is_kept
+    FROM hidden h JOIN pg_catalog.pg_class c ON c.oid OPERATOR(pg_catalog.=) h.oid
+    LIMIT %d) n"""
     % NAMES_MAX
 )
 """Views that depend on infer(), through others too; and materialized ones, which call it when they are refreshed."""
@@ -68,7 +72,7 @@ class HiddenCalls:
 
     def may_call(self, message: bytes) -> bool:
         """Whether a message with a statement is worth a look."""
-        if _INFER.search(message) is not None:
+        if _INFER in message.lower():
             return True
         if not self._words and not self._materialized_words:
             return False

@@ -93,7 +93,7 @@ class StatementHints:
         self._book = book
         self._own: set[asyncio.Task[str]] = set()
         self._memo = memo
-        self._found: list[Hint] = []
+        self.found: list[Hint] = []
         """What the passes have put into the memo."""
         self._new: dict[Key, Hint] = {}
         """Found by the pass that runs."""
@@ -132,18 +132,24 @@ class StatementHints:
         site, command = _numbered(command)
         self._first_seen.setdefault(site, len(self._first_seen))
         if not is_repeatable(command):
-            return None
+            return self._stand_in(command)
         key = key_of(command)
         if (hint := self._memo.find(key)) is not None:
             self._num_again += 1
             if not hint.future.done():
                 self._unknown.add(site)
-            return hint.answer
+            return hint.answer if hint.answer is not None else self._stand_in(command)
         if key not in self._new:
             self._add(key, command, self._put_off if self._is_undecided(site) else self._new)
         if key in self._new:
             self._unknown.add(site)
-        return None
+        return self._stand_in(command)
+
+    @staticmethod
+    def _stand_in(command: Infer) -> None:
+        """NULL, for the author of the statement. Other functions may decide by it who sees what. Raises PassEnded."""
+        if command.is_within:
+            raise PassEnded("a function waits for this answer")
 
     def _is_undecided(self, site: int) -> bool:
         """Whether a call may be made only because NULL stood for another's answer, which was asked for first."""
@@ -163,7 +169,7 @@ class StatementHints:
         self._size_bytes = size_bytes
         hint = found[key] = self._hint(key, command)
         if self.is_streaming and self._memo.put(hint):
-            self._found.append(hint)
+            self.found.append(hint)
             self._send([hint])
 
     async def end_pass(self, order_budget_s: float) -> int:
@@ -176,10 +182,10 @@ class StatementHints:
             return len(self._new)  # they have been sent
         if self._put_off:
             self._decide_put_off()
-        if self._found and not self._num_again:
+        if self.found and not self._num_again:
             return 0  # the prompts are others each time: now() may be in them
         new = [hint for hint in self._new.values() if self._memo.put(hint)]
-        self._found += new
+        self.found += new
         await self._order_fields(order_budget_s)
         if self.failure is not None:
             return 0
@@ -300,7 +306,7 @@ class StatementHints:
     def close(self) -> None:
         """The statement has ended."""
         self._stop()
-        self._stats.wasted += self._memo.drop_unanswered(self._found)
+        self._stats.wasted += self._memo.drop_unanswered(self.found)
 
     def _stop(self) -> None:
         self._queue.clear()

@@ -1,7 +1,8 @@
 """The private listener: where infer() calls back to, over dblink. Started by `SqlFront`.
 
 It takes connections from PostgreSQL only: on a Unix socket the kernel names the other side's uid, and everywhere the other
-side must know the key. Keeps its connections; a call belongs to one connection.
+side must know the key. Over a network it is under TLS, with a certificate made at the start, which SCRAM vouches for. Keeps
+its connections; a call belongs to one connection.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from itertools import count
 from pathlib import Path
 
 from dbnode.sql.binding import BindingRegistry
+from dbnode.sql.explain import Explainer, Explaining
 from dbnode.sql.hints import HintStats, StatementHints
 from dbnode.sql.listener_connection import ListenerConnection
 from dbnode.sql.memo import KeptAnswers, MemoLimits
 from dbnode.sql.scram import Verifier
+from dbnode.sql.server_tls import own_tls
 from dbnode.sql.service import InferenceService
 from dbnode.sql.session_hints import SessionHints
 from dbnode.sql.statement_meter import MeteredService, StatementBook, StatementLog
@@ -30,6 +33,7 @@ from stratakv.sqlfunctions import ListenerAddress
 
 log = EventLogger(__name__)
 
+_CERTIFICATE_NAME = "stratakv listener"
 _SALT_BYTES = 16
 _COMMAND_OVERHEAD_BYTES = 256 * 1024
 """Room for names and options beside the prompt."""
@@ -48,6 +52,11 @@ class ListenerLimits:
     memo: MemoLimits
 
     @property
+    def calls_ahead_max(self) -> int:
+        """Of all calls, those made in advance."""
+        return self.calls_max // 2
+
+    @property
     def command_bytes_max(self) -> int:
         """Longest command: base64 in lines of 76 makes 77 bytes of 57."""
         return self.prompt_bytes_max * 77 // 57 + _COMMAND_OVERHEAD_BYTES
@@ -64,6 +73,7 @@ class Listener:
         registry: BindingRegistry,
         book: StatementBook,
         statements: StatementLog | None,
+        explainer: Explainer | None,
         *,
         postgres_uid: int,
     ) -> None:
@@ -72,8 +82,12 @@ class Listener:
         self.service = MeteredService(service, book)
         self.book = book
         self.statements = statements
+        self.explainer = explainer
+        self.explaining: set[Explaining] = set()
         self.registry = registry
         self.postgres_uid = postgres_uid
+        self.tls = own_tls(_CERTIFICATE_NAME) if address.tls else None
+        """Demanded of everybody, if there is one."""
         self.verifier = Verifier.of(address.key, os.urandom(_SALT_BYTES))
         self.connections: set[ListenerConnection] = set()
         self.tasks: set[asyncio.Task[str]] = set()
@@ -99,7 +113,8 @@ class Listener:
         )
 
     def _num_free(self) -> int:
-        return 0 if self.draining else max(0, self.limits.calls_max - len(self.tasks))
+        """For calls that no statement waits for yet: they never take the room of those that one does."""
+        return 0 if self.draining else max(0, self.limits.calls_ahead_max - len(self.tasks))
 
     def next_number(self) -> int:
         """Of a connection, for its name."""

@@ -16,30 +16,48 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, cast
 
 from dbnode.sql.binding import SessionBinding
-from dbnode.sql.commands import Bind, Infer, Poll, SetEncoding, Statements, Status, answer_reply, parse_command, reply
-from dbnode.sql.errors import MessageTooLong, ProtocolViolation
+from dbnode.sql.commands import (
+    Bind,
+    Explain,
+    Explained,
+    Infer,
+    Poll,
+    Probe,
+    SetEncoding,
+    Statements,
+    Status,
+    answer_reply,
+    parse_command,
+    reply,
+)
+from dbnode.sql.errors import MessageTooLong, ProtocolViolation, TlsRequired
+from dbnode.sql.explain import Explaining
 from dbnode.sql.hints import StatementHints
 from dbnode.sql.memo import Hint
 from dbnode.sql.messages import (
+    AuthenticationCode,
     Kind,
     MessageReader,
     Severity,
+    authentication,
     cstring,
     error_response,
-    int32,
     message,
     parameter_status,
     ready_for_query,
 )
-from dbnode.sql.scram import MECHANISM, ScramFailed, ScramServer
+from dbnode.sql.scram import MECHANISM, MECHANISM_PLUS, ScramFailed, ScramServer
 from dbnode.sql.service import InferCall
-from dbnode.sql.startup import StartupKind, StartupReader
+from dbnode.sql.sockets import keep_alive
+from dbnode.sql.startup import TLS_DECLINED, TLS_GIVEN, StartupKind, StartupReader
 from dbnode.sql.statement_meter import StatementMeter
+from dbnode.sql.tls_transport import TlsTransport
 from stratakv.errors import Cancelled, ContextTooLong, Overloaded, PermissionDenied, StrataError, Unavailable
 from stratakv.log import EventLogger
 
 if TYPE_CHECKING:
     from dbnode.sql.listener import Listener
+    from dbnode.sql.server_tls import ServerTls
 
 log = EventLogger(__name__)
 
@@ -54,7 +72,6 @@ _LOGIN_MESSAGE_BYTES_MAX = 4096
 _NONCE_BYTES = 18
 _PEER_CREDENTIALS = struct.Struct("3i")
 _SERVER_VERSION = "15.0"
-_AUTH_OK, _AUTH_SASL, _AUTH_SASL_CONTINUE, _AUTH_SASL_FINAL = 0, 10, 11, 12
 
 
 class _Phase(enum.Enum):
@@ -72,12 +89,16 @@ class ListenerConnection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._phase = _Phase.STARTUP
         self._startup = StartupReader()
+        self._declined: set[StartupKind] = set()
         self._messages = MessageReader(_LOGIN_MESSAGE_BYTES_MAX)
-        self._scram = ScramServer(listener.verifier, secrets.token_urlsafe(_NONCE_BYTES))
+        self._mechanism = MECHANISM if listener.tls is None else MECHANISM_PLUS
+        digest = None if listener.tls is None else listener.tls.end_point.digest
+        self._scram = ScramServer(listener.verifier, secrets.token_urlsafe(_NONCE_BYTES), digest)
         self._name = f"direct-{listener.next_number()}"
         self._binding: SessionBinding | None = None
         self._call: asyncio.Task[str] | None = None
         self._call_pid: int | None = None
+        self._explaining = Explaining(listener.explainer, listener.explaining)
         self._is_asked = False
         """PostgreSQL waits for our answer now."""
         self._timer: asyncio.TimerHandle | None = None
@@ -94,7 +115,10 @@ class ListenerConnection(asyncio.Protocol):
     # Connection
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Somebody is there, or has ended the TLS handshake."""
         self._transport = cast(asyncio.Transport, transport)
+        if isinstance(transport, TlsTransport):
+            return
         listener = self._listener
         self._set_timer(LOGIN_TIMEOUT_S, self.close)
         peer = transport.get_extra_info("socket")
@@ -105,8 +129,7 @@ class ListenerConnection(asyncio.Protocol):
                 log.warning("listener_peer_refused", uid=uid, expected_uid=listener.postgres_uid)
                 self._refuse(PermissionDenied("this socket is for PostgreSQL only"))
                 return
-        else:
-            peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        keep_alive(transport)
         if len(listener.connections) >= listener.limits.connections_max:
             self._refuse(Overloaded("the DB node takes no more connections"))
             return
@@ -115,6 +138,7 @@ class ListenerConnection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._listener.connections.discard(self)
         self._drop_call()
+        self._explaining.drop()
         if self._binding is not None and self._binding.caller is self:
             self._binding.caller = None
 
@@ -138,21 +162,47 @@ class ListenerConnection(asyncio.Protocol):
                 self._messages.feed(data)
             if self._phase is not _Phase.STARTUP:
                 self._read_messages()
-        except (ProtocolViolation, ScramFailed) as error:
+        except (ProtocolViolation, PermissionDenied) as error:
             log.warning("listener_connection_refused", reason=error.message)
             self._refuse(error)
 
     def _read_startup(self) -> None:
         while self._phase is _Phase.STARTUP and (packet := self._startup.next_packet()) is not None:
             if packet.kind is StartupKind.SESSION:
-                self._phase = _Phase.SCRAM_FIRST
-                mechanisms = cstring(MECHANISM) + b"\0"
-                self._transport.write(message(b"R", int32(_AUTH_SASL) + mechanisms))
-                self._messages.feed(self._startup.take_rest())
+                self._ask_for_key()
             elif packet.kind is StartupKind.CANCEL:
                 raise ProtocolViolation("nothing can be cancelled here")
+            elif packet.kind is StartupKind.TLS and self._listener.tls is not None:
+                self._start_tls(self._listener.tls)
+            elif packet.kind in self._declined:
+                raise ProtocolViolation("encryption was declined already")
             else:
-                self._transport.write(b"N")
+                self._declined.add(packet.kind)
+                self._transport.write(TLS_DECLINED)
+
+    def _start_tls(self, offered: ServerTls) -> None:
+        if self._startup.take_rest() or isinstance(self._transport, TlsTransport):
+            raise ProtocolViolation("received unencrypted data after a request for TLS")
+        self._transport.pause_reading()
+        self._transport.write(TLS_GIVEN)
+        tls = offered.wrap(self._transport, self)
+        tls.opened.add_done_callback(self._on_tls_opened)
+        tls.start()
+
+    def _on_tls_opened(self, opened: asyncio.Future[None]) -> None:
+        if (error := opened.exception()) is not None:
+            log.warning("listener_connection_refused", reason=f"TLS fails: {error}")
+            self.connection_lost(None)
+
+    def _ask_for_key(self) -> None:
+        if self._listener.tls is not None and not isinstance(self._transport, TlsTransport):
+            raise TlsRequired(
+                "the DB node's listener demands TLS, which this database does not know of",
+                hint="Run `stratakv install` again, with the settings of the DB node.",
+            )
+        self._phase = _Phase.SCRAM_FIRST
+        self._transport.write(authentication(AuthenticationCode.SASL, cstring(self._mechanism) + b"\0"))
+        self._messages.feed(self._startup.take_rest())
 
     def _read_messages(self) -> None:
         while not self._transport.is_closing():
@@ -178,19 +228,19 @@ class ListenerConnection(asyncio.Protocol):
             raise ProtocolViolation("expected an answer to the authentication request")
         if self._phase is _Phase.SCRAM_FIRST:
             mechanism, _, rest = payload.partition(b"\0")
-            if mechanism != MECHANISM.encode():
-                raise ScramFailed(f"expected {MECHANISM}")
-            server_first = self._scram.first(rest[4:])
+            if mechanism != self._mechanism.encode():
+                raise ScramFailed(f"expected {self._mechanism}")
+            server_first = self._scram.first(rest[4:], self._mechanism)
             self._phase = _Phase.SCRAM_FINAL
-            self._transport.write(message(b"R", int32(_AUTH_SASL_CONTINUE) + server_first))
+            self._transport.write(authentication(AuthenticationCode.SASL_CONTINUE, server_first))
             return
         server_final = self._scram.final(payload)
         self._phase = _Phase.READY
         self._set_timer(None)
         self._messages = MessageReader(self._listener.limits.command_bytes_max, skip_too_long=True)
         self._transport.write(
-            message(b"R", int32(_AUTH_SASL_FINAL) + server_final)
-            + message(b"R", int32(_AUTH_OK))
+            authentication(AuthenticationCode.SASL_FINAL, server_final)
+            + authentication(AuthenticationCode.OK)
             + parameter_status("server_version", _SERVER_VERSION)
             + parameter_status("server_encoding", "UTF8")
             + parameter_status("client_encoding", "UTF8")
@@ -216,6 +266,18 @@ class ListenerConnection(asyncio.Protocol):
                 case Statements():
                     self._drop_call()
                     self._start(_read_statements(self._listener, command.role), command.pid)
+                case Explain():
+                    self._drop_call()
+                    begun = self._explaining.begin(
+                        command.query, command.names, command.role, command.database, command.pid
+                    )
+                    self._transport.write(reply(Status.OK, begun))
+                case Probe():
+                    self._explaining.probe(command)
+                    self._transport.write(reply(Status.OK))
+                case Explained():
+                    self._drop_call()
+                    self._start(self._explaining.end(command), command.pid)
                 case SetEncoding():
                     self._transport.write(message(b"C", cstring("SET")) + ready_for_query())
         except ProtocolViolation:
@@ -225,6 +287,7 @@ class ListenerConnection(asyncio.Protocol):
 
     def _start_call(self, command: Infer) -> None:
         self._drop_call()
+        self._explaining.drop()  # what was explained has ended without telling us
         listener = self._listener
         if listener.draining:
             raise Unavailable("the DB node is shutting down", hint="Run the statement again.")

@@ -15,25 +15,30 @@ from dbnode.sql.client_batch import Batch
 from dbnode.sql.hidden_calls import LEARN
 from dbnode.sql.messages import TRANSACTION_IDLE, TRANSACTION_OPEN
 from dbnode.sql.own_exchange import OwnExchange, OwnStatement, text_columns, text_parameters
+from dbnode.sql.trust import DEMAND_OUR_BIND, NULL_HIDES_ROWS
 
 _PREFIX = "stratakv_gateway_"
 _OFF = ("off", "false", "no", "0")
 _ON = ("on", "true", "yes", "1")
 _BIND = b"SELECT stratakv.bind($1, $2)"
-_CHECK = b"""\
+_CHECK = f"""\
 SELECT NOT EXISTS (
-         SELECT FROM pg_catalog.pg_proc WHERE provolatile = 'v' AND proname = ANY ($1::pg_catalog.name[])),
+         SELECT FROM pg_catalog.pg_proc p WHERE p.provolatile OPERATOR(pg_catalog.=) 'v'::pg_catalog."char"
+         AND p.proname OPERATOR(pg_catalog.=) ANY ($1::pg_catalog.name[]))
+       AND ({NULL_HIDES_ROWS}),
        pg_catalog.current_setting('stratakv.hints', true),
-       CASE WHEN pg_catalog.current_setting('stratakv.stream', true) <> '' AND EXISTS (
-           SELECT FROM pg_catalog.pg_proc WHERE pronamespace = pg_catalog.to_regnamespace('stratakv')
-               AND proname = 'infer' AND pg_catalog.strpos(prosrc, 'flush') > 0)
-           THEN pg_catalog.current_setting('stratakv.stream') END,
-       (1000 * EXTRACT(epoch FROM pg_catalog.current_setting('statement_timeout')::interval))::bigint,
-       (1000 * EXTRACT(epoch FROM pg_catalog.current_setting('idle_session_timeout')::interval))::bigint,
-       (1000 * EXTRACT(epoch FROM
-               pg_catalog.current_setting('idle_in_transaction_session_timeout')::interval))::bigint,
-       (1000 * EXTRACT(epoch FROM pg_catalog.current_setting('transaction_timeout', true)::interval))::bigint,
-       (1000 * EXTRACT(epoch FROM pg_catalog.clock_timestamp() - pg_catalog.now()))::bigint"""
+       CASE WHEN EXISTS (
+           SELECT FROM pg_catalog.pg_proc p
+           WHERE p.pronamespace OPERATOR(pg_catalog.=) pg_catalog.to_regnamespace('stratakv')::pg_catalog.oid
+             AND p.proname OPERATOR(pg_catalog.=) 'infer'::pg_catalog.name
+             AND pg_catalog.strpos(p.prosrc, 'flush') OPERATOR(pg_catalog.>) 0)
+           THEN pg_catalog.current_setting('stratakv.stream', true) END,
+       EXTRACT(epoch FROM pg_catalog.current_setting('statement_timeout')::interval),
+       EXTRACT(epoch FROM pg_catalog.current_setting('idle_session_timeout')::interval),
+       EXTRACT(epoch FROM pg_catalog.current_setting('idle_in_transaction_session_timeout')::interval),
+       EXTRACT(epoch FROM pg_catalog.current_setting('transaction_timeout', true)::interval),
+       EXTRACT(epoch FROM pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) pg_catalog.now())""".encode()
+"""The client's search_path holds while it runs; see `dbnode.sql.trust`."""
 _BEGIN = OwnStatement(_PREFIX + "begin", b"BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY NOT DEFERRABLE")
 _ROLLBACK = OwnStatement(_PREFIX + "rollback", b"ROLLBACK")
 _SAVEPOINT = OwnStatement(_PREFIX + "savepoint", b"SAVEPOINT stratakv_gateway")
@@ -58,6 +63,8 @@ class Circumstances:
     """What the check found; None for no limit."""
 
     may_collect: bool
+    checked_s: float
+    """When it began, on the event loop's clock."""
     may_stream: bool = False
     statement_s: float | None = None
     """Longest time of a statement."""
@@ -72,8 +79,10 @@ class Circumstances:
 
 
 def bind_exchange(within: Within, nonce: str, listener: str) -> OwnExchange:
-    """Tie the session to its connection of the listener."""
-    return _exchange(within, OwnStatement(_PREFIX + "bind", _BIND, parameters=text_parameters([nonce, listener])))
+    """Tie the session to its connection of the listener, if the function that does it is ours."""
+    demand = OwnStatement(_PREFIX + "demand", DEMAND_OUR_BIND)
+    bind = OwnStatement(_PREFIX + "bind", _BIND, parameters=text_parameters([nonce, listener]))
+    return _exchange(within, demand, bind)
 
 
 def learn_exchange() -> OwnExchange:
@@ -88,25 +97,25 @@ def check_exchange(within: Within, functions: Iterable[str], *, sync_first: bool
     return _exchange(within, check, sync_first=sync_first)
 
 
-def _exchange(within: Within, statement: OwnStatement, *, sync_first: bool = False) -> OwnExchange:
-    """Of a statement that is no pass, and needs no transaction."""
+def _exchange(within: Within, *statements: OwnStatement, sync_first: bool = False) -> OwnExchange:
+    """Of statements that are no pass, and need no transaction."""
     if within is Within.NOTHING:
-        return OwnExchange([statement], sync_first=sync_first)
-    return OwnExchange([_SAVEPOINT, statement], _end(within), sync_first=sync_first)
+        return OwnExchange(statements, sync_first=sync_first)
+    return OwnExchange([_SAVEPOINT, *statements], _end(within), sync_first=sync_first)
 
 
-def circumstances(exchange: OwnExchange, within: Within) -> Circumstances:
+def circumstances(exchange: OwnExchange, within: Within, checked_s: float) -> Circumstances:
     """Of a check that is done."""
     if exchange.row is None:
-        return Circumstances(may_collect=False)
-    is_stable, hints, stream, *times = text_columns(exchange.row)
-    may_collect = is_stable == "t" and (hints or "on").lower() not in _OFF
+        return Circumstances(may_collect=False, checked_s=checked_s)
+    may_look, hints, stream, *times = text_columns(exchange.row)
+    may_collect = may_look == "t" and (hints or "on").lower() not in _OFF
     may_stream = (stream or "off").lower() in _ON
     statement_s, idle_s, idle_in_transaction_s, transaction_s, age_s = (_seconds(time) for time in times)
     if within is Within.NOTHING:
-        return Circumstances(may_collect, may_stream, statement_s, idle_s)
+        return Circumstances(may_collect, checked_s, may_stream, statement_s, idle_s)
     left_s = None if transaction_s is None else transaction_s - (age_s or 0.0)
-    return Circumstances(may_collect, may_stream, statement_s, idle_in_transaction_s, left_s)
+    return Circumstances(may_collect, checked_s, may_stream, statement_s, idle_in_transaction_s, left_s)
 
 
 def pass_exchange(within: Within, batch: Batch, select: str, timeout_s: float) -> OwnExchange:
@@ -131,9 +140,9 @@ def _end(within: Within) -> Sequence[OwnStatement]:
     return (_ROLLBACK,) if within is Within.NOTHING else (_ROLLBACK_TO, _RELEASE)
 
 
-def _seconds(milliseconds: str | None) -> float | None:
+def _seconds(text: str | None) -> float | None:
     """None for no timeout."""
-    return int(milliseconds) / 1000 if milliseconds is not None and int(milliseconds) > 0 else None
+    return float(text) if text is not None and float(text) > 0 else None
 
 
 def _quoted(name: str) -> str:

@@ -6,20 +6,26 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from itertools import count
 
+from dbnode.sql.admin.console import AdminConsole
+from dbnode.sql.admin.login import wants_admin, with_database
+from dbnode.sql.auth_file import AuthFile
 from dbnode.sql.backend import BackendAddress
 from dbnode.sql.binding import BindingRegistry
-from dbnode.sql.errors import AdminShutdown, BackendUnreachable, TooManyClients
+from dbnode.sql.errors import AdminShutdown, BackendUnreachable, IdleTimeout, TooManyClients
 from dbnode.sql.handshake import ClientHandshake
 from dbnode.sql.hidden_calls import DATABASES_MAX, HiddenCalls
 from dbnode.sql.messages import Severity, error_response
+from dbnode.sql.passthrough import Passage
+from dbnode.sql.server_tls import ClientTls
 from dbnode.sql.session import Session
+from dbnode.sql.session_facts import Traffic
 from dbnode.sql.session_hints import SessionHints
-from dbnode.sql.startup import CancelKey, StartupPacket, cancel_request
+from dbnode.sql.startup import TLS_DECLINED, TLS_GIVEN, CancelKey, StartupPacket, cancel_request
 from dbnode.sql.statement_meter import StatementBook
-from stratakv.errors import StrataError
+from stratakv.errors import SetupError, StrataError
 from stratakv.log import EventLogger
 from stratakv.process import port_taken
-from stratakv.settings import SqlSettings
+from stratakv.settings import SqlSettings, TlsMode
 
 log = EventLogger(__name__)
 
@@ -29,6 +35,9 @@ CANCELS_AGAIN_MAX = 20
 CANCEL_AGAIN_S = 0.05
 """A cancel is repeated so often, in such intervals, while a statement runs that was held when it came."""
 _BACKLOG = 1024
+_IDLE_CHECKS = 4
+"""Looks at the sessions within one idle timeout."""
+_IDLE_CHECK_S_MAX = 10.0
 
 
 class Relay:
@@ -45,15 +54,24 @@ class Relay:
         is_calling: Callable[[int], bool],
         make_hints: Callable[[str], SessionHints],
         book: StatementBook,
+        login_database: str,
     ) -> None:
+        """Raises SetupError."""
         self.settings = settings
         self.registry = registry
         self.listener_name = listener_name
         self.trusted_backend = trusted_backend
         self.make_hints = make_hints
         self.book = book
+        self.traffic: dict[str, Traffic] = {}
+        """By database."""
+        self._login_database = login_database
         self.draining = False
         self.handshakes: set[ClientHandshake] = set()
+        self.passages: set[Passage] = set()
+        """Clients whose TLS is PostgreSQL's own."""
+        self.tls = ClientTls(settings)
+        self.auth_file = AuthFile(settings.auth_file)
         self._address = address
         self._is_calling = is_calling
         self._sessions: set[Session] = set()
@@ -63,10 +81,28 @@ class Relay:
         self._numbers = count(1)
         self._server: asyncio.Server | None = None
         self._emptied = asyncio.Event()
+        if settings.tls_mode is TlsMode.PASSTHROUGH and address.socket_path is not None:
+            raise SetupError(
+                "sql.tls_mode = passthrough: PostgreSQL has no TLS on a Unix socket",
+                hint="Give sql.backend_url a host.",
+            )
+
+    @property
+    def backend_address(self) -> BackendAddress:
+        """Where PostgreSQL is."""
+        return self._address
+
+    @property
+    def sessions(self) -> tuple[Session, ...]:
+        return tuple(self._sessions)
+
+    def traffic_of(self, database: str) -> Traffic:
+        """PostgreSQL knows the database, so they are not endlessly many."""
+        return self.traffic.setdefault(database, Traffic())
 
     @property
     def num_sessions(self) -> int:
-        return len(self._sessions)
+        return len(self._sessions) + len(self.passages)
 
     @property
     def port(self) -> int:
@@ -82,6 +118,17 @@ class Relay:
             self._server = await loop.create_server(lambda: ClientHandshake(self), host, port, backlog=_BACKLOG)
         except OSError as error:
             raise port_taken(host, port, "sql.port") from error
+        if self.settings.client_idle_timeout_s > 0:
+            self._spawn(self._end_idle_sessions(self.settings.client_idle_timeout_s))
+
+    def reload(self) -> None:
+        """Read certificate and verifiers again; sessions that are open keep theirs."""
+        for what in (self.tls, self.auth_file):
+            try:
+                what.reload()
+            except SetupError as error:
+                log.error("reload_failed", reason=error.message, hint=error.hint)
+        log.info("reloaded")
 
     # What a new client asks for
 
@@ -94,20 +141,28 @@ class Relay:
 
     def open_session(self, transport: asyncio.Transport, packet: StartupPacket, rest: bytes) -> None:
         """Connect a backend for the client; its reading is paused until then."""
-        error: StrataError | None = None
-        if self.draining:
-            error = AdminShutdown("the DB node is shutting down")
-        elif len(self._sessions) >= self.settings.clients_max:
-            error = TooManyClients("sorry, too many clients already", hint="Raise sql.clients_max.")
-        if error is not None:
+        if (error := self._why_not()) is not None:
             transport.write(error_response(error, Severity.FATAL))
             transport.close()
             return
+        is_admin = wants_admin(packet, self.settings.admin_database)
+        if is_admin:
+            packet = with_database(packet, self._login_database)
         session = Session(self, f"sql-{next(self._numbers)}", packet, rest)
+        if is_admin:
+            session.console = AdminConsole(session)
         self._sessions.add(session)
         session.client.attach(transport)
         transport.set_protocol(session.client)
         self._spawn(self._connect(session))
+
+    def _why_not(self) -> StrataError | None:
+        """Why no session may be opened."""
+        if self.draining:
+            return AdminShutdown("the DB node is shutting down")
+        if self.num_sessions >= self.settings.clients_max:
+            return TooManyClients("sorry, too many clients already", hint="Raise sql.clients_max.")
+        return None
 
     async def _connect(self, session: Session) -> None:
         try:
@@ -117,6 +172,37 @@ class Relay:
             session.end(error)
         else:
             session.start_login()
+
+    def start_passage(self, handshake: ClientHandshake, transport: asyncio.Transport, received: bytes) -> None:
+        """Let PostgreSQL answer a client that asks for TLS, or has begun with it; its reading is paused."""
+        self._spawn(self._open_passage(handshake, transport, received))
+
+    async def _open_passage(self, handshake: ClientHandshake, transport: asyncio.Transport, received: bytes) -> None:
+        """To a client that awaits TLS no error can be told."""
+        reason = self._why_not()
+        if reason is None:
+            try:
+                backend, answer = await self._address.open_tls_passage(direct=bool(received))
+            except BackendUnreachable as error:
+                reason = error
+        if reason is not None:
+            log.warning("passage_refused", reason=reason.message)
+            handshake.close()
+        elif transport.is_closing():
+            backend.abort()
+        elif answer == TLS_DECLINED:
+            backend.abort()
+            handshake.decline()
+            handshake.go_on()
+        elif answer != (b"" if received else TLS_GIVEN):
+            backend.abort()
+            handshake.close()
+        else:
+            handshake.hand_over()
+            transport.write(answer)
+            passage = Passage(self)
+            self.passages.add(passage)
+            passage.start(transport, backend, received)
 
     def start_cancel(self, handshake: ClientHandshake, packet: StartupPacket) -> None:
         self._spawn(self._pass_cancel_on(handshake, packet))
@@ -147,6 +233,23 @@ class Relay:
         finally:
             handshake.close()
 
+    async def _end_idle_sessions(self, timeout_s: float) -> None:
+        """A look now and then, so that no message has to be timed: a session gets up to a quarter more."""
+        loop = asyncio.get_running_loop()
+        idle_since: dict[Session, float] = {}
+        while True:
+            await asyncio.sleep(min(timeout_s / _IDLE_CHECKS, _IDLE_CHECK_S_MAX))
+            now = loop.time()
+            before, idle_since = idle_since, {}
+            for session in tuple(self._sessions):
+                if not session.is_idle or session.client.is_touched:
+                    session.client.is_touched = False
+                    idle_since[session] = now
+                elif now - before.get(session, now) >= timeout_s:
+                    session.end(IdleTimeout("terminating connection due to idle-session timeout of the DB node"))
+                else:
+                    idle_since[session] = before.get(session, now)
+
     # What sessions tell
 
     def on_login(self, session: Session) -> None:
@@ -157,7 +260,14 @@ class Relay:
         self._sessions.discard(session)
         if session.cancel_key is not None and self._by_key.get(session.cancel_key) is session:
             del self._by_key[session.cancel_key]
-        if not self._sessions:
+        self._check_emptied()
+
+    def on_passage_close(self, passage: Passage) -> None:
+        self.passages.discard(passage)
+        self._check_emptied()
+
+    def _check_emptied(self) -> None:
+        if not self.num_sessions:
             self._emptied.set()
 
     def calls_of(self, packet: StartupPacket) -> HiddenCalls:
@@ -195,13 +305,15 @@ class Relay:
         if self._server is not None:
             self._server.close()
         self._end_sessions(only_idle=True)
-        if self._sessions:
+        if self.num_sessions:
             self._emptied.clear()
             try:
                 async with asyncio.timeout(grace_s):
                     await self._emptied.wait()
             except TimeoutError:
-                log.warning("drain_grace_over", sessions=len(self._sessions))
+                log.warning("drain_grace_over", sessions=self.num_sessions)
+        for passage in tuple(self.passages):
+            passage.close()
         self._end_sessions(only_idle=False)
 
     def _end_sessions(self, *, only_idle: bool) -> None:

@@ -6,13 +6,15 @@ After login only message boundaries are followed, to know when the session is id
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from dbnode.sql.admin.console import AdminConsole
 from dbnode.sql.binding import SessionBinding
 from dbnode.sql.errors import AdminShutdown, BackendLost, StartupTimeout
 from dbnode.sql.hidden_calls import REFRESH_S, HiddenCalls, changes_views
-from dbnode.sql.login import LoginReader
+from dbnode.sql.login import Legs, Login
 from dbnode.sql.looking_ahead import Lookahead
 from dbnode.sql.messages import (
     TRANSACTION_FAILED,
@@ -27,9 +29,11 @@ from dbnode.sql.normalise import normalised
 from dbnode.sql.notice_filter import NoticeFilter
 from dbnode.sql.own_exchange import OwnExchange, text_columns
 from dbnode.sql.own_statements import Within, bind_exchange, learn_exchange
+from dbnode.sql.session_facts import Traffic
 from dbnode.sql.session_hints import SessionHints
 from dbnode.sql.sides import FOLLOWED, BackendSide, ClientSide, Phase
 from dbnode.sql.startup import CancelKey, StartupPacket
+from dbnode.sql.tls_transport import end_point_of
 from stratakv.errors import StrataError
 from stratakv.log import EventLogger
 
@@ -42,6 +46,9 @@ _CLIENT_WATCHED = frozenset({Kind.QUERY, Kind.SYNC, Kind.FUNCTION_CALL, Kind.TER
 _BACKEND_WATCHED = frozenset({Kind.READY_FOR_QUERY, Kind.COPY_IN_RESPONSE, Kind.ERROR_RESPONSE})
 _SETTLED = frozenset({0, Kind.PASSWORD, Kind.QUERY, Kind.SYNC, Kind.FUNCTION_CALL})
 """Kinds of a client's last message after which nothing is half said."""
+_TEXT_BEARING = frozenset({int(Kind.QUERY), int(Kind.PARSE)})
+# Plain numbers: what every message is compared with must not be looked up in an enum.
+_READY_FOR_QUERY, _TERMINATE = int(Kind.READY_FOR_QUERY), int(Kind.TERMINATE)
 _DESCRIBED = frozenset({Kind.ROW_DESCRIPTION, Kind.NO_DATA})
 
 
@@ -74,12 +81,18 @@ class Session:
         """By a statement of this session, since that was learned."""
         self.lookahead: Lookahead | None = None
         """Once there is a session to look ahead in."""
+        self.console: AdminConsole | None = None
+        """Of a client of the admin database."""
+        self.traffic = Traffic()
+        """Of its database, once it is let in."""
+        self.connected_at_s = time.time()
         self._is_metered = False
         """A statement that may call infer() is under way."""
         self._wants_bind = False
         self._nonce = ""
         self._on_own_done: Callable[[], None]
-        self._login = LoginReader(trusted=relay.trusted_backend)
+        user = packet.parameters.get("user", "")
+        self._login = Login(trusted=relay.trusted_backend, user=user, verifier=relay.auth_file.get(user))
         self._num_expected = 0
         """ReadyForQuery that are still to come."""
         self._loop = asyncio.get_running_loop()
@@ -88,7 +101,14 @@ class Session:
     @property
     def is_idle(self) -> bool:
         """Outside a transaction, with nothing under way in either direction."""
-        return self.is_between and self.backend.walker.transaction_status == TRANSACTION_IDLE
+        return self.phase is Phase.ADMIN or (
+            self.is_between and self.backend.walker.transaction_status == TRANSACTION_IDLE
+        )
+
+    @property
+    def is_busy(self) -> bool:
+        """PostgreSQL has something to do for it."""
+        return bool(self._num_expected) or self.exchange is not None
 
     @property
     def is_between(self) -> bool:
@@ -123,17 +143,24 @@ class Session:
             self.backend.close()
             return
         self.phase = Phase.LOGIN
+        self._login.legs = Legs(end_point_of(self.client.transport), end_point_of(self.backend.transport))
         self.backend.write(self.packet.raw)
         self._feed_held()
         self.client.read_on()
 
     def on_login_data(self, data: bytes) -> None:
-        forward, rest = self._login.feed(data)
-        self.client.write(forward)
+        for_client, for_backend, rest = self._login.feed(data)
+        self.client.write(for_client)
+        self.backend.write(for_backend)
         if not self._login.done:
             return
         self._timer.cancel()
         self.cancel_key = self._login.cancel_key
+        if self.console is not None:
+            self.phase = Phase.ADMIN
+            self.console.start()
+            return
+        self.traffic = self.relay.traffic_of(self.packet.database)
         self.phase = Phase.REPLICATION if self.packet.is_replication else Phase.OPEN
         self.backend.walker.transaction_status = TRANSACTION_IDLE
         if self.cancel_key is not None and self.phase is Phase.OPEN:
@@ -147,20 +174,51 @@ class Session:
         if rest:
             self.backend.data_received(rest)
 
+    def on_client_login_data(self, data: bytes) -> None:
+        for_backend, for_client = self._login.feed_client(data)
+        self.backend.write(for_backend)
+        self.client.write(for_client)
+
     def _on_timeout(self) -> None:
         self.end(StartupTimeout("login took too long"))
 
     # Ordinary traffic
 
+    def is_plain(self, data: bytes) -> bool:
+        """Whether nothing in `data`, which starts a message, is for the gateway: then it is forwarded."""
+        if self.calls.is_stale or self.has_changed_views:
+            return False
+        if data[0] in _TEXT_BEARING and self.calls.may_call(data):
+            return False
+        wants_bind = self._wants_bind and self.may_bind
+        return not (wants_bind or (self.lookahead is not None and self.lookahead.remembers))
+
+    def keeps(self, data: bytes) -> bool:
+        """Whether `data`, which starts a message, waits here while the session is bound, or looked ahead in."""
+        if (self.calls.is_stale or self.has_changed_views) and self.must_learn(data):
+            self.start_learning(data)
+            return True
+        if self.may_bind and self.must_bind(data):
+            self.start_bind(data)
+            return True
+        if self.lookahead is not None and self.lookahead.wants(data):
+            self.phase = Phase.HOLDING
+            self.lookahead.hold(data)
+            return True
+        return False
+
     def on_client_messages(self, kinds: list[int]) -> None:
-        self._num_expected += len(kinds) - kinds.count(Kind.TERMINATE)
+        self._num_expected += len(kinds) - kinds.count(_TERMINATE)
 
     def on_backend_messages(self, kinds: list[int]) -> None:
-        if self.binding is not None and self.binding.hints is not None:
-            self._end_hints(self.binding.hints, kinds)
+        binding = self.binding
+        if binding is not None and binding.hints is not None and binding.hints.is_used:
+            self._end_hints(binding.hints, kinds)
+        self.backend.walker.was_idle = False
         for kind in kinds:
-            if kind == Kind.READY_FOR_QUERY:
+            if kind == _READY_FOR_QUERY:
                 self._num_expected -= 1
+                self.traffic.num_queries += 1
             elif kind == Kind.COPY_IN_RESPONSE and self.client.walker.last_kind == Kind.SYNC and self._num_expected > 0:
                 self._num_expected -= 1  # COPY has started: PostgreSQL ignores the Sync that came with it
         if self._num_expected < 0:
@@ -169,8 +227,8 @@ class Session:
         if self._num_expected == 0:
             if self._is_metered:
                 self._statement_ends()
-            if self.binding is not None and self.binding.caller is not None:
-                self.binding.caller.statement_ended()
+            if binding is not None and binding.caller is not None:
+                binding.caller.statement_ended()
             if self.phase is Phase.PLANNING:
                 self._end_planning()
             if self.relay.draining and self.is_idle:
@@ -182,8 +240,9 @@ class Session:
         if Kind.READY_FOR_QUERY in kinds:
             hints.end_statement()
             if self.backend.walker.was_idle:
-                self.backend.walker.was_idle = False
                 hints.end_transaction()
+                if self.lookahead is not None:
+                    self.lookahead.transaction_ended()
 
     # Statistics
 
@@ -301,6 +360,8 @@ class Session:
         """The batch that is held fails, as the transaction has; `rest` follows it. Raises ProtocolViolation."""
         self.backend.walker.transaction_status = TRANSACTION_FAILED
         self.client.write(error + ready_for_query(TRANSACTION_FAILED))
+        if self._is_metered:
+            self._statement_ends()
         self.go_on(rest)
 
     @property
@@ -352,12 +413,16 @@ class Session:
         self._close()
 
     def on_backend_lost(self) -> None:
-        if self.phase is Phase.CLOSED:
+        if self.phase is Phase.CLOSED or (self.console is not None and self.console.is_open):
             return
         if self.exchange is not None and self.exchange.has_ended_session:
             self.client.write(self.exchange.last_error)
         elif self.phase in FOLLOWED and self.backend.walker.last_kind != Kind.ERROR_RESPONSE:
             self._tell_loss()
+        self._close()
+
+    def client_left(self) -> None:
+        """It has said goodbye to the admin database."""
         self._close()
 
     def _tell_loss(self) -> None:

@@ -1,5 +1,8 @@
 """The two ends of a session: what each does with the bytes that arrive, by the session's phase. Made by `Session`.
 
+All traffic comes through `data_received`: for an open session it decides on the first byte and one search, then forwards
+the buffer as it came.
+
 What is written to one side while its buffer is full stops the reading of the other.
 """
 
@@ -9,8 +12,9 @@ import asyncio
 import enum
 from typing import TYPE_CHECKING, cast
 
-from dbnode.sql.errors import PasswordlessLogin, ProtocolViolation
+from dbnode.sql.errors import ProtocolViolation
 from dbnode.sql.messages import MessageWalker
+from stratakv.errors import PermissionDenied
 
 if TYPE_CHECKING:
     from dbnode.sql.session import Session
@@ -36,9 +40,12 @@ class Phase(enum.Enum):
     PLANNING = enum.auto()
     """PostgreSQL plans a statement and does not run it; what the client sends after it is held."""
     REPLICATION = enum.auto()
+    ADMIN = enum.auto()
+    """In the admin database: PostgreSQL is not asked any more."""
     CLOSED = enum.auto()
 
 
+_OPEN = Phase.OPEN  # a name of the module is found faster than a member of an enum
 FOLLOWED = frozenset({Phase.OPEN, Phase.HOLDING, Phase.COLLECTING, Phase.PLANNING})
 """Phases in which both sides are an ordinary session's."""
 
@@ -87,38 +94,30 @@ class Side(asyncio.Protocol):
 class ClientSide(Side):
     """The client's connection."""
 
+    is_touched = False
+    """Something has come since this was last reset."""
+
     def data_received(self, data: bytes) -> None:
         session = self.session
+        self.is_touched = True
         try:
-            if session.phase is Phase.OPEN:
-                calls = session.calls
-                if (
-                    (calls.is_stale or session.has_changed_views)
-                    and self.walker.at_boundary
-                    and session.must_learn(data)
-                ):
-                    session.start_learning(data)
-                    return
-                if session.may_bind and self.walker.at_boundary and session.must_bind(data):
-                    session.start_bind(data)
-                    return
-                if session.lookahead is not None and self.walker.at_boundary and session.lookahead.wants(data):
-                    session.phase = Phase.HOLDING
-                    session.lookahead.hold(data)
-                    return
-                self.forward(data)
+            if session.phase is _OPEN:
+                if not self.walker.at_boundary or session.is_plain(data) or not session.keeps(data):
+                    self.forward(data)
             elif session.phase is Phase.HOLDING:
                 session.lookahead.hold(data)  # type: ignore[union-attr]
             elif session.phase is Phase.COLLECTING:
                 session.lookahead.add(data)  # type: ignore[union-attr]
             elif session.phase is Phase.REPLICATION:
                 session.backend.write(data)
+            elif session.phase is Phase.ADMIN:
+                session.console.feed(data)  # type: ignore[union-attr]
             elif session.phase is Phase.LOGIN:
                 session.on_client_messages(self.walker.feed(data))
-                session.backend.write(data)
+                session.on_client_login_data(data)
             elif session.phase is not Phase.CLOSED:
                 session.held += data
-        except ProtocolViolation as error:
+        except (ProtocolViolation, PermissionDenied) as error:
             session.end(error)
 
     def forward(self, data: bytes) -> None:
@@ -126,6 +125,7 @@ class ClientSide(Side):
         found = self.walker.feed(data)
         if found:
             self.session.on_client_messages(found)
+        self.session.traffic.received_bytes += len(data)
         self.session.backend.transport.write(data)  # type: ignore[union-attr]
 
     def pause_writing(self) -> None:
@@ -147,10 +147,11 @@ class BackendSide(Side):
         try:
             if session.exchange is not None:
                 session.on_own_data(data)
-            elif session.phase in FOLLOWED:
+            elif session.phase is _OPEN or session.phase in FOLLOWED:
                 found = self.walker.feed(data)
                 if session.notices is not None:
                     data = session.notices.feed(data)
+                session.traffic.sent_bytes += len(data)
                 session.client.transport.write(data)  # type: ignore[union-attr]
                 if found:
                     session.on_backend_messages(found)
@@ -158,7 +159,7 @@ class BackendSide(Side):
                 session.client.write(data)
             elif session.phase is Phase.LOGIN:
                 session.on_login_data(data)
-        except (ProtocolViolation, PasswordlessLogin) as error:
+        except (ProtocolViolation, PermissionDenied) as error:
             session.end(error)
 
     def pause_writing(self) -> None:

@@ -20,6 +20,9 @@ _CANCEL_CODE = (1234 << 16) | 5678
 _TLS_CODE = (1234 << 16) | 5679
 _GSS_CODE = (1234 << 16) | 5680
 _PROTOCOL_MAJOR = 3
+TLS_REQUEST = _LENGTH_AND_CODE.pack(_LENGTH_AND_CODE.size, _TLS_CODE)
+"""SSLRequest, and the two answers to it."""
+TLS_GIVEN, TLS_DECLINED = b"S", b"N"
 
 
 class StartupKind(enum.Enum):
@@ -47,6 +50,15 @@ class StartupPacket:
     raw: bytes = field(repr=False)
     parameters: Mapping[str, str] = field(default_factory=dict)
     cancel_key: CancelKey | None = None
+
+    @property
+    def user(self) -> str:
+        return self.parameters.get("user", "")
+
+    @property
+    def database(self) -> str:
+        """The user's name stands for one that is not named."""
+        return self.parameters.get("database") or self.user
 
     @property
     def is_replication(self) -> bool:

@@ -118,7 +118,8 @@ class StatementBook:
     """Meters of the statements that run, and sums of all."""
 
     def __init__(self, sink: StatementLog | None = None) -> None:
-        self.totals = StatementCounts()
+        self.by_database: dict[str, StatementCounts] = {}
+        """Sums; PostgreSQL knows the databases, so they are not endlessly many."""
         self._sink = sink
         self._running: dict[str, StatementMeter] = {}
 
@@ -126,6 +127,17 @@ class StatementBook:
     def running(self) -> list[StatementMeter]:
         """Those that have called infer()."""
         return [meter for meter in self._running.values() if meter.role is not None]
+
+    def sums(self) -> StatementCounts:
+        """Of all databases; of statements that have ended."""
+        total = StatementCounts()
+        for counts in self.by_database.values():
+            total.add(counts)
+        return total
+
+    def of(self, session: str) -> StatementMeter | None:
+        """Of the statement that a session has under way, if it may call infer()."""
+        return self._running.get(session)
 
     # What sessions tell
 
@@ -186,7 +198,7 @@ class StatementBook:
     def _hand_on(self, meter: StatementMeter, counts: StatementCounts) -> None:
         if meter.role is None:
             return  # it has the word infer in it, and no call
-        self.totals.add(counts)
+        self.by_database.setdefault(meter.database, StatementCounts()).add(counts)
         if self._sink is not None:
             self._sink.add(StatementKey(meter.role, meter.database, meter.query), counts)
 

@@ -92,6 +92,8 @@ class ControlChannel:
             return receive_reply(self.sock, expected, deadline)
         except TransportError:
             self._is_closed = True
+            # Others may hold the same socket by another descriptor: to them, and to the daemon, it ends now.
+            shut(self.sock)
             self.sock.close()
             raise
         finally:

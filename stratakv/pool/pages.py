@@ -1,38 +1,52 @@
-"""Pages of one layout and namespace, moved layer by layer between a daemon's segment and buffers of the caller.
+"""Pages of one layout and namespace, moved layer by layer between a daemon's segment and memory of the caller.
 
 Writing:   pages = writer.begin(connection, put_id, extents, keys)
-           for each layer: pages.write_layer(layer, sources, deadline=…)
-           pages.write_headers(deadline=…)                       the header comes last and carries each layer's checksum
+           pages.write_layers(layers, memory, ready=gate, deadline=…)      each as soon as the gate lets it pass
+           pages.write_headers(deadline=…)                                 last, with each layer's checksum
 Reading:   pages = reader.read_headers(connection, places, keys, deadline=…)
-           pages.read_layer(layer, destinations, deadline=…)     or read_layers, which keeps the wire busy across layers
+           pages.read_layers(layers, memory, done=gate, deadline=…)        the gate opens behind each layer
 
-`sources` and `destinations` hold, per page, one buffer per range of the layer (for attention: k, v): contiguous, one
-dimension, format B. A page that is not exactly what the index says is an error of that page, never bytes: what lies in the
-destination buffers counts only once the call that filled them has returned, or has said so through `on_layer`.
+A page that is not exactly what the index says is an error of that page, never bytes: what lies in the caller's memory counts
+only once the call that filled it has returned, or the gate has opened.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
-from typing import TypeVar
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from stratakv import _native
+from stratakv._native import Gate, HeaderState, LayerMove, RangeMove, make_gate
+from stratakv._native.base import Int64s, UInt64s
 from stratakv.keys import BlockKey, Namespace
-from stratakv.layout import CorruptPage, KVLayout, PageHeader, layer_checksum, packed_header_bytes
+from stratakv.layout import KVLayout, packed_header_bytes
 from stratakv.pool.dmp_client import DmpConnection
 from stratakv.pool.errors import DamagedPage, PageError, StalePage
-from stratakv.pool.transport import Buffer, Cancellation
+from stratakv.pool.transport import Buffer, Cancellation, PageBatch
 from stratakv.wire import Extent, Place
 
-BufferT = TypeVar("BufferT", bound=Buffer)
-PageViews = Sequence[Sequence[memoryview]]
-"""[page][range] → where that range of one layer goes."""
-PageSources = Sequence[Sequence[Buffer]]
-"""[page][range] → that range's bytes of one layer."""
+
+class RangeMemory(NamedTuple):
+    """Where one range of a layer lies for every page: that in row n begins at `start + n * stride`. Contiguous, format B."""
+
+    memory: Buffer
+    start: int
+    stride: int
+
+
+@dataclass(frozen=True, slots=True)
+class PageMemory:
+    """The caller's memory of some pages: `layers[layer][range]`, and the row of each page."""
+
+    layers: Sequence[Sequence[RangeMemory]]
+    rows: Int64s
+
+    def part(self, start: int, stop: int) -> PageMemory:
+        """That of pages `start` .. `stop - 1`."""
+        return PageMemory(self.layers, self.rows[start:stop])
 
 
 class _Geometry:
@@ -42,22 +56,18 @@ class _Geometry:
         self.layout = layout
         self.num_layers = len(layout.layers)
         self.header_bytes = packed_header_bytes(self.num_layers)
-        self.range_sizes = [[spec.size_bytes for spec in layer.ranges] for layer in layout.layers]
-        self._range_offsets = [
-            start + np.cumsum([0, *sizes[:-1]], dtype=np.int64)
-            for start, sizes in zip(layout.layer_offsets(), self.range_sizes, strict=True)
-        ]
+        self._range_sizes = [[spec.size_bytes for spec in layer.ranges] for layer in layout.layers]
+        self._layer_offsets = layout.layer_offsets()
 
-    def ranges(
-        self, layer: int, page_offsets: npt.NDArray[np.int64], pages: Sequence[Sequence[BufferT]]
-    ) -> list[tuple[int, BufferT]]:
-        """Segment offset and buffer of every range of one layer, page by page. Raises ValueError for wrong sizes."""
-        sizes = self.range_sizes[layer]
-        buffers = list(chain.from_iterable(pages))
-        if list(map(len, buffers)) != sizes * len(page_offsets):
-            raise ValueError(f"layer {layer} takes {len(page_offsets)} pages of ranges of {sizes} bytes")
-        offsets = (page_offsets[:, None] + self._range_offsets[layer]).ravel().tolist()
-        return list(zip(offsets, buffers, strict=True))
+    def batch(self, offsets: Int64s, layers: Sequence[int], memory: PageMemory) -> PageBatch:
+        """Raises ValueError unless the memory has a row for every page and all the layout's ranges."""
+        if len(memory.rows) != len(offsets):
+            raise ValueError(f"{len(offsets)} pages need as many rows, not {len(memory.rows)}")
+        return PageBatch(offsets, [self._layer(layer, memory.layers[layer]) for layer in layers], memory.rows)
+
+    def _layer(self, layer: int, ranges: Sequence[RangeMemory]) -> LayerMove:
+        sizes = zip(ranges, self._range_sizes[layer], strict=True)
+        return LayerMove(layer, self._layer_offsets[layer], tuple(RangeMove(*memory, size) for memory, size in sizes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,75 +75,45 @@ class ReadPages:
     """Pages of one daemon whose headers were read. Layers can be read only while `failures` is empty: see `take`."""
 
     connection: DmpConnection
-    headers: tuple[PageHeader | None, ...]
     failures: dict[int, PageError]
-    """Index → why that page is no such page; its header is None."""
-    _offsets: npt.NDArray[np.int64]
+    """Index → why that page is no such page."""
+    _offsets: Int64s
+    _checksums: UInt64s
+    """[layer][page]; of pages that did not fail."""
     _geometry: _Geometry
 
     def __len__(self) -> int:
-        return len(self.headers)
+        return len(self._offsets)
 
     def take(self, indices: Sequence[int]) -> ReadPages:
-        """Some of the pages, in the given order, as a batch of their own; none of them may have failed."""
+        """Some of the pages, in the given order, as a batch of their own."""
         return ReadPages(
             self.connection,
-            tuple(self.headers[index] for index in indices),
             {at: self.failures[index] for at, index in enumerate(indices) if index in self.failures},
             self._offsets[list(indices)],
+            self._checksums[:, list(indices)],
             self._geometry,
         )
-
-    def read_layer(
-        self, layer: int, destinations: PageViews, *, deadline: float, cancellation: Cancellation | None = None
-    ) -> None:
-        """Copy one layer of every page and verify it. Raises DamagedPage, TransportError, TransferCancelled."""
-        self.read_layers([layer], [destinations], deadline=deadline, cancellation=cancellation)
 
     def read_layers(
         self,
         layers: Sequence[int],
-        destinations: Sequence[PageViews],
+        memory: PageMemory,
         *,
         deadline: float,
-        on_layer: Callable[[int], None] | None = None,
+        done: Gate | None = None,
         cancellation: Cancellation | None = None,
     ) -> None:
-        """Several layers in one transfer, in order; `on_layer(layer)` when that layer of every page is there and verified.
+        """Copy layers of every page in one transfer, in order, and verify them; `done` opens behind each.
 
-        `destinations[i]` belongs to `layers[i]`. Raises DamagedPage, TransportError, TransferCancelled.
+        Raises DamagedPage, TransportError, TransferCancelled.
         """
-        ranges, ends = self._ranges(layers, destinations)
-        verified = 0
-
-        def on_range(filled: int) -> None:
-            nonlocal verified
-            while verified < len(layers) and ends[verified] <= filled:
-                self._verify(layers[verified], destinations[verified])
-                if on_layer is not None:
-                    on_layer(layers[verified])
-                verified += 1
-
-        self.connection.transport.read_batch(ranges, deadline=deadline, on_range=on_range, cancellation=cancellation)
-
-    def _ranges(
-        self, layers: Sequence[int], destinations: Sequence[PageViews]
-    ) -> tuple[list[tuple[int, memoryview]], list[int]]:
-        """All ranges in layer order, and how many there are up to the end of each layer."""
         if self.failures:
             raise ValueError("pages that failed cannot be read; take the others")
-        ranges: list[tuple[int, memoryview]] = []
-        ends: list[int] = []
-        for layer, pages in zip(layers, destinations, strict=True):
-            ranges += self._geometry.ranges(layer, self._offsets, pages)
-            ends.append(len(ranges))
-        return ranges, ends
-
-    def _verify(self, layer: int, destinations: PageViews) -> None:
-        for index, (header, parts) in enumerate(zip(self.headers, destinations, strict=True)):
-            assert header is not None
-            if layer_checksum(parts) != header.layer_checksums[layer]:
-                raise DamagedPage(f"layer {layer} of a page does not match its checksum", index=index, layer=layer)
+        batch = self._geometry.batch(self._offsets, layers, memory)
+        checksums = np.ascontiguousarray(self._checksums[list(layers)])
+        transport = self.connection.transport
+        transport.read_pages(batch, checksums, deadline=deadline, done=done or make_gate(), cancellation=cancellation)
 
 
 class PageReader:
@@ -156,33 +136,36 @@ class PageReader:
 
         A bad page is told in `failures`; raises TransportError when the daemon fails.
         """
-        size = self._geometry.header_bytes
+        if len(places) != len(keys):
+            raise ValueError("as many keys as places are needed")
+        geometry = self._geometry
+        size = geometry.header_bytes
         raw = memoryview(bytearray(size * len(places)))
         views = [raw[at : at + size] for at in range(0, len(raw), size)]
         ranges = list(zip([place.offset for place in places], views, strict=True))
         connection.transport.read_batch(ranges, deadline=deadline, cancellation=cancellation)
-        headers: list[PageHeader | None] = []
-        failures: dict[int, PageError] = {}
-        for index, (place, key, view) in enumerate(zip(places, keys, views, strict=True)):
-            try:
-                headers.append(self._header(index, place, key, view))
-            except PageError as error:
-                failures[index] = error
-                headers.append(None)
+        checksums = np.zeros((geometry.num_layers, len(places)), dtype=np.uint64)
+        states = _native.moves.check_headers(
+            raw,
+            np.arange(len(places), dtype=np.int64) * size,
+            self._namespace,
+            b"".join(keys),
+            np.array([place.generation for place in places], dtype=np.uint64),
+            geometry.layout.data_bytes,
+            geometry.num_layers,
+            checksums,
+        )
+        failures = {index: _failure(HeaderState(state), index) for index, state in enumerate(states) if state}
         offsets = np.array([place.offset for place in places], dtype=np.int64)
-        return ReadPages(connection, tuple(headers), failures, offsets, self._geometry)
+        return ReadPages(connection, failures, offsets, checksums, geometry)
 
-    def _header(self, index: int, place: Place, key: BlockKey, raw: memoryview) -> PageHeader:
-        try:
-            header = PageHeader.unpack(raw)
-        except CorruptPage as error:
-            raise DamagedPage(str(error), index=index) from error
-        layout = self._geometry.layout
-        if header.namespace != self._namespace or header.key != key or header.generation != place.generation:
-            raise StalePage("another page lies at this place", index=index)
-        if header.data_bytes != layout.data_bytes or len(header.layer_checksums) != self._geometry.num_layers:
-            raise StalePage("the page has another layout", index=index)
-        return header
+
+def _failure(state: HeaderState, index: int) -> PageError:
+    if state is HeaderState.OTHER_PAGE:
+        return StalePage("another page lies at this place", index=index)
+    if state is HeaderState.OTHER_LAYOUT:
+        return StalePage("the page has another layout", index=index)
+    return DamagedPage("the page's header is not whole", index=index)
 
 
 @dataclass(slots=True)
@@ -195,34 +178,47 @@ class WritePages:
     keys: Sequence[BlockKey]
     _geometry: _Geometry
     _namespace: Namespace
-    _offsets: npt.NDArray[np.int64]
-    _checksums: dict[int, list[int]] = field(default_factory=dict)
-    """Layer → checksum of each page."""
+    _offsets: Int64s
+    _checksums: UInt64s
+    """[layer][page]"""
+    _written: set[int] = field(default_factory=set)
 
-    def write_layer(
-        self, layer: int, sources: PageSources, *, deadline: float, cancellation: Cancellation | None = None
+    def write_layers(
+        self, layers: Sequence[int], memory: PageMemory, *, deadline: float, ready: Gate | None = None
     ) -> None:
-        """Write one layer of every page, in any order of layers. Raises TransportError, PutRefused, TransferCancelled.
+        """Write layers of every page, in any order, each as soon as `ready` lets it pass (without one: at once).
 
-        The sources must not change before it returns; what did would be found damaged by every reader.
+        A layer must not change from there until this returns; what did would be found damaged by every reader. Raises
+        TransferCancelled when `ready` is closed, TransportError, PutRefused.
         """
-        ranges = self._geometry.ranges(layer, self._offsets, sources)
-        checksums = [layer_checksum(parts) for parts in sources]
-        transport = self.connection.transport
-        transport.write_batch(self.put_id, ranges, deadline=deadline, cancellation=cancellation)
-        self._checksums[layer] = checksums
+        if ready is None:
+            ready = make_gate()
+            ready.open(self._geometry.num_layers)
+        batch = self._geometry.batch(self._offsets, layers, memory)
+        checksums = np.zeros((len(layers), len(self._offsets)), dtype=np.uint64)
+        self.connection.transport.write_pages(self.put_id, batch, checksums, deadline=deadline, ready=ready)
+        self._checksums[list(layers)] = checksums
+        self._written.update(layers)
 
     def write_headers(self, *, deadline: float) -> None:
         """Write all headers, once every layer is written. Raises TransportError, PutRefused."""
-        num_layers = self._geometry.num_layers
-        if len(self._checksums) != num_layers:
-            raise ValueError(f"{num_layers - len(self._checksums)} layers have not been written")
-        data_bytes = self._geometry.layout.data_bytes
-        by_page = zip(*(self._checksums[layer] for layer in range(num_layers)), strict=True)
-        ranges = [
-            (extent.offset, PageHeader(self._namespace, key, extent.generation, data_bytes, checksums).pack())
-            for extent, key, checksums in zip(self.extents, self.keys, by_page, strict=True)
-        ]
+        geometry = self._geometry
+        if len(self._written) != geometry.num_layers:
+            raise ValueError(f"{geometry.num_layers - len(self._written)} layers have not been written")
+        generations = np.array([extent.generation for extent in self.extents], dtype=np.uint64)
+        packed = memoryview(
+            _native.moves.pack_headers(
+                self._namespace,
+                b"".join(self.keys),
+                generations,
+                geometry.layout.data_bytes,
+                geometry.num_layers,
+                self._checksums,
+            )
+        )
+        size = geometry.header_bytes
+        headers = [packed[at : at + size] for at in range(0, len(packed), size)]
+        ranges = list(zip([extent.offset for extent in self.extents], headers, strict=True))
         self.connection.transport.write_batch(self.put_id, ranges, deadline=deadline)
 
 
@@ -240,4 +236,5 @@ class PageWriter:
         if len(extents) != len(keys):
             raise ValueError("as many keys as extents are needed")
         offsets = np.array([extent.offset for extent in extents], dtype=np.int64)
-        return WritePages(connection, put_id, extents, keys, self._geometry, self._namespace, offsets)
+        checksums = np.zeros((self._geometry.num_layers, len(extents)), dtype=np.uint64)
+        return WritePages(connection, put_id, extents, keys, self._geometry, self._namespace, offsets, checksums)

@@ -14,12 +14,17 @@ import select
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 
+from stratakv import _native
+from stratakv._native import Ended, Gate
+from stratakv._native.base import UInt64s
+from stratakv.pool.ends import check_end
 from stratakv.pool.errors import OutOfBounds, PutRefused, TransportError
 from stratakv.pool.framing import remaining_s
 from stratakv.pool.populate import populate
-from stratakv.pool.transport import Buffer, Cancellation
+from stratakv.pool.transport import Buffer, Cancellation, PageBatch
 
 STEP_BYTES = 1024 * 1024
 """Deadline, cancellation and the daemon's life are looked at after so many bytes."""
@@ -31,6 +36,9 @@ class ShmTransport:
 
     def __init__(self, fd: int, size_bytes: int, control: socket.socket) -> None:
         self._control = control
+        # Watched by transfers without the interpreter lock, so it must stay this socket for as long as one of them runs.
+        self._watch_fd = os.dup(control.fileno())
+        weakref.finalize(self, os.close, self._watch_fd)
         self._map = mmap.mmap(fd, size_bytes)
         self._closed = False
         threading.Thread(
@@ -81,6 +89,26 @@ class ShmTransport:
                 raise self._fault(error) from error
         self._check(deadline, cancellation)
 
+    def read_pages(
+        self,
+        batch: PageBatch,
+        checksums: UInt64s,
+        *,
+        deadline: float,
+        done: Gate,
+        cancellation: Cancellation | None = None,
+    ) -> None:
+        with (cancellation or Cancellation()).stopping(done.close):
+            how = self._move(_native.moves.read_pages, batch, checksums, done, deadline)
+        check_end(how, batch, "the daemon has gone; what its memory held is void")
+
+    def write_pages(self, put_id: bytes, batch: PageBatch, checksums: UInt64s, *, deadline: float, ready: Gate) -> None:
+        put_deadline = self._put_deadlines.get(put_id, 0.0)
+        how = self._move(_native.moves.write_pages, batch, checksums, ready, min(deadline, put_deadline))
+        if how[0] == Ended.LATE and put_deadline < min(deadline, time.monotonic()):
+            raise PutRefused("this put is unknown, over or out of time")
+        check_end(how, batch, "the daemon has gone; what its memory held is void")
+
     def mapping(self) -> memoryview | None:
         return self._memory
 
@@ -103,6 +131,16 @@ class ShmTransport:
             # Somebody still holds a view of the mapping; it goes with the last of them.
             return
 
+    def _move(
+        self, move: _Move, batch: PageBatch, checksums: UInt64s, gate: Gate, deadline: float
+    ) -> tuple[int, int, int]:
+        try:
+            return move(
+                self._memory, batch.offsets, batch.layers, batch.rows, checksums, gate, self._watch_fd, deadline
+            )
+        except ValueError as error:
+            raise self._fault(error) from error
+
     def _check(self, deadline: float, cancellation: Cancellation | None) -> None:
         remaining_s(deadline)
         if cancellation is not None:
@@ -119,6 +157,9 @@ class ShmTransport:
         if self._control.fileno() < 0:
             return TransportError("the connection was closed")
         return OutOfBounds(f"a range lies outside the segment: {error}")
+
+
+_Move = Callable[..., tuple[int, int, int]]
 
 
 def _offset(item: tuple[int, object]) -> int:

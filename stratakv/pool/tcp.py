@@ -7,6 +7,7 @@ into their destinations.
 from __future__ import annotations
 
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,12 +15,17 @@ from contextlib import contextmanager
 import numpy as np
 import numpy.typing as npt
 
+from stratakv import _native
+from stratakv._native import Ended, Gate
+from stratakv._native.base import UInt64s
 from stratakv.pool import messages
-from stratakv.pool.control import receive_reply, shut
-from stratakv.pool.errors import OutOfBounds, TransportError, TransportTimeout
+from stratakv.pool.control import parse_reply, receive_reply, shut
+from stratakv.pool.ends import check_end
+from stratakv.pool.errors import OutOfBounds, ProtocolMismatch, TransportError, TransportTimeout
 from stratakv.pool.framing import is_hung_up, receive_all, receive_header, remaining_s, send_all
-from stratakv.pool.messages import RANGE_DTYPE, FrameKind, frame_header
-from stratakv.pool.transport import Buffer, Cancellation
+from stratakv.pool.messages import FRAME, RANGE_DTYPE, FrameKind, MalformedFrame, frame_header, parse_frame_header
+from stratakv.pool.page_ranges import read_by_ranges, write_by_ranges
+from stratakv.pool.transport import Buffer, Cancellation, PageBatch
 
 SOCKETS_MAX = 4
 """Batches in progress at once; further ones wait for a socket."""
@@ -27,6 +33,10 @@ FRAME_RANGES = 8192
 FRAME_BYTES = 64 * 1024 * 1024
 FRAMES_AHEAD = 2
 """Read requests sent before their data is received; they must fit into the socket buffers, or both ends would wait."""
+
+_OPENING = frame_header(FrameKind.READ, 0)[: struct.calcsize("<4sH")]
+"""Magic and version, as every frame begins."""
+_THANKS = messages.encode(messages.Done())
 
 
 class TcpTransport:
@@ -78,6 +88,32 @@ class TcpTransport:
                 header = frame_header(FrameKind.WRITE, len(body), frame.size_bytes)
                 send_all(sock, [header + body, *sources[frame.start : frame.stop]], deadline)
                 receive_reply(sock, messages.Done, deadline)
+
+    def read_pages(
+        self,
+        batch: PageBatch,
+        checksums: UInt64s,
+        *,
+        deadline: float,
+        done: Gate,
+        cancellation: Cancellation | None = None,
+    ) -> None:
+        wire = _native.wire()
+        if wire is None:
+            read_by_ranges(self.read_batch, batch, checksums, deadline=deadline, done=done, cancellation=cancellation)
+            return
+        with self._socket(deadline, cancellation) as sock:
+            what = (batch.offsets, batch.layers, batch.rows, checksums, done, deadline)
+            _check(wire.fetch_pages(sock.fileno(), _OPENING, *what), batch)
+
+    def write_pages(self, put_id: bytes, batch: PageBatch, checksums: UInt64s, *, deadline: float, ready: Gate) -> None:
+        wire = _native.wire()
+        if wire is None:
+            write_by_ranges(self.write_batch, put_id, batch, checksums, deadline=deadline, ready=ready)
+            return
+        with self._socket(deadline, None) as sock:
+            what = (batch.offsets, batch.layers, batch.rows, checksums, ready, deadline)
+            _check(wire.push_pages(sock.fileno(), _OPENING, put_id, _THANKS, *what), batch)
 
     def mapping(self) -> memoryview | None:
         return None
@@ -162,6 +198,19 @@ class TcpTransport:
                 self._idle.append(sock)
                 return
         sock.close()
+
+
+def _check(how: tuple[int, int, int, bytes], batch: PageBatch) -> None:
+    """Raises what the end of a batch means, or what the daemon said instead of going on."""
+    *end, said = how
+    if end[0] == Ended.ANSWERED:
+        try:
+            header = parse_frame_header(said[: FRAME.size])
+        except MalformedFrame as error:
+            raise ProtocolMismatch(str(error)) from error
+        if header.kind is FrameKind.REPLY:
+            parse_reply(said[FRAME.size :], messages.Done)
+    check_end((end[0], end[1], end[2]), batch, "the connection broke")
 
 
 class _Frame:

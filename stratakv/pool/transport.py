@@ -9,8 +9,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from stratakv._native import Gate, LayerMove
+from stratakv._native.base import Int64s, UInt64s
 from stratakv.pool.errors import TransferCancelled
 
 Buffer = bytes | memoryview
@@ -28,6 +31,15 @@ class WriteRange(NamedTuple):
 
     offset: int
     source: Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class PageBatch:
+    """Layers of pages, and where they lie on both sides: page i at `offsets[i]` of the segment and in row `rows[i]` here."""
+
+    offsets: Int64s
+    layers: Sequence[LayerMove]
+    rows: Int64s
 
 
 class Cancellation:
@@ -93,6 +105,27 @@ class Transport(Protocol):
         """Write into the pages of an unfinished put; on return the daemon's memory has the bytes.
 
         Safe to repeat. Raises TransportError, PutRefused, OutOfBounds, TransferCancelled.
+        """
+
+    def read_pages(
+        self,
+        batch: PageBatch,
+        checksums: UInt64s,
+        *,
+        deadline: float,
+        done: Gate,
+        cancellation: Cancellation | None = None,
+    ) -> None:
+        """Copy the layers in order and check them against `checksums` [layer][page].
+
+        `done` opens behind each layer that is there and verified for every page; what lies at the destination of others may
+        be anything. A cancelled transfer closes it. Raises DamagedPage, TransportError, OutOfBounds, TransferCancelled.
+        """
+
+    def write_pages(self, put_id: bytes, batch: PageBatch, checksums: UInt64s, *, deadline: float, ready: Gate) -> None:
+        """Write the layers into the pages of an unfinished put, each as soon as `ready` lets it pass; fill `checksums`.
+
+        Raises TransferCancelled when `ready` is closed, TransportError, PutRefused, OutOfBounds.
         """
 
     def mapping(self) -> memoryview | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stratakv.errors import SetupError
+from stratakv.process import is_loopback
 from stratakv.settings import SqlSettings
 
 LISTENER_USER = "stratakv"
@@ -19,6 +20,12 @@ CONNECT_TIMEOUT_S = 5
 KEY_FILE = "listener.key"
 _KEY_BYTES = 32
 _SOCKET_PATH_BYTES_MAX = 107
+_NO_TLS = {"sslmode": "disable"}
+_REQUIRE_AUTH_SINCE = 160_000
+# The listener's certificate is its own work. Who shows it is proved by SCRAM, which is bound to it: nobody between can know
+# the key. So no root certificate is needed on PostgreSQL's host, and what lies in its account's home must not be tried.
+_NO_FILE = "/dev/null/none"
+_BOUND_TLS = {"sslmode": "require", "channel_binding": "require", "sslrootcert": _NO_FILE, "sslcert": _NO_FILE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +35,8 @@ class ListenerAddress:
     host: str
     port: int
     key: str = field(repr=False)
+    tls: bool = False
+    """Only over TCP."""
 
     @classmethod
     def from_settings(cls, settings: SqlSettings) -> ListenerAddress:
@@ -47,7 +56,9 @@ class ListenerAddress:
                 f" same for the DB node and for `stratakv install`; `stratakv up` keeps a key in up.data_dir/{KEY_FILE}"
                 " when it runs with a database of yours.",
             )
-        return cls(settings.listener_host, settings.listener_port, str(settings.listener_key))
+        host = settings.listener_host
+        tls = not is_loopback(host) if settings.listener_tls is None else settings.listener_tls
+        return cls(host, settings.listener_port, str(settings.listener_key), tls)
 
     @property
     def name(self) -> str:
@@ -59,9 +70,12 @@ class ListenerAddress:
         """The Unix socket, where libpq expects it; None for TCP."""
         return f"{self.host}/.s.PGSQL.{self.port}" if self.host.startswith("/") else None
 
-    @property
-    def conninfo(self) -> str:
-        """What dblink connects to."""
+    def conninfo(self, server_version: int) -> str:
+        """What dblink connects to, in a PostgreSQL of that version.
+
+        Whoever listens there while no DB node does must learn neither prompts nor the key, so only SCRAM is answered. Before
+        version 16 only TLS can say so.
+        """
         parts = {
             "host": self.host,
             "port": str(self.port),
@@ -69,9 +83,11 @@ class ListenerAddress:
             "dbname": LISTENER_USER,
             "password": self.key,
             "connect_timeout": str(CONNECT_TIMEOUT_S),
-            "sslmode": "disable",
             "gssencmode": "disable",
+            **(_BOUND_TLS if self.tls else _NO_TLS),
         }
+        if server_version >= _REQUIRE_AUTH_SINCE:
+            parts["require_auth"] = "scram-sha-256"
         return " ".join(f"{name}={_quoted(value)}" for name, value in parts.items())
 
 

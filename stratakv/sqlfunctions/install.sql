@@ -96,6 +96,24 @@ BEGIN
 END
 $$;
 
+-- Who asks: the role of SET ROLE, or else the session's user. It survives SECURITY DEFINER. The setting keeps the name under
+-- which the role was set; another role may have come to that name since.
+CREATE OR REPLACE FUNCTION stratakv.sql_caller() RETURNS text
+LANGUAGE plpgsql STABLE PARALLEL RESTRICTED AS $$
+DECLARE
+    caller text := pg_catalog.current_setting('role');
+BEGIN
+    IF caller = 'none' THEN
+        RETURN session_user;
+    END IF;
+    IF NOT pg_catalog.pg_has_role(session_user, caller::name, 'MEMBER') THEN
+        RAISE EXCEPTION 'role "%" is no longer one that "%" may set', caller, session_user
+            USING ERRCODE = '42501', HINT = 'Run SET ROLE again.';
+    END IF;
+    RETURN caller;
+END
+$$;
+
 -- Asks a request that is no infer() and waits for its answer, polling as infer() does.
 CREATE OR REPLACE FUNCTION stratakv.sql_call(request text) RETURNS text
 LANGUAGE plpgsql VOLATILE PARALLEL RESTRICTED AS $$
@@ -158,7 +176,8 @@ CREATE OR REPLACE FUNCTION stratakv.infer(prompt text, model text DEFAULT NULL, 
 LANGUAGE plpgsql STABLE PARALLEL RESTRICTED COST 1000 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp SET client_min_messages = error AS $$
 DECLARE
-    caller     text := pg_catalog.current_setting('role');
+    caller     text := stratakv.sql_caller();
+    stack      text;
     link       text;
     request    text;
     suspicious boolean;
@@ -168,22 +187,33 @@ BEGIN
     IF prompt IS NULL THEN
         RETURN NULL;
     END IF;
-    IF caller = 'none' THEN
-        caller := session_user;
+    IF pg_catalog.current_setting('stratakv.explaining', true) = 'on' THEN
+        RAISE EXCEPTION 'stratakv.explain() does not look into views, functions and policies that call infer()'
+            USING ERRCODE = '0A000', HINT = 'Explain the query that they consist of.';
     END IF;
-    request := pg_catalog.format(
-        'infer %s %s %s %s %s %s',
+    -- Within functions of others: who wrote them relies on the answer, so nothing may stand in for it.
+    request := 'infer';
+    GET DIAGNOSTICS stack = PG_CONTEXT;
+    IF strpos(stack, E'\n') > 0 THEN
+        IF EXISTS (SELECT FROM regexp_split_to_table(stack, E'\n') WITH ORDINALITY AS line(content, n)
+                   WHERE n > 1 AND content !~ '[ "]stratakv\.') THEN
+            request := 'infer_within';
+        END IF;
+    END IF;
+    request := request || pg_catalog.format(
+        ' %s %s %s %s %s %s',
         pg_catalog.pg_backend_pid(),
         pg_catalog.encode(pg_catalog.convert_to(caller, 'UTF8'), 'hex'),
         pg_catalog.encode(pg_catalog.convert_to(pg_catalog.current_database()::text, 'UTF8'), 'hex'),
         COALESCE('=' || pg_catalog.encode(pg_catalog.convert_to(model, 'UTF8'), 'hex'), '-'),
         COALESCE('=' || pg_catalog.encode(pg_catalog.convert_to(options::text, 'UTF8'), 'hex'), '-'),
         '=' || pg_catalog.encode(pg_catalog.convert_to(prompt, 'UTF8'), 'base64'));
-    -- A quick look at the functions by which a connection is found and used: is there another grantee than the owner?
+    -- A quick look at all of dblink: is there another grantee than the owner?
     SELECT i.connection_name, EXISTS (
         SELECT FROM pg_catalog.pg_proc p
-        WHERE p.proname = ANY ('{dblink,dblink_connect,dblink_exec,dblink_get_connections,dblink_send_query}'::name[])
-          AND (p.proacl IS NULL OR pg_catalog.cardinality(p.proacl) <> 1))
+        WHERE p.proname >= 'dblink' AND p.proname < 'dblinl'
+          AND (p.proacl IS NULL OR pg_catalog.cardinality(p.proacl) <> 1
+               OR NOT p.proacl[1] = pg_catalog.makeaclitem(p.proowner, p.proowner, 'EXECUTE', false)))
     INTO link, suspicious FROM stratakv.sql_install i;
     IF suspicious THEN
         PERFORM stratakv.sql_check_dblink();
@@ -215,9 +245,23 @@ BEGIN
 END
 $$;
 
-REVOKE ALL ON FUNCTION
-    stratakv.sql_check_dblink(), stratakv.sql_connect(text, text), stratakv.sql_ask(text, text), stratakv.sql_call(text)
-    FROM PUBLIC;
+DO $$
+DECLARE
+    entry record;
+BEGIN
+    FOR entry IN
+        SELECT p.oid::regprocedure AS function, a.grantee
+        FROM pg_catalog.pg_proc p,
+             pg_catalog.aclexplode(COALESCE(p.proacl, pg_catalog.acldefault('f', p.proowner))) a
+        WHERE p.pronamespace = 'stratakv'::regnamespace AND a.grantee <> p.proowner
+          AND p.proname IN ('sql_check_dblink', 'sql_connect', 'sql_ask', 'sql_caller', 'sql_call')
+    LOOP
+        EXECUTE pg_catalog.format(
+            'REVOKE ALL ON FUNCTION %s FROM %s', entry.function,
+            CASE entry.grantee WHEN 0 THEN 'PUBLIC' ELSE entry.grantee::regrole::text END);
+    END LOOP;
+END
+$$;
 GRANT EXECUTE ON FUNCTION stratakv.infer(text, text, jsonb), stratakv.bind(text, text) TO PUBLIC;
 GRANT USAGE ON SCHEMA stratakv TO PUBLIC;
 COMMENT ON FUNCTION stratakv.infer(text, text, jsonb) IS 'The model''s answer to a prompt';

@@ -9,12 +9,9 @@ LANGUAGE plpgsql VOLATILE PARALLEL RESTRICTED SECURITY DEFINER ROWS 100
 SET search_path = pg_catalog, pg_temp SET client_min_messages = error AS $$
 #variable_conflict use_column
 DECLARE
-    caller text := pg_catalog.current_setting('role');
+    caller text := stratakv.sql_caller();
     whose  text := '-';
 BEGIN
-    IF caller = 'none' THEN
-        caller := session_user;
-    END IF;
     IF NOT pg_catalog.pg_has_role(caller::name, 'pg_read_all_stats', 'USAGE') THEN
         whose := '=' || pg_catalog.encode(pg_catalog.convert_to(caller, 'UTF8'), 'hex');
     END IF;

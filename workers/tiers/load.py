@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 
+from stratakv._native import Gate, make_gate
 from stratakv.errors import StrataError
 from stratakv.keys import BlockKey
 from stratakv.log import EventLogger
@@ -55,8 +55,8 @@ class _Run:
 class LayerLoad:
     """A running load of consecutive blocks (a LoadJob). `num_layers` of every page, in order of layers.
 
-    A page that is bad, or a daemon that fails, cuts the load short: the blocks before it are still loaded whole, and then
-    `wait_layer` says how many they are.
+    A page that is bad, or a daemon that fails, cuts the load short: no further layer is let through; the blocks before it are
+    still loaded whole, and then `wait_layer` says how many they are.
     """
 
     pages: Sequence[FoundPage]
@@ -64,10 +64,9 @@ class LayerLoad:
     num_layers: int
     deadline: float
     on_finished: Callable[[LoadOutcome], None]
-    _condition: threading.Condition = field(default_factory=threading.Condition)
-    _num_ready_layers: int = 0
+    _arrived: Gate = field(default_factory=make_gate)
+    """Opens behind each layer that every block of the load has; closed when the load has ended."""
     _num_good: int = 0
-    _ended: bool = False
     _error: str = ""
     _bad_page: FoundPage | None = None
     _cancellation: Cancellation = field(default_factory=Cancellation)
@@ -80,16 +79,12 @@ class LayerLoad:
 
     def wait_layer(self, layer: int) -> None:
         """Return when the layer of every block is in L1 and verified. Raises KVLoadError."""
-        with self._condition:
-            in_time = self._condition.wait_for(
-                lambda: self._ended or (not self._error and self._num_ready_layers > layer),
-                max(0.0, self.deadline - time.monotonic()),
-            )
-        if not in_time:
+        if self._arrived.wait(layer + 1, self.deadline):
+            return
+        if not self._arrived.is_closed:
             self.cancel()
             raise KVLoadError("the pool did not deliver in time", 0)
-        if self._error:
-            raise KVLoadError(self._error, self._num_good)
+        raise KVLoadError(self._error, self._num_good)
 
     def cancel(self) -> None:
         """Stop; on return nothing writes into L1 any more."""
@@ -106,18 +101,20 @@ class LayerLoad:
         started = time.monotonic()
         try:
             runs = self._open_runs(reader, connections)
-            layer = 0
+            if len(runs) == 1 and self.window.is_l1 and not self._error:
+                self._read_at_once(runs[0], connections)
+            layer = self._arrived.open_layers
             while layer < self.num_layers and self._num_good:
-                layer = self._read_from(layer, runs, connections)
+                if all(self._read_run(run, layer, connections) for run in runs):
+                    self._publish(layer)
+                    layer += 1
         except TransferCancelled:
             self._cut(0, "the load was cancelled")
         except Exception as error:
             log.exception("load_failed")
             self._cut(0, f"the load failed: {error}")
         finally:
-            with self._condition:
-                self._ended = True
-                self._condition.notify_all()
+            self._arrived.close()
             self.on_finished(LoadOutcome(self._num_good, self._bad_page, time.monotonic() - started))
 
     def _open_runs(self, reader: PageReader, connections: ConnectionCache) -> list[_Run]:
@@ -147,32 +144,29 @@ class LayerLoad:
             runs.append(_Run(first, connection, found))
         return runs
 
-    def _read_from(self, layer: int, runs: Sequence[_Run], connections: ConnectionCache) -> int:
-        """Load layers from `layer` on, run by run; the layer to go on with after something was cut off."""
-        layers = range(layer, self.num_layers if len(runs) == 1 else layer + 1)
-        for run in runs:
-            count = min(len(run.pages), self._num_good - run.first)
-            if count <= 0:
-                continue
-            pages = run.pages if count == len(run.pages) else run.pages.take(range(count))
-            if not self._read_run(run, pages, layers, connections, publish=len(runs) == 1):
-                return self._num_ready_layers
-        if len(runs) > 1:
-            self._publish(layer)
-        return layers.stop
+    def _read_at_once(self, run: _Run, connections: ConnectionCache) -> None:
+        """All layers in one transfer, which lets each through by itself."""
+        self._read(run, run.pages, range(self.num_layers), self._arrived, connections)
 
-    def _read_run(
-        self, run: _Run, pages: ReadPages, layers: range, connections: ConnectionCache, *, publish: bool
+    def _read_run(self, run: _Run, layer: int, connections: ConnectionCache) -> bool:
+        """One layer of what is still good of a run; False if less is good now."""
+        count = min(len(run.pages), self._num_good - run.first)
+        if count <= 0:
+            return True
+        pages = run.pages if count == len(run.pages) else run.pages.take(range(count))
+        return self._read(run, pages, [layer], None, connections)
+
+    def _read(
+        self,
+        run: _Run,
+        pages: ReadPages,
+        layers: Sequence[int],
+        done: Gate | None,
+        connections: ConnectionCache,
     ) -> bool:
-        destinations = [self.window.parts(layer)[run.first : run.first + len(pages)] for layer in layers]
+        memory = self.window.memory.part(run.first, run.first + len(pages))
         try:
-            pages.read_layers(
-                layers,
-                destinations,
-                deadline=self.deadline,
-                on_layer=self._publish if publish else None,
-                cancellation=self._cancellation,
-            )
+            pages.read_layers(layers, memory, deadline=self.deadline, done=done, cancellation=self._cancellation)
         except PageError as error:
             bad = run.first + error.index
             self._cut(bad, str(error), self.pages[bad])
@@ -185,9 +179,8 @@ class LayerLoad:
 
     def _publish(self, layer: int) -> None:
         self.window.publish(layer)
-        with self._condition:
-            self._num_ready_layers = layer + 1
-            self._condition.notify_all()
+        if not self._error:
+            self._arrived.open(layer + 1)
 
 
 def _by_segment(pages: Sequence[FoundPage]) -> list[tuple[int, int]]:

@@ -11,16 +11,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from stratakv._native import Gate, make_gate
 from stratakv.errors import StrataError
 from stratakv.keys import BlockKey, Namespace, pack_keys
 from stratakv.layout import KVLayout
 from stratakv.log import EventLogger
 from stratakv.pool.dmp_client import ConnectionCache, DmpConnection
-from stratakv.pool.errors import TransportError
+from stratakv.pool.errors import TransferCancelled, TransportError
 from stratakv.pool.meta_client import MetaClient
-from stratakv.pool.pages import PageWriter
+from stratakv.pool.pages import PageWriter, WritePages
 from stratakv.wire import PUT_ID_BYTES, Done, Extent, PutEnd, PutGrant, PutRevoke, PutStart, Segment
-from workers.tiers.window import Window
+from workers.tiers.window import OpenWindow, Window
 
 log = EventLogger("workers.tiers.save")
 
@@ -29,12 +30,6 @@ PUT_TIMEOUT_S = 60.0
 CONNECT_S_MAX = 2.0
 
 ReplyT = TypeVar("ReplyT")
-
-
-class SaveAborted(StrataError):
-    """The step that was to fill the blocks failed."""
-
-    code = "save_aborted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +46,14 @@ class BlockSave:
     """The write-down of the blocks that one step fills (a SaveJob)."""
 
     keys: Sequence[BlockKey]
-    open_window: Callable[[Sequence[int]], Window]
+    open_window: OpenWindow
+    """Of some of the keys' blocks, by index."""
     on_released: Callable[[], None]
     """L1's blocks are not needed any more."""
     published: Future[None] = field(default_factory=Future)
     """Done when the blocks can be found, or never will be by this save."""
-    _condition: threading.Condition = field(default_factory=threading.Condition)
-    _num_layers_done: int = 0
-    _aborted: bool = False
+    ready: Gate = field(default_factory=make_gate)
+    """Opens behind each layer that is final in L1; closed if the step failed."""
     _released: bool = False
 
     def release_l1(self) -> None:
@@ -68,23 +63,10 @@ class BlockSave:
             self.on_released()
 
     def layer_done(self, layer: int) -> None:
-        with self._condition:
-            self._num_layers_done = layer + 1
-            self._condition.notify_all()
+        self.ready.open(layer + 1)
 
     def abort(self) -> None:
-        with self._condition:
-            self._aborted = True
-            self._condition.notify_all()
-
-    def wait_layer(self, layer: int, deadline: float) -> None:
-        """Raises SaveAborted if the step failed or takes too long."""
-        with self._condition:
-            self._condition.wait_for(
-                lambda: self._aborted or self._num_layers_done > layer, max(0.0, deadline - time.monotonic())
-            )
-            if self._aborted or self._num_layers_done <= layer:
-                raise SaveAborted("the step that was to fill these blocks failed")
+        self.ready.close()
 
 
 class Saver:
@@ -132,7 +114,7 @@ class Saver:
     def _run(self, save: BlockSave) -> None:
         try:
             self._save(save)
-        except SaveAborted:
+        except TransferCancelled:
             log.debug("save_aborted", blocks=len(save.keys))
         except StrataError as error:
             log.info("save_failed", blocks=len(save.keys), error=error.message)
@@ -179,10 +161,7 @@ class Saver:
         try:
             extents = connection.allocate(put_id, len(keys), self._layout.page_bytes, PUT_TIMEOUT_S, deadline=deadline)
             pages = self._writer.begin(connection, put_id, extents, keys)
-            for layer in range(len(self._layout.layers)):
-                save.wait_layer(layer, deadline)
-                window.fetch(layer)
-                pages.write_layer(layer, window.parts(layer), deadline=deadline)
+            _write_layers(pages, window, range(len(self._layout.layers)), save.ready, deadline)
             pages.write_headers(deadline=deadline)
         except TransportError as error:
             self._connections.drop(connection, error.message)
@@ -207,3 +186,15 @@ class Saver:
 
     def _wait(self, call: Coroutine[Any, Any, ReplyT]) -> ReplyT:
         return asyncio.run_coroutine_threadsafe(call, self._loop).result(PUT_TIMEOUT_S)
+
+
+def _write_layers(pages: WritePages, window: Window, layers: range, ready: Gate, deadline: float) -> None:
+    """Raises TransferCancelled if the step fails, TransportError, PutRefused."""
+    if window.is_l1:
+        pages.write_layers(layers, window.memory, ready=ready, deadline=deadline)
+        return
+    for layer in layers:
+        if not ready.wait(layer + 1, deadline):
+            raise TransferCancelled("the step that was to fill these blocks failed")
+        window.fetch(layer)
+        pages.write_layers([layer], window.memory, deadline=deadline)

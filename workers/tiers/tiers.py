@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+from stratakv._native import is_built
 from stratakv.errors import StrataError
 from stratakv.keys import BlockKey, Namespace, pack_keys
 from stratakv.layout import KVLayout
@@ -29,7 +30,7 @@ from workers.rates import Rates
 from workers.tiers.l2 import L2Table
 from workers.tiers.load import FoundPage, LayerLoad, LoadOutcome
 from workers.tiers.save import BlockSave, Saver, Written
-from workers.tiers.window import open_window
+from workers.tiers.window import windows_of
 
 log = EventLogger("workers.tiers")
 
@@ -82,12 +83,14 @@ class Tiers:
         self._node = info.node
         self._load_timeout_s = settings.load_timeout_s
         self._meta = meta
-        self._l1 = l1
+        self._open_window = windows_of(l1.k, l1.v)
         self._rates = rates
         self._metrics = metrics
         self._loop = loop
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_open = False
+        if not is_built():
+            log.info("native_module_missing", effect="pages are moved by Python, slower")
         self._l2 = L2Table(L2_ENTRIES_MAX)
         self._connections = ConnectionCache(credentials=credentials)
         self._reader = PageReader(layout, self._namespace)
@@ -165,7 +168,7 @@ class Tiers:
     def _start_load(self, pages: Sequence[FoundPage], l1_blocks: Sequence[int]) -> LayerLoad:
         load = LayerLoad(
             pages=pages,
-            window=open_window(self._l1.k, self._l1.v, l1_blocks),
+            window=self._open_window(l1_blocks),
             num_layers=len(self._layout.layers),
             deadline=time.monotonic() + self._load_timeout_s,
             on_finished=lambda outcome: self._on_loop(self._load_finished, pages, outcome),
@@ -195,7 +198,7 @@ class Tiers:
             return None
         save = BlockSave(
             keys,
-            lambda wanted: open_window(self._l1.k, self._l1.v, [l1_blocks[index] for index in wanted]),
+            lambda wanted: self._open_window([l1_blocks[index] for index in wanted]),
             on_finished,
         )
         for key in keys:

@@ -1,57 +1,66 @@
-"""The door between L1's tensors and bytes that transports can move.
+"""The door between L1's tensors and memory that transports can move bytes to and from.
 
-A window is a set of L1 blocks. On the CPU its parts are the blocks themselves, so that bytes move once; on a CUDA device they
-are pinned buffers, copied to and from the blocks one layer at a time.
+A window is a set of L1 blocks. On the CPU its memory is L1 itself, so that bytes move once; on a CUDA device it is pinned
+buffers, copied to and from the blocks one layer at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 
-Parts = list[tuple[memoryview, memoryview]]
-"""Per block of a window: its k and its v of one layer, as bytes."""
+from stratakv.pool.pages import PageMemory, RangeMemory
+
+OpenWindow = Callable[[Sequence[int]], "Window"]
+"""Makes the window of some blocks of one L1."""
 
 
 class Window(Protocol):
     """Some blocks of L1, layer by layer."""
 
-    def parts(self, layer: int) -> Parts:
-        """Where one layer of each block lies in host memory."""
+    @property
+    def is_l1(self) -> bool:
+        """Whether the memory is L1 itself; `fetch` and `publish` then do nothing."""
+
+    @property
+    def memory(self) -> PageMemory:
+        """Where the blocks lie in host memory, in their order."""
 
     def fetch(self, layer: int) -> None:
-        """Before reading parts: make them equal L1."""
+        """Before reading the memory of a layer: make it equal L1."""
 
     def publish(self, layer: int) -> None:
-        """After writing parts: make L1 equal them."""
+        """After writing the memory of a layer: make L1 equal it."""
 
 
-def _parts(k: torch.Tensor, v: torch.Tensor, rows: Sequence[int]) -> Parts:
-    k_bytes, v_bytes = (t.view(torch.uint8).reshape(-1).numpy().data for t in (k, v))
-    size = len(k_bytes) // k.shape[0]
-    return [(k_bytes[row * size : (row + 1) * size], v_bytes[row * size : (row + 1) * size]) for row in rows]
+def _ranges(k: torch.Tensor, v: torch.Tensor) -> tuple[RangeMemory, ...]:
+    """K and V of one layer, a row being a block."""
+    both = [t.view(torch.uint8).reshape(-1).numpy().data for t in (k, v)]
+    return tuple(RangeMemory(memory, 0, len(memory) // k.shape[0]) for memory in both)
 
 
 class HostWindow:
     """Blocks of an L1 in host memory, in place."""
 
-    def __init__(self, k: Sequence[torch.Tensor], v: Sequence[torch.Tensor], blocks: Sequence[int]) -> None:
-        self._k, self._v, self._blocks = k, v, blocks
+    is_l1 = True
 
-    def parts(self, layer: int) -> Parts:
-        return _parts(self._k[layer], self._v[layer], self._blocks)
+    def __init__(self, layers: Sequence[Sequence[RangeMemory]], blocks: Sequence[int]) -> None:
+        self.memory = PageMemory(layers, np.array(blocks, dtype=np.int64))
 
     def fetch(self, layer: int) -> None:
-        """The parts are L1."""
+        """The memory is L1."""
 
     def publish(self, layer: int) -> None:
-        """The parts are L1."""
+        """The memory is L1."""
 
 
 class DeviceWindow:
     """Blocks of an L1 in device memory, through pinned host buffers."""
+
+    is_l1 = False
 
     def __init__(self, k: Sequence[torch.Tensor], v: Sequence[torch.Tensor], blocks: Sequence[int]) -> None:
         self._device = (k, v)
@@ -59,9 +68,8 @@ class DeviceWindow:
         pin = k[0].device.type == "cuda"
         self._host = tuple([torch.empty(shape, dtype=k[0].dtype, pin_memory=pin) for _ in k] for _ in range(2))
         self._blocks = torch.tensor(list(blocks), device=k[0].device)
-
-    def parts(self, layer: int) -> Parts:
-        return _parts(self._host[0][layer], self._host[1][layer], range(len(self._blocks)))
+        layers = [_ranges(*pair) for pair in zip(*self._host, strict=True)]
+        self.memory = PageMemory(layers, np.arange(len(blocks), dtype=np.int64))
 
     def fetch(self, layer: int) -> None:
         for host, device in zip(self._host, self._device, strict=True):
@@ -72,6 +80,9 @@ class DeviceWindow:
             device[layer].index_copy_(0, self._blocks, host[layer].to(device[layer].device))
 
 
-def open_window(k: Sequence[torch.Tensor], v: Sequence[torch.Tensor], blocks: Sequence[int]) -> Window:
-    """The window for where L1 is."""
-    return (HostWindow if k[0].device.type == "cpu" else DeviceWindow)(k, v, blocks)
+def windows_of(k: Sequence[torch.Tensor], v: Sequence[torch.Tensor]) -> OpenWindow:
+    """Opens windows on an L1, wherever it is."""
+    if k[0].device.type != "cpu":
+        return lambda blocks: DeviceWindow(k, v, blocks)
+    layers = [_ranges(*pair) for pair in zip(k, v, strict=True)]
+    return lambda blocks: HostWindow(layers, blocks)

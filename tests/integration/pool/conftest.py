@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from stratakv import _native
+from stratakv._native import Moves, fallback
 from stratakv.pool.dmp_client import DmpConnection, TransportKind, connect
 from tests.integration.pool.daemon import DaemonProcess
 from tests.integration.pool.pages import soon
@@ -37,6 +39,16 @@ def start_daemon(tmp_path: Path) -> Iterator[Callable[..., DaemonProcess]]:
 def kind(request: pytest.FixtureRequest) -> TransportKind:
     kind: TransportKind = request.param
     return kind
+
+
+@pytest.fixture(params=["native", "python"])
+def moves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Moves:
+    """The test runs with either implementation of the moves."""
+    if request.param == "native" and _native.moves is fallback:
+        pytest.skip("the C++ module was not built")
+    if request.param == "python":
+        monkeypatch.setattr(_native, "moves", fallback)
+    return _native.moves
 
 
 @pytest.fixture

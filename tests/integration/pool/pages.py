@@ -7,10 +7,12 @@ import random
 import time
 from dataclasses import dataclass
 
+import numpy as np
+
 from stratakv.keys import KEY_BYTES, BlockKey, Namespace
 from stratakv.layout import KVLayout
 from stratakv.pool.dmp_client import DmpConnection
-from stratakv.pool.pages import PageReader, PageViews, PageWriter, ReadPages
+from stratakv.pool.pages import PageMemory, PageReader, PageWriter, RangeMemory, ReadPages
 from stratakv.wire import PUT_ID_BYTES, Extent, Place
 
 LAYOUT = KVLayout.for_attention(num_layers=3, num_kv_heads=1, head_dim=8, page_tokens=2, dtype="fp16", element_bytes=2)
@@ -53,8 +55,7 @@ def write_pages(
     data = random_layers(layout, num_pages, seed)
     extents = connection.allocate(put_id, num_pages, layout.page_bytes, timeout_s, deadline=soon())
     pages = PageWriter(layout, NAMESPACE).begin(connection, put_id, extents, keys)
-    for layer, sources in enumerate(data):
-        pages.write_layer(layer, sources, deadline=soon())
+    pages.write_layers(range(len(data)), memory_of(layout, data), deadline=soon())
     pages.write_headers(deadline=soon())
     return WrittenPages(layout, put_id, keys, extents, data)
 
@@ -64,9 +65,27 @@ def read_headers(connection: DmpConnection, written: WrittenPages, *, deadline: 
     return reader.read_headers(connection, written.places(), written.keys, deadline=deadline or soon())
 
 
-def empty_layers(layout: KVLayout, num_pages: int) -> list[PageViews]:
-    """Zeroed destinations for every layer."""
+def empty_memory(layout: KVLayout, num_pages: int) -> PageMemory:
+    """Zeroed memory for every layer, its rows in no order."""
+    sizes = [[r.size_bytes for r in layer.ranges] for layer in layout.layers]
+    layers = [[RangeMemory(memoryview(bytearray(num_pages * size)), 0, size) for size in layer] for layer in sizes]
+    return PageMemory(layers, np.array(random.Random(num_pages).sample(range(num_pages), num_pages), dtype=np.int64))
+
+
+def memory_of(layout: KVLayout, data: list[list[tuple[bytes, ...]]]) -> PageMemory:
+    """Memory that holds `data[layer][page]`."""
+    memory = empty_memory(layout, len(data[0]))
+    for ranges, pages in zip(memory.layers, data, strict=True):
+        for row, parts in zip(memory.rows.tolist(), pages, strict=True):
+            for (buffer, start, stride), part in zip(ranges, parts, strict=True):
+                assert isinstance(buffer, memoryview)
+                buffer[start + row * stride : start + row * stride + len(part)] = part
+    return memory
+
+
+def layer_data(memory: PageMemory, layer: int) -> list[tuple[bytes, ...]]:
+    """What one layer of it holds, page by page."""
     return [
-        [tuple(memoryview(bytearray(r.size_bytes)) for r in layer.ranges) for _ in range(num_pages)]
-        for layer in layout.layers
+        tuple(bytes(m[start + row * stride : start + (row + 1) * stride]) for m, start, stride in memory.layers[layer])
+        for row in memory.rows.tolist()
     ]

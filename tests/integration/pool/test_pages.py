@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import pytest
 
+from stratakv._native import make_gate
 from stratakv.keys import BlockKey, Namespace
 from stratakv.layout import KVLayout, packed_header_bytes
 from stratakv.pool.dmp_client import DmpConnection, TransportKind, connect
@@ -17,19 +19,23 @@ from tests.integration.pool.pages import (
     LAYOUT,
     NAMESPACE,
     WrittenPages,
-    empty_layers,
+    empty_memory,
+    layer_data,
+    memory_of,
     random_layers,
     read_headers,
     soon,
     write_pages,
 )
 
+pytestmark = pytest.mark.usefixtures("moves")
+
 
 def read_all(connection: DmpConnection, written: WrittenPages) -> list[list[tuple[bytes, ...]]]:
-    destinations = empty_layers(written.layout, len(written.keys))
-    layers = range(len(destinations))
-    read_headers(connection, written).read_layers(layers, destinations, deadline=soon())
-    return [[tuple(bytes(view) for view in parts) for parts in pages] for pages in destinations]
+    memory = empty_memory(written.layout, len(written.keys))
+    layers = range(len(written.layout.layers))
+    read_headers(connection, written).read_layers(layers, memory, deadline=soon())
+    return [layer_data(memory, layer) for layer in layers]
 
 
 @pytest.mark.parametrize("reader_kind", list(TransportKind))
@@ -48,22 +54,21 @@ def test_large_batches_arrive_in_layer_order(connection: DmpConnection) -> None:
     )
     written = write_pages(connection, 200, layout=layout, seed=1)
     pages = read_headers(connection, written)
-    destinations = empty_layers(layout, 200)
-    seen: list[int] = []
-
-    def on_layer(layer: int) -> None:
-        assert [tuple(map(bytes, parts)) for parts in destinations[layer]] == written.data[layer]
-        seen.append(layer)
-
-    pages.read_layers(range(30), destinations, deadline=soon(), on_layer=on_layer)
-    assert seen == list(range(30))
+    memory = empty_memory(layout, 200)
+    done = make_gate()
+    reading = threading.Thread(target=lambda: pages.read_layers(range(30), memory, done=done, deadline=soon()))
+    reading.start()
+    for layer in range(30):
+        assert done.wait(layer + 1, soon())
+        assert layer_data(memory, layer) == written.data[layer]
+    reading.join()
 
 
 def test_pages_of_some_indices_can_be_read_alone(connection: DmpConnection) -> None:
     written = write_pages(connection, 4, seed=2)
-    destination = empty_layers(LAYOUT, 2)[1]
-    read_headers(connection, written).take([3, 1]).read_layer(1, destination, deadline=soon())
-    assert [tuple(map(bytes, parts)) for parts in destination] == [written.data[1][3], written.data[1][1]]
+    memory = empty_memory(LAYOUT, 2)
+    read_headers(connection, written).take([3, 1]).read_layers([1], memory, deadline=soon())
+    assert layer_data(memory, 1) == [written.data[1][3], written.data[1][1]]
 
 
 def test_every_single_flipped_bit_of_header_and_data_is_found(daemon: DaemonProcess) -> None:
@@ -83,7 +88,7 @@ def test_every_single_flipped_bit_of_header_and_data_is_found(daemon: DaemonProc
                 assert isinstance(pages.failures[0], PageError), f"bit {bit} of byte {at - start}"
             else:
                 with pytest.raises(DamagedPage):
-                    pages.read_layers(range(3), empty_layers(LAYOUT, 1), deadline=soon())
+                    pages.read_layers(range(3), empty_memory(LAYOUT, 1), deadline=soon())
             memory[at] ^= 1 << bit
     assert read_all(connection, written) == written.data
     memory.release()
@@ -95,8 +100,7 @@ def test_a_page_without_its_header_is_not_read(connection: DmpConnection) -> Non
     extents = connection.allocate(put_id, 1, LAYOUT.page_bytes, 60.0, deadline=soon())
     keys = [BlockKey(b"k" * 32)]
     pages = PageWriter(LAYOUT, NAMESPACE).begin(connection, put_id, extents, keys)
-    for layer, sources in enumerate(random_layers(LAYOUT, 1, 4)):
-        pages.write_layer(layer, sources, deadline=soon())
+    pages.write_layers(range(3), memory_of(LAYOUT, random_layers(LAYOUT, 1, 4)), deadline=soon())
     written = WrittenPages(LAYOUT, put_id, keys, extents, [])
     assert isinstance(read_headers(connection, written).failures[0], PageError)
     connection.release(put_id, deadline=soon())
@@ -105,12 +109,12 @@ def test_a_page_without_its_header_is_not_read(connection: DmpConnection) -> Non
 def test_a_page_with_a_layer_missing_is_damaged(connection: DmpConnection) -> None:
     written = write_pages(connection, 2, seed=5)
     torn = PageWriter(LAYOUT, NAMESPACE).begin(connection, written.put_id, written.extents[1:], written.keys[1:])
-    torn.write_layer(2, random_layers(LAYOUT, 1, 6)[2], deadline=soon())
+    torn.write_layers([2], memory_of(LAYOUT, random_layers(LAYOUT, 1, 6)), deadline=soon())
     pages = read_headers(connection, written)
-    destinations = empty_layers(LAYOUT, 2)
-    pages.read_layer(1, destinations[1], deadline=soon())
+    done = make_gate()
     with pytest.raises(DamagedPage) as caught:
-        pages.read_layer(2, destinations[2], deadline=soon())
+        pages.read_layers(range(3), empty_memory(LAYOUT, 2), done=done, deadline=soon())
+    assert done.open_layers == 2
     assert (caught.value.index, caught.value.layer) == (1, 2)
 
 
@@ -124,7 +128,7 @@ def test_another_page_than_the_one_asked_for_is_stale(connection: DmpConnection)
         assert isinstance(pages.failures[0], StalePage)
         assert list(pages.failures) == [0]
         with pytest.raises(ValueError, match="failed"):
-            pages.read_layer(0, empty_layers(LAYOUT, 2)[0], deadline=soon())
+            pages.read_layers([0], empty_memory(LAYOUT, 2), deadline=soon())
     stranger = PageReader(LAYOUT, Namespace(b"m" * 16))
     pages = stranger.read_headers(connection, [first], written.keys[:1], deadline=soon())
     assert isinstance(pages.failures[0], StalePage)
@@ -143,7 +147,7 @@ def test_headers_are_written_only_when_all_layers_are(connection: DmpConnection)
     put_id = os.urandom(PUT_ID_BYTES)
     extents = connection.allocate(put_id, 1, LAYOUT.page_bytes, 60.0, deadline=soon())
     pages = PageWriter(LAYOUT, NAMESPACE).begin(connection, put_id, extents, [BlockKey(b"k" * 32)])
-    pages.write_layer(0, random_layers(LAYOUT, 1, 9)[0], deadline=soon())
+    pages.write_layers([0], memory_of(LAYOUT, random_layers(LAYOUT, 1, 9)), deadline=soon())
     with pytest.raises(ValueError, match="2 layers"):
         pages.write_headers(deadline=soon())
     connection.release(put_id, deadline=soon())

@@ -16,6 +16,8 @@ from stratakv.sqlfunctions import install
 from tests.integration.sql.harness import FrontThread, ReversingModel, address_in, front_thread
 
 DEBIAN_BIN = Path("/usr/lib/postgresql/15/bin")
+ROLES = ("alice", "bob", "team")
+Connection = psycopg.Connection[tuple[object, ...]]
 _numbers = count()
 
 
@@ -88,3 +90,22 @@ def url(front: FrontThread, database: str) -> str:
 def direct_url(cluster: EmbeddedPostgres, database: str, front: FrontThread) -> str:
     """The test's database without the relay, as superuser; the face runs."""
     return cluster.database_url(database)
+
+
+@pytest.fixture
+def roles(direct_url: str) -> Iterator[Connection]:
+    """alice and bob are ordinary; alice may become team."""
+    with psycopg.connect(direct_url, autocommit=True) as admin:
+        for role in ROLES:
+            admin.execute(f"CREATE ROLE {role} LOGIN")
+        admin.execute("GRANT team TO alice")
+        yield admin
+        for role in ROLES:
+            admin.execute(f"DROP OWNED BY {role} CASCADE")
+            admin.execute(f"DROP ROLE {role}")
+
+
+@pytest.fixture
+def alice(front: FrontThread, database: str, roles: Connection) -> Iterator[Connection]:
+    with psycopg.connect(front.url(database, "alice"), autocommit=True) as connection:
+        yield connection

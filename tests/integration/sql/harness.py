@@ -57,12 +57,17 @@ class FrontThread:
     """SqlFront on an event loop of its own."""
 
     def __init__(
-        self, cluster: EmbeddedPostgres, settings: SqlSettings, model: ReversingModel, **options: object
+        self, cluster: EmbeddedPostgres | str, settings: SqlSettings, model: ReversingModel, **options: object
     ) -> None:
-        self.cluster = cluster
+        """Of a cluster that trusts everybody, or of the URL of one that does not."""
         self.settings = settings
         self.model = model
-        self._options: dict[str, object] = {"trusted_backend": True, "postgres_uid": cluster.uid} | options
+        self._options = options
+        if isinstance(cluster, str):
+            self.backend_url = cluster
+        else:
+            self.backend_url = cluster.url
+            self._options = {"trusted_backend": True, "postgres_uid": cluster.uid} | options
         self._ready = threading.Event()
         self._trouble: BaseException | None = None
 
@@ -78,7 +83,7 @@ class FrontThread:
         self.loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         try:
-            self.front = SqlFront(self.settings, self.cluster.url, self.model, **self._options)  # type: ignore[arg-type]
+            self.front = SqlFront(self.settings, self.backend_url, self.model, **self._options)  # type: ignore[arg-type]
             await self.front.start()
         except BaseException as error:
             self._trouble = error
@@ -110,10 +115,21 @@ def front_thread(
 ) -> Iterator[FrontThread]:
     """A running face whose listener is in `directory`, or on TCP."""
     options = {
-        name: settings.pop(name) for name in ("trusted_backend", "postgres_uid", "statements") if name in settings
+        name: settings.pop(name)
+        for name in ("trusted_backend", "postgres_uid", "statements", "explainer")
+        if name in settings
     }
     own = SqlSettings(port=0, listener_dir=directory, **settings)  # type: ignore[arg-type]
-    thread = FrontThread(cluster, own, model, **options)
+    with front_on(cluster, own, model, **options) as thread:
+        yield thread
+
+
+@contextmanager
+def front_on(
+    cluster: EmbeddedPostgres | str, settings: SqlSettings, model: ReversingModel, **options: object
+) -> Iterator[FrontThread]:
+    """A running face with settings of its own."""
+    thread = FrontThread(cluster, settings, model, **options)
     thread.start()
     try:
         yield thread

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,27 +20,7 @@ from tests.integration.sql.harness import FrontThread, ReversingModel, front_thr
 from tests.support import free_port
 
 Connection = psycopg.Connection[tuple[object, ...]]
-ROLES = ("alice", "bob", "team")
 DBLINK = "stratakv_dblink"
-
-
-@pytest.fixture
-def roles(direct_url: str) -> Iterator[Connection]:
-    """alice and bob are ordinary; alice may become team."""
-    with psycopg.connect(direct_url, autocommit=True) as admin:
-        for role in ROLES:
-            admin.execute(f"CREATE ROLE {role} LOGIN")
-        admin.execute("GRANT team TO alice")
-        yield admin
-        for role in ROLES:
-            admin.execute(f"DROP OWNED BY {role} CASCADE")
-            admin.execute(f"DROP ROLE {role}")
-
-
-@pytest.fixture
-def alice(front: FrontThread, database: str, roles: Connection) -> Iterator[Connection]:
-    with psycopg.connect(front.url(database, "alice"), autocommit=True) as connection:
-        yield connection
 
 
 def test_ordinary_role_is_told_as_itself(alice: Connection, model: ReversingModel) -> None:
@@ -195,7 +174,9 @@ def test_wrong_uid_on_the_socket_is_refused(cluster: EmbeddedPostgres, tmp_path:
 def test_wrong_key_is_refused(front: FrontThread, direct_url: str, model: ReversingModel) -> None:
     wrong = replace(front.front.address, key="guess")
     with psycopg.connect(direct_url, autocommit=True) as connection:
-        connection.execute("UPDATE stratakv.sql_listeners SET conninfo = %s", (wrong.conninfo,))
+        connection.execute(
+            "UPDATE stratakv.sql_listeners SET conninfo = %s", (wrong.conninfo(connection.info.server_version),)
+        )
         with pytest.raises(errors.SqlclientUnableToEstablishSqlconnection, match="could not establish connection"):
             connection.execute("SELECT infer('a')")
     assert model.calls == []
@@ -228,6 +209,7 @@ def test_listener_over_tcp_works_for_an_owner_who_is_no_superuser(
             "FUNCTION stratakv.sql_ask",
             "FUNCTION stratakv.sql_connect",
             "FUNCTION stratakv.sql_check_dblink",
+            "FUNCTION stratakv.sql_caller",
             "TABLE stratakv.sql_install",
             "TABLE stratakv.sql_listeners",
         ):

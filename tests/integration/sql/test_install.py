@@ -69,6 +69,7 @@ def test_version_1_is_brought_up_to_date_in_place(empty: str) -> None:
         for schema in ("public", "stratakv"):
             for name in ("infer_json", "infer_choice", "infer_bool", "infer_tokens", "infer_row"):
                 connection.execute(f"DROP FUNCTION {schema}.{name}".encode())
+        connection.execute("DROP SCHEMA stratakv_probe CASCADE")
         connection.execute("DROP FUNCTION stratakv.sql_fill_template; UPDATE stratakv.sql_install SET version = 1")
         connection.execute("CREATE VIEW answers AS SELECT infer('x') AS a, stratakv.infer('y') AS b")
         before = connection.execute(kept).fetchone()

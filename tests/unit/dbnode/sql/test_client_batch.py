@@ -16,6 +16,7 @@ from dbnode.sql.client_batch import (
     Prepared,
     PreparedStatements,
     Readiness,
+    Resumed,
     bound_statement,
 )
 from dbnode.sql.hidden_calls import HiddenCalls
@@ -85,8 +86,13 @@ def test_everything_else_is_forwarded(data: bytes) -> None:
 def test_a_portal_read_in_parts_is_told() -> None:
     reader = BatchReader(PreparedStatements(HiddenCalls().may_call))
     reader.feed(PARSE + BIND + message(b"E", cstring("") + int32(10)) + SYNC)
-    assert reader.batch is not None
-    assert reader.batch.is_partial
+    assert reader.batch == Batch(PREPARED, VALUES, num_rows=10)
+
+
+def test_a_portal_read_on_is_told() -> None:
+    reader = BatchReader(PreparedStatements(HiddenCalls().may_call))
+    assert reader.feed(message(b"E", cstring("p") + int32(10)) + SYNC) is Readiness.COMPLETE
+    assert reader.batch == Resumed(b"p", 10)
 
 
 def test_only_so_many_statements_are_remembered() -> None:

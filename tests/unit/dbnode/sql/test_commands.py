@@ -139,3 +139,19 @@ def test_exchange_swallows_its_answers_and_hands_on_the_rest(outcome: bytes, cut
     assert exchange.last_error == (ERROR if outcome == ERROR else b"")
     assert for_client == NOTIFICATION * 2
     assert exchange.take_rest() == b"rest"
+
+
+def test_bind_is_not_even_parsed_before_its_function_is_known_to_be_ours() -> None:
+    request = bind_exchange(Within.NOTHING, "nonce", "listener").request
+    first_sync = request.index(message(b"S"))
+    assert request.index(b"prosecdef") < request.index(b"stratakv.bind($1") < first_sync
+
+
+def test_call_from_within_another_function_says_so() -> None:
+    command = parse_command(_infer("a", None, None, b"x").replace(b"infer ", b"infer_within ", 1))
+    assert command == Infer(7, "a", "db", None, {}, "x", is_within=True)
+
+
+def test_names_that_are_not_utf8_are_told_as_such() -> None:
+    with pytest.raises(NotUtf8, match="role's name"):
+        parse_command(_infer("a", None, None, b"x").replace(_hex("a"), b"ff", 1))

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dbnode.sql.scram import ITERATIONS, ScramFailed, ScramServer, Verifier
+from dbnode.sql.scram import ITERATIONS, ScramClient, ScramFailed, ScramServer, Verifier
 
 SALT = base64.b64decode("W22ZaJ0SNY7soEsUEjb6gQ==")
 SERVER_NONCE = "%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0"
@@ -78,3 +78,60 @@ def test_downgrade_of_the_binding_flag_is_noticed() -> None:
     proof = bytes(a ^ b for a, b in zip(client_key, signature, strict=True))
     with pytest.raises(ScramFailed, match="channel binding"):
         server.final(without_proof + b",p=" + base64.b64encode(proof))
+
+
+DIGEST = hashlib.sha256(b"a certificate").digest()
+KEY = hmac.digest(hashlib.pbkdf2_hmac("sha256", b"pencil", SALT, ITERATIONS), b"Client Key", "sha256")
+
+
+def _exchange(server: ScramServer, client: ScramClient) -> None:
+    server_first = server.first(client.first(), client.mechanism)
+    client.verify(server.final(client.final(server_first)))
+
+
+@pytest.mark.parametrize("digest", [None, DIGEST])
+def test_both_sides_understand_each_other(digest: bytes | None) -> None:
+    server = ScramServer(VERIFIER, SERVER_NONCE, digest)
+    _exchange(server, ScramClient(KEY, VERIFIER.server_key, "client nonce", digest))
+    assert server.client_key == KEY
+
+
+def test_client_that_sees_another_certificate_is_noticed() -> None:
+    with pytest.raises(ScramFailed, match="channel binding do not match"):
+        _exchange(
+            ScramServer(VERIFIER, SERVER_NONCE, DIGEST),
+            ScramClient(KEY, VERIFIER.server_key, "n", hashlib.sha256(b"another").digest()),
+        )
+
+
+def test_client_that_was_kept_from_binding_is_noticed() -> None:
+    """Its flag says that it could, had it been offered."""
+    server = ScramServer(VERIFIER, SERVER_NONCE, DIGEST)
+    with pytest.raises(ScramFailed, match="thinks that the server does not"):
+        server.first(CLIENT_FIRST.replace(b"n,,", b"y,,", 1))
+    assert _server().first(CLIENT_FIRST.replace(b"n,,", b"y,,", 1))
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "flag"), [("SCRAM-SHA-256-PLUS", b"n"), ("SCRAM-SHA-256", b"p=tls-server-end-point"), ("PLAIN", b"n")]
+)
+def test_mechanism_and_flag_must_agree(mechanism: str, flag: bytes) -> None:
+    with pytest.raises(ScramFailed):
+        ScramServer(VERIFIER, SERVER_NONCE, DIGEST).first(CLIENT_FIRST.replace(b"n,,", flag + b",,", 1), mechanism)
+
+
+def test_server_that_does_not_know_the_user_is_noticed() -> None:
+    client = ScramClient(KEY, b"x" * 32, "n")
+    with pytest.raises(ScramFailed, match="the server does not know"):
+        _exchange(_server(), client)
+
+
+@given(st.binary(max_size=120), st.binary(max_size=60))
+def test_no_other_server_convinces_a_client(server_first: bytes, server_final: bytes) -> None:
+    client = ScramClient(KEY, VERIFIER.server_key, "nonce")
+    with pytest.raises(ScramFailed):
+        client.verify(server_final)
+    with contextlib.suppress(ScramFailed):
+        client.final(b"r=nonce" + server_first)
+    with pytest.raises(ScramFailed):
+        client.verify(server_final)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dbnode.sql.errors import DirectTls, PasswordlessLogin, ProtocolViolation
-from dbnode.sql.login import LoginReader
+from dbnode.sql.login import Login
 from dbnode.sql.messages import int32, message
 from dbnode.sql.startup import CancelKey, StartupKind, StartupPacket, StartupReader, cancel_request
 
@@ -83,27 +83,27 @@ END = message(b"K", int32(7) + b"secret-key") + message(b"Z", b"I")
 @given(st.integers(0, 60))
 def test_login_is_read_through_to_its_end_wherever_it_is_cut(cut: int) -> None:
     data = SASL + OK + END + b"later"
-    reader = LoginReader(trusted=False)
+    reader = Login(trusted=False)
     parts = [reader.feed(data[:cut])]
     if not reader.done:
         parts.append(reader.feed(data[cut:]))
-    forwarded = b"".join(forward for forward, _ in parts)
+    forwarded = b"".join(forward for forward, _, _ in parts)
     assert forwarded == SASL + OK + END
     assert reader.cancel_key == CancelKey(7, b"secret-key")
-    assert b"later".startswith(parts[-1][1])
+    assert b"later".startswith(parts[-1][2])
 
 
 def test_login_without_credentials_is_refused_before_the_client_hears_of_it() -> None:
     with pytest.raises(PasswordlessLogin):
-        LoginReader(trusted=False).feed(OK + END)
-    assert LoginReader(trusted=True).feed(OK + END) == (OK + END, b"")
+        Login(trusted=False).feed(OK + END)
+    assert Login(trusted=True).feed(OK + END) == (OK + END, b"", b"")
 
 
 @given(st.binary(max_size=200))
 def test_backend_that_speaks_something_else_is_a_violation_at_most(data: bytes) -> None:
-    reader = LoginReader(trusted=False)
+    reader = Login(trusted=False)
     try:
-        forward, rest = reader.feed(data)
+        forward, _, rest = reader.feed(data)
     except (ProtocolViolation, PasswordlessLogin):
         return
     assert data.startswith(forward)

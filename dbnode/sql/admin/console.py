@@ -1,0 +1,66 @@
+"""One client of the admin database, once PostgreSQL has let it in. Made by `Relay`, started by its session after the login.
+
+PostgreSQL is asked what the client may see, and its connection is closed; from then on the DB node answers by itself.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dbnode.sql.admin.login import Viewer, viewer, viewer_exchange
+from dbnode.sql.admin.protocol import AdminProtocol
+from dbnode.sql.admin.tables import Show
+from dbnode.sql.errors import GatewayFailed
+from dbnode.sql.messages import message
+from stratakv.log import EventLogger
+
+if TYPE_CHECKING:
+    from dbnode.sql.session import Session
+
+log = EventLogger(__name__)
+
+HELD_BYTES_MAX = 64 * 1024
+"""What a client sends before it is let in."""
+
+
+class AdminConsole:
+    """Answers of one session."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._held = b""
+        self._protocol: AdminProtocol | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """PostgreSQL is not needed any more."""
+        return self._protocol is not None
+
+    def start(self) -> None:
+        """The login is done."""
+        exchange = viewer_exchange()
+        self._session.run_own(exchange, lambda: self._open(viewer(exchange)))
+
+    def _open(self, who: Viewer | None) -> None:
+        session = self._session
+        if who is None:
+            session.end(GatewayFailed("PostgreSQL does not say what this role may see"))
+            return
+        log.info("admin_session", session=session.name, user=who.user)
+        self._protocol = AdminProtocol(Show(session.relay, who).run)
+        session.backend.write(message(b"X"))
+        session.backend.close()
+        held, self._held = self._held, b""
+        if held:
+            self.feed(held)
+
+    def feed(self, data: bytes) -> None:
+        """From the client. Raises ProtocolViolation."""
+        if self._protocol is None:
+            self._held += data
+            if len(self._held) > HELD_BYTES_MAX:
+                self._session.end(GatewayFailed("too much was sent before the login was done"))
+            return
+        self._session.client.write(self._protocol.feed(data))
+        if self._protocol.has_ended:
+            self._session.client_left()

@@ -1,0 +1,85 @@
+"""The C++ module; `base.Moves` says what each function does."""
+
+from collections.abc import Sequence
+
+from stratakv._native.base import Buffer, Int64s, LayerMove, UInt64s
+
+KERNEL: str
+
+class Gate:
+    @property
+    def open_layers(self) -> int: ...
+    @property
+    def is_closed(self) -> bool: ...
+    def open(self, layers: int, /) -> None: ...
+    def close(self) -> None: ...
+    def wait(self, layers: int, deadline: float, /) -> bool: ...
+
+def use_kernel(name: str, /) -> bool: ...
+def xxh3_64(data: Buffer, seed: int = 0, /) -> int: ...
+def read_pages(
+    segment: Buffer,
+    page_offsets: Int64s,
+    layers: Sequence[LayerMove],
+    rows: Int64s,
+    checksums: UInt64s,
+    done: Gate,
+    watch_fd: int,
+    deadline: float,
+    /,
+) -> tuple[int, int, int]: ...
+def write_pages(
+    segment: Buffer,
+    page_offsets: Int64s,
+    layers: Sequence[LayerMove],
+    rows: Int64s,
+    checksums: UInt64s,
+    ready: Gate,
+    watch_fd: int,
+    deadline: float,
+    /,
+) -> tuple[int, int, int]: ...
+def check_headers(
+    memory: Buffer,
+    offsets: Int64s,
+    namespace: bytes,
+    keys: bytes,
+    generations: UInt64s,
+    data_bytes: int,
+    num_layers: int,
+    checksums: UInt64s,
+    /,
+) -> bytes: ...
+def pack_headers(
+    namespace: bytes,
+    keys: bytes,
+    generations: UInt64s,
+    data_bytes: int,
+    num_layers: int,
+    checksums: UInt64s,
+    /,
+) -> bytes: ...
+def fetch_pages(
+    fd: int,
+    opening: bytes,
+    page_offsets: Int64s,
+    layers: Sequence[LayerMove],
+    rows: Int64s,
+    checksums: UInt64s,
+    done: Gate,
+    deadline: float,
+    /,
+) -> tuple[int, int, int, bytes]: ...
+def push_pages(
+    fd: int,
+    opening: bytes,
+    put_id: bytes,
+    thanks: bytes,
+    page_offsets: Int64s,
+    layers: Sequence[LayerMove],
+    rows: Int64s,
+    checksums: UInt64s,
+    ready: Gate,
+    deadline: float,
+    /,
+) -> tuple[int, int, int, bytes]: ...

@@ -1,0 +1,200 @@
+"""What both implementations of the moves do: `_moves` (C++, without the interpreter lock) and `fallback` (Python)."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Buffer = bytes | bytearray | memoryview
+Int64s = npt.NDArray[np.int64]
+UInt64s = npt.NDArray[np.uint64]
+
+
+class Ended(enum.IntEnum):
+    """How a batch ended."""
+
+    WHOLE = 0
+    DAMAGED = 1
+    """That layer of that page does not match its checksum."""
+    OUT_OF_BOUNDS = 2
+    """A page or a row lies outside its memory; nothing was moved."""
+    LATE = 3
+    STOPPED = 4
+    """The gate was closed."""
+    GONE = 5
+    """The watched socket was hung up, or the one that carries the bytes."""
+    ANSWERED = 6
+    """The other end sent another frame than the one that was due."""
+
+
+class HeaderState(enum.IntEnum):
+    """What lies where a page's header should be."""
+
+    GOOD = 0
+    DAMAGED = 1
+    OTHER_PAGE = 2
+    """A whole header of another namespace, key or generation."""
+    OTHER_LAYOUT = 3
+
+
+class RangeMove(NamedTuple):
+    """One range of a layer in the caller's memory: that of row `n` is `size` bytes at `start + n * stride`."""
+
+    memory: Buffer
+    start: int
+    stride: int
+    size: int
+
+
+class LayerMove(NamedTuple):
+    """One layer: its number, where it begins in a page, and its ranges, which follow each other there."""
+
+    number: int
+    page_start: int
+    ranges: tuple[RangeMove, ...]
+
+
+class Gate(Protocol):
+    """How many layers are through: opened by one thread, waited for by another."""
+
+    @property
+    def open_layers(self) -> int:
+        """Layers below this number may pass."""
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether no more will open."""
+
+    def open(self, layers: int, /) -> None:
+        """Let layers below `layers` pass; what is open stays open."""
+
+    def close(self) -> None:
+        """Open no more; everybody who waits returns."""
+
+    def wait(self, layers: int, deadline: float, /) -> bool:
+        """Whether layers below `layers` may pass, as soon as they may, at the latest by the deadline."""
+
+
+_Gate = Gate
+"""In `Moves` the name `Gate` means the class that makes one."""
+
+
+class Moves(Protocol):
+    """The functions of either module. Memory is contiguous; deadlines are readings of `time.monotonic`."""
+
+    @property
+    def KERNEL(self) -> str:  # noqa: N802
+        """What computes the checksums here."""
+
+    @property
+    def Gate(self) -> type[_Gate]:  # noqa: N802
+        """Makes a gate; only that of the same module can be given to the functions below."""
+
+    def use_kernel(self, name: str, /) -> bool:
+        """Compute checksums by that one from here on; False where this processor or module has it not."""
+
+    def xxh3_64(self, data: Buffer, seed: int = 0, /) -> int:
+        """XXH3-64 of the bytes."""
+
+    def read_pages(
+        self,
+        segment: Buffer,
+        page_offsets: Int64s,
+        layers: Sequence[LayerMove],
+        rows: Int64s,
+        checksums: UInt64s,
+        done: _Gate,
+        watch_fd: int,
+        deadline: float,
+        /,
+    ) -> tuple[int, int, int]:
+        """Copy layers of the pages at `page_offsets` to `rows` of the caller's memory, and check what was copied.
+
+        `checksums` is [layer][page]. `done` opens behind each layer that is there and verified; closing it stops the batch,
+        and so does a hang-up of `watch_fd` (if that is not negative). Returns (an `Ended`, index of the layer, index of the
+        page) where it ended.
+        """
+
+    def write_pages(
+        self,
+        segment: Buffer,
+        page_offsets: Int64s,
+        layers: Sequence[LayerMove],
+        rows: Int64s,
+        checksums: UInt64s,
+        ready: _Gate,
+        watch_fd: int,
+        deadline: float,
+        /,
+    ) -> tuple[int, int, int]:
+        """The other way, each layer as soon as `ready` lets it pass; `checksums` [layer][page] is filled."""
+
+    def check_headers(
+        self,
+        memory: Buffer,
+        offsets: Int64s,
+        namespace: bytes,
+        keys: bytes,
+        generations: UInt64s,
+        data_bytes: int,
+        num_layers: int,
+        checksums: UInt64s,
+        /,
+    ) -> bytes:
+        """Check the headers at `offsets` of memory that may be changing; `keys` are packed.
+
+        Returns a `HeaderState` per page; `checksums` [layer][page] is filled for the good ones.
+        """
+
+    def pack_headers(
+        self,
+        namespace: bytes,
+        keys: bytes,
+        generations: UInt64s,
+        data_bytes: int,
+        num_layers: int,
+        checksums: UInt64s,
+        /,
+    ) -> bytes:
+        """The headers of pages with these keys (packed), generations and checksums [layer][page], one after another."""
+
+
+class Wire(Protocol):
+    """Moves over a blocking socket that speaks the pool protocol: only the C++ module has them."""
+
+    def fetch_pages(
+        self,
+        fd: int,
+        opening: bytes,
+        page_offsets: Int64s,
+        layers: Sequence[LayerMove],
+        rows: Int64s,
+        checksums: UInt64s,
+        done: _Gate,
+        deadline: float,
+        /,
+    ) -> tuple[int, int, int, bytes]:
+        """As `read_pages`, from the daemon at the other end; `opening` is how frames begin.
+
+        The fourth value is the frame that came instead, if one did: header and body.
+        """
+
+    def push_pages(
+        self,
+        fd: int,
+        opening: bytes,
+        put_id: bytes,
+        thanks: bytes,
+        page_offsets: Int64s,
+        layers: Sequence[LayerMove],
+        rows: Int64s,
+        checksums: UInt64s,
+        ready: _Gate,
+        deadline: float,
+        /,
+    ) -> tuple[int, int, int, bytes]:
+        """As `write_pages`; every frame is answered with `thanks`, or was refused."""

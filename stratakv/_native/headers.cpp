@@ -1,0 +1,149 @@
+#include "headers.h"
+
+#include <cstring>
+
+#include "xxh3.h"
+
+namespace strata {
+namespace {
+
+constexpr size_t kHeaderBytesMax = 4096, kNamespaceBytes = 16, kKeyBytes = 32;
+constexpr char kMagic[] = "STRATAKV";
+
+#pragma pack(push, 1)
+struct Fixed {
+  char magic[8];
+  uint16_t version;
+  uint16_t reserved;
+  uint32_t num_layers;
+  uint8_t name_space[kNamespaceBytes];
+  uint8_t key[kKeyBytes];
+  uint64_t generation;
+  uint64_t data_bytes;
+};
+#pragma pack(pop)
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "headers are little-endian");
+
+constexpr uint16_t kVersion = 1;
+constexpr size_t kLayersMax = (kHeaderBytesMax - sizeof(Fixed) - 8) / 8;
+
+// `HeaderState` in the Python stub.
+enum State : uint8_t { kGood = 0, kDamaged = 1, kOtherPage = 2, kOtherLayout = 3 };
+
+size_t packed_bytes(size_t num_layers) { return sizeof(Fixed) + 8 * num_layers + 8; }
+
+void check_num_layers(Py_ssize_t num_layers) {
+  if (num_layers < 1 || static_cast<size_t>(num_layers) > kLayersMax) {
+    PyErr_Format(PyExc_ValueError, "a header has room for 1 to %zu layers", kLayersMax);
+    throw PythonError();
+  }
+}
+
+bool seal_is_good(const uint8_t* header, size_t num_layers) {
+  uint64_t seal;
+  memcpy(&seal, header + packed_bytes(num_layers) - 8, 8);
+  return seal == xxh3_64(header, packed_bytes(num_layers) - 8, 0);
+}
+
+// `header` is a private copy of `limit` bytes of what lies there.
+State state_of(const uint8_t* header, size_t limit, const Fixed& wanted) {
+  Fixed fixed;
+  if (limit < sizeof fixed + 8) return kDamaged;
+  memcpy(&fixed, header, sizeof fixed);
+  const bool is_header = memcmp(fixed.magic, kMagic, 8) == 0 && fixed.version == kVersion;
+  if (!is_header || fixed.num_layers > kLayersMax || packed_bytes(fixed.num_layers) > limit) return kDamaged;
+  if (!seal_is_good(header, fixed.num_layers)) return kDamaged;
+  const bool is_page = memcmp(fixed.name_space, wanted.name_space, kNamespaceBytes) == 0 &&
+                       memcmp(fixed.key, wanted.key, kKeyBytes) == 0 && fixed.generation == wanted.generation;
+  if (!is_page) return kOtherPage;
+  return fixed.data_bytes == wanted.data_bytes && fixed.num_layers == wanted.num_layers ? kGood : kOtherLayout;
+}
+
+Fixed fixed_part(const Bytes& name_space, Py_ssize_t num_layers, unsigned long long data_bytes) {
+  check_num_layers(num_layers);
+  Fixed fixed{};
+  memcpy(fixed.magic, kMagic, 8);
+  fixed.version = kVersion;
+  fixed.num_layers = static_cast<uint32_t>(num_layers);
+  memcpy(fixed.name_space, name_space.numbers<uint8_t>(kNamespaceBytes, "namespace"), kNamespaceBytes);
+  fixed.data_bytes = data_bytes;
+  return fixed;
+}
+
+}  // namespace
+
+PyObject* check_headers(PyObject*, PyObject* args) {
+  return guarded([&]() -> PyObject* {
+    PyObject *memory, *offsets, *name_space, *keys, *generations, *checksums;
+    unsigned long long data_bytes;
+    Py_ssize_t num_layers;
+    if (!PyArg_ParseTuple(args, "OOOOOKnO", &memory, &offsets, &name_space, &keys, &generations, &data_bytes, &num_layers,
+                          &checksums)) {
+      return nullptr;
+    }
+    const Bytes from(memory, false), places(offsets, false), scope(name_space, false), names(keys, false),
+        ages(generations, false), sums_out(checksums, true);
+    const size_t pages = places.size() / sizeof(int64_t);
+    const auto* const at = places.numbers<int64_t>(pages, "offsets");
+    const auto* const key = names.numbers<uint8_t>(pages * kKeyBytes, "keys");
+    const auto* const generation = ages.numbers<uint64_t>(pages, "generations");
+    Fixed wanted = fixed_part(scope, num_layers, data_bytes);
+    const auto layers = static_cast<size_t>(num_layers);
+    auto* const sums = sums_out.numbers<uint64_t>(pages * layers, "checksums");
+    std::vector<char> states(pages);
+    {
+      const WithoutInterpreter released;
+      uint8_t header[kHeaderBytesMax];
+      for (size_t page = 0; page < pages; ++page) {
+        if (at[page] < 0 || static_cast<size_t>(at[page]) > from.size()) {
+          states[page] = kDamaged;
+          continue;
+        }
+        // Another process may be writing there: what is looked at must not change.
+        const size_t left = from.size() - static_cast<size_t>(at[page]);
+        const size_t limit = left < packed_bytes(layers) ? left : packed_bytes(layers);
+        memcpy(header, from.data() + at[page], limit);
+        memcpy(wanted.key, key + page * kKeyBytes, kKeyBytes);
+        wanted.generation = generation[page];
+        states[page] = static_cast<char>(state_of(header, limit, wanted));
+        for (size_t layer = 0; states[page] == kGood && layer < layers; ++layer) {
+          memcpy(&sums[layer * pages + page], header + sizeof(Fixed) + 8 * layer, 8);
+        }
+      }
+    }
+    return PyBytes_FromStringAndSize(states.data(), static_cast<Py_ssize_t>(pages));
+  });
+}
+
+PyObject* pack_headers(PyObject*, PyObject* args) {
+  return guarded([&]() -> PyObject* {
+    PyObject *name_space, *keys, *generations, *checksums;
+    unsigned long long data_bytes;
+    Py_ssize_t num_layers;
+    if (!PyArg_ParseTuple(args, "OOOKnO", &name_space, &keys, &generations, &data_bytes, &num_layers, &checksums)) {
+      return nullptr;
+    }
+    const Bytes scope(name_space, false), names(keys, false), ages(generations, false), sums_in(checksums, false);
+    const size_t pages = ages.size() / sizeof(uint64_t);
+    const auto* const generation = ages.numbers<uint64_t>(pages, "generations");
+    const auto* const key = names.numbers<uint8_t>(pages * kKeyBytes, "keys");
+    Fixed fixed = fixed_part(scope, num_layers, data_bytes);
+    const auto layers = static_cast<size_t>(num_layers);
+    const auto* const sums = sums_in.numbers<uint64_t>(pages * layers, "checksums");
+    std::vector<uint8_t> packed(pages * packed_bytes(layers));
+    uint8_t* to = packed.data();
+    for (size_t page = 0; page < pages; ++page, to += packed_bytes(layers)) {
+      memcpy(fixed.key, key + page * kKeyBytes, kKeyBytes);
+      fixed.generation = generation[page];
+      memcpy(to, &fixed, sizeof fixed);
+      for (size_t layer = 0; layer < layers; ++layer) {
+        memcpy(to + sizeof fixed + 8 * layer, &sums[layer * pages + page], 8);
+      }
+      const uint64_t seal = xxh3_64(to, packed_bytes(layers) - 8, 0);
+      memcpy(to + packed_bytes(layers) - 8, &seal, 8);
+    }
+    return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(packed.data()), static_cast<Py_ssize_t>(packed.size()));
+  });
+}
+
+}  // namespace strata

@@ -1,0 +1,393 @@
+#include "wire.h"
+
+#include <errno.h>
+#include <sys/socket.h>
+#include <sys/time.h>
+#include <sys/uio.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <string>
+
+#include "xxh3.h"
+
+namespace strata {
+namespace {
+
+constexpr size_t kCallBytes = 1024 * 1024;             // asked of one call, so that checksums find the bytes in the cache
+constexpr size_t kIovecsMax = 1024;                    // the kernel's IOV_MAX
+constexpr size_t kFrameBytes = 64 * 1024 * 1024;
+constexpr size_t kFrameRanges = 8192;
+constexpr size_t kFramesAhead = 2;                     // requests sent before their data is received
+constexpr size_t kReplyBytesMax = 64 * 1024;
+constexpr size_t kOpeningBytes = 6;                    // magic and version
+constexpr size_t kPutIdBytes = 16;
+
+enum Kind : uint16_t { kRead = 2, kWrite = 3, kReply = 4, kData = 5 };
+
+#pragma pack(push, 1)
+struct Header {
+  uint8_t opening[kOpeningBytes];
+  uint16_t kind;
+  uint32_t body_bytes;
+  uint64_t payload_bytes;
+};
+struct WireRange {
+  uint64_t offset;
+  uint32_t size;
+};
+#pragma pack(pop)
+
+// A socket, until a deadline.
+class Wire {
+ public:
+  Wire(int fd, double deadline_s) : fd_(fd), deadline_s_(deadline_s) {}
+
+  Ended send(std::vector<iovec>& parts) const { return move(parts, SO_SNDTIMEO, true); }
+  Ended receive(std::vector<iovec>& parts) const { return move(parts, SO_RCVTIMEO, false); }
+  Ended send(const std::string& bytes) const {
+    std::vector<iovec> one{{const_cast<char*>(bytes.data()), bytes.size()}};
+    return send(one);
+  }
+  Ended receive(void* into, size_t size) const {
+    std::vector<iovec> one{{into, size}};
+    return receive(one);
+  }
+
+ private:
+  Ended move(std::vector<iovec>& parts, int timeout_option, bool sends) const {
+    size_t first = 0;
+    while (first < parts.size()) {
+      if (!bound(timeout_option)) return Ended::kLate;
+      msghdr message{};
+      message.msg_iov = &parts[first];
+      message.msg_iovlen = std::min(parts.size() - first, kIovecsMax);
+      const ssize_t moved = sends ? ::sendmsg(fd_, &message, MSG_NOSIGNAL) : ::recvmsg(fd_, &message, MSG_WAITALL);
+      if (moved < 0 && errno == EINTR) continue;
+      if (moved < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return Ended::kLate;
+      if (moved <= 0) return Ended::kGone;
+      size_t left = static_cast<size_t>(moved);
+      while (first < parts.size() && left >= parts[first].iov_len) left -= parts[first++].iov_len;
+      if (left != 0) {
+        parts[first].iov_base = static_cast<uint8_t*>(parts[first].iov_base) + left;
+        parts[first].iov_len -= left;
+      }
+    }
+    return Ended::kWhole;
+  }
+
+  // The kernel keeps the time of the next call. False if there is none left.
+  bool bound(int option) const {
+    const double left_s = std::fmin(deadline_s_ - monotonic_s(), 1e6);
+    if (left_s <= 0) return false;
+    timeval time{};
+    time.tv_sec = static_cast<time_t>(left_s);
+    time.tv_usec = std::max<suseconds_t>(1000, static_cast<suseconds_t>((left_s - std::floor(left_s)) * 1e6));
+    return ::setsockopt(fd_, SOL_SOCKET, option, &time, sizeof time) == 0;
+  }
+
+  int fd_;
+  double deadline_s_;
+};
+
+// One layer of one page is an item; a batch's items are numbered layer by layer.
+class Items {
+ public:
+  explicit Items(const Batch& batch) : batch_(batch) {}
+
+  size_t count() const { return batch_.layers().size() * batch_.pages(); }
+  const Layer& layer(size_t item) const { return batch_.layers()[item / batch_.pages()]; }
+  size_t page(size_t item) const { return item % batch_.pages(); }
+  uint64_t offset(size_t item) const {
+    return static_cast<uint64_t>(batch_.page_offset(page(item)) + layer(item).page_start);
+  }
+  const Batch& batch() const { return batch_; }
+
+ private:
+  const Batch& batch_;
+};
+
+// Items `first` .. `stop - 1`, which travel in one frame.
+struct Frame {
+  size_t first;
+  size_t stop;
+  size_t bytes = 0;
+  std::string ranges;
+
+  // As many items as one frame may have, up to `limit`; neighbours in the segment become one range.
+  Frame(const Items& items, size_t start, size_t limit) : first(start), stop(start) {
+    std::vector<WireRange> found;
+    for (; stop < limit; ++stop) {
+      const size_t size = items.layer(stop).size;
+      const uint64_t at = items.offset(stop);
+      if (stop > first && bytes + size > kFrameBytes) break;
+      if (!found.empty() && found.back().offset + found.back().size == at) {
+        found.back().size += static_cast<uint32_t>(size);
+      } else if (found.size() == kFrameRanges) {
+        break;
+      } else {
+        found.push_back({at, static_cast<uint32_t>(size)});
+      }
+      bytes += size;
+    }
+    ranges.assign(reinterpret_cast<const char*>(found.data()), found.size() * sizeof(WireRange));
+  }
+};
+
+// The parts of some items, call by call, and the checksums of the items from what the calls moved.
+class Parts {
+ public:
+  Parts(const Items& items, size_t first, size_t stop) : items_(items), at_(first), hashing_(first), stop_(stop) { begin(); }
+
+  // The next call's parts; none when there is nothing left.
+  std::vector<iovec> next() {
+    std::vector<iovec> parts;
+    ends_item_.clear();
+    for (size_t bytes = 0; at_ < stop_ && bytes < kCallBytes && parts.size() < kIovecsMax;) {
+      const Layer& layer = items_.layer(at_);
+      const Range& range = layer.ranges[range_];
+      const size_t size = std::min(range.size - done_, kCallBytes - bytes);
+      parts.push_back({items_.batch().at(range, items_.page(at_)) + done_, size});
+      bytes += size;
+      done_ += size;
+      if (done_ == range.size) {
+        done_ = 0;
+        ++range_;
+      }
+      ends_item_.push_back(range_ == layer.ranges.size());
+      if (ends_item_.back()) {
+        range_ = 0;
+        ++at_;
+      }
+    }
+    return parts;
+  }
+
+  // Takes into account what the last `next` told; `ended(item, checksum)` for each item that is whole, until it says false.
+  template <typename Callback>
+  bool checksum(const std::vector<iovec>& parts, Callback ended) {
+    for (size_t i = 0; i < parts.size(); ++i) {
+      hash_.feed(static_cast<const uint8_t*>(parts[i].iov_base), parts[i].iov_len);
+      if (!ends_item_[i]) continue;
+      if (!ended(hashing_, hash_.digest())) return false;
+      ++hashing_;
+      begin();
+    }
+    return true;
+  }
+
+ private:
+  void begin() {
+    if (hashing_ < stop_) hash_ = SizedHash(items_.layer(hashing_).size);
+  }
+
+  const Items& items_;
+  size_t at_;       // the item whose parts are told next,
+  size_t range_ = 0;  // from this range on
+  size_t done_ = 0;   // and this byte of it
+  size_t hashing_;  // the item whose checksum is being computed
+  size_t stop_;
+  std::vector<bool> ends_item_;
+  SizedHash hash_{0};
+};
+
+struct Answer {
+  Ended ended = Ended::kWhole;
+  size_t item = 0;
+  std::string said;  // a frame that is no data: its header, and its body if that is short
+};
+
+std::string header(const std::string& opening, Kind kind, size_t body_bytes, size_t payload_bytes) {
+  Header made{};
+  memcpy(made.opening, opening.data(), kOpeningBytes);
+  made.kind = kind;
+  made.body_bytes = static_cast<uint32_t>(body_bytes);
+  made.payload_bytes = payload_bytes;
+  return {reinterpret_cast<const char*>(&made), sizeof made};
+}
+
+Ended request(const Wire& wire, const std::string& opening, const Frame& frame) {
+  return wire.send(header(opening, kRead, frame.ranges.size(), 0) + frame.ranges);
+}
+
+// Reads a frame that ought to open with `kind`; what else comes is kept for the caller to read. Says whether it was `kind`.
+bool is_next(const Wire& wire, const std::string& opening, Kind kind, size_t payload_bytes, Answer& answer) {
+  Header got;
+  answer.ended = wire.receive(&got, sizeof got);
+  if (answer.ended != Ended::kWhole) return false;
+  const bool is_ours = memcmp(got.opening, opening.data(), kOpeningBytes) == 0;
+  answer.said.assign(reinterpret_cast<const char*>(&got), sizeof got);
+  if (is_ours && got.kind == kReply && got.payload_bytes == 0 && got.body_bytes <= kReplyBytesMax) {
+    answer.said.resize(sizeof got + got.body_bytes);
+    answer.ended = wire.receive(&answer.said[sizeof got], got.body_bytes);
+    if (answer.ended != Ended::kWhole) return false;
+    if (kind == kReply) return true;
+  } else if (is_ours && got.kind == kind && got.body_bytes == 0 && got.payload_bytes == payload_bytes) {
+    return true;
+  }
+  answer.ended = Ended::kAnswered;
+  return false;
+}
+
+Answer fetch_frame(const Wire& wire, const Items& items, const Frame& frame, const uint64_t* checksums, Gate& done) {
+  Answer answer;
+  Parts parts(items, frame.first, frame.stop);
+  for (std::vector<iovec> call = parts.next(); !call.empty(); call = parts.next()) {
+    std::vector<iovec> filled = call;
+    answer.ended = wire.receive(filled);
+    if (answer.ended == Ended::kWhole && done.is_closed()) answer.ended = Ended::kStopped;
+    if (answer.ended != Ended::kWhole) return answer;
+    const bool is_good = parts.checksum(call, [&](size_t item, uint64_t checksum) {
+      answer.item = item;
+      if (checksum != checksums[item]) return false;
+      if (items.page(item) + 1 == items.batch().pages()) done.open(items.layer(item).number + 1);
+      return true;
+    });
+    if (!is_good) {
+      answer.ended = Ended::kDamaged;
+      return answer;
+    }
+  }
+  return answer;
+}
+
+Answer fetch_all(const Wire& wire, const std::string& opening, const Items& items, const uint64_t* checksums, Gate& done) {
+  Answer answer;
+  std::vector<Frame> frames;
+  for (size_t at = 0; at < items.count(); at = frames.back().stop) frames.emplace_back(items, at, items.count());
+  for (size_t i = 0; i < std::min(kFramesAhead, frames.size()); ++i) {
+    answer.ended = request(wire, opening, frames[i]);
+    if (answer.ended != Ended::kWhole) return answer;
+  }
+  for (size_t i = 0; i < frames.size(); ++i) {
+    if (!is_next(wire, opening, kData, frames[i].bytes, answer)) return answer;
+    answer = fetch_frame(wire, items, frames[i], checksums, done);
+    if (answer.ended == Ended::kWhole && i + kFramesAhead < frames.size()) {
+      answer.ended = request(wire, opening, frames[i + kFramesAhead]);
+    }
+    if (answer.ended != Ended::kWhole) return answer;
+  }
+  return answer;
+}
+
+Ended push_frame(const Wire& wire, const std::string& opening, const std::string& put_id, const Items& items,
+                 const Frame& frame, uint64_t* checksums) {
+  Ended ended = wire.send(header(opening, kWrite, put_id.size() + frame.ranges.size(), frame.bytes) + put_id + frame.ranges);
+  Parts parts(items, frame.first, frame.stop);
+  for (std::vector<iovec> call = parts.next(); ended == Ended::kWhole && !call.empty(); call = parts.next()) {
+    parts.checksum(call, [&](size_t item, uint64_t checksum) {
+      checksums[item] = checksum;
+      return true;
+    });
+    ended = wire.send(call);
+  }
+  return ended;
+}
+
+Answer push_all(const Wire& wire, const std::string& opening, const std::string& put_id, const std::string& thanks,
+                const Items& items, uint64_t* checksums, Gate& ready, double deadline_s) {
+  Answer answer;
+  size_t num_frames = 0;
+  for (size_t at = 0; at < items.count();) {
+    if (!ready.wait(items.layer(at).number + 1, deadline_s)) {
+      answer.ended = ready.is_closed() ? Ended::kStopped : Ended::kLate;
+      return answer;
+    }
+    size_t limit = at;
+    while (limit < items.count() && items.layer(limit).number < ready.open_layers()) limit += items.batch().pages();
+    const Frame frame(items, at, limit);
+    answer.ended = push_frame(wire, opening, put_id, items, frame, checksums);
+    if (answer.ended != Ended::kWhole) return answer;
+    at = frame.stop;
+    ++num_frames;
+  }
+  // The answers to all frames wait in the socket: they are few and short.
+  for (size_t i = 0; i < num_frames; ++i) {
+    if (!is_next(wire, opening, kReply, 0, answer)) return answer;
+    if (answer.said.compare(sizeof(Header), std::string::npos, thanks) != 0) {
+      answer.ended = Ended::kAnswered;
+      return answer;
+    }
+  }
+  return answer;
+}
+
+std::string text(const Bytes& bytes, size_t size, const char* name) {
+  if (size != 0) bytes.numbers<uint8_t>(size, name);
+  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+}
+
+PyObject* told(const Answer& answer, const Items& items) {
+  const size_t pages = std::max<size_t>(items.batch().pages(), 1);
+  return Py_BuildValue("(inny#)", static_cast<int>(answer.ended), static_cast<Py_ssize_t>(answer.item / pages),
+                       static_cast<Py_ssize_t>(answer.item % pages), answer.said.data(),
+                       static_cast<Py_ssize_t>(answer.said.size()));
+}
+
+// Ranges travel with 32 bits of size and are never empty.
+bool fits_wire(const Batch& batch) {
+  return std::all_of(batch.layers().begin(), batch.layers().end(),
+                     [](const Layer& layer) { return layer.size > 0 && layer.size <= kFrameBytes; });
+}
+
+constexpr size_t kAnySegment = INT64_MAX;  // the daemon knows its size and checks every range
+
+}  // namespace
+
+PyObject* fetch_pages(PyObject*, PyObject* args) {
+  return guarded([&]() -> PyObject* {
+    int fd;
+    PyObject *opening_bytes, *page_offsets, *layers, *rows, *checksums, *done;
+    double deadline_s;
+    if (!PyArg_ParseTuple(args, "iOOOOOOd", &fd, &opening_bytes, &page_offsets, &layers, &rows, &checksums, &done,
+                          &deadline_s)) {
+      return nullptr;
+    }
+    const Batch batch(page_offsets, layers, rows, true);
+    const Bytes expected(checksums, false), start(opening_bytes, false);
+    const auto* const sums = expected.numbers<uint64_t>(batch.pages() * batch.layers().size(), "checksums");
+    const std::string opening = text(start, kOpeningBytes, "opening");
+    Gate& gate = gate_of(done);
+    const Items items(batch);
+    Answer answer;
+    {
+      const WithoutInterpreter released;
+      answer.ended = Ended::kOutOfBounds;
+      if (fits_wire(batch) && batch.is_within(kAnySegment)) {
+        answer = fetch_all(Wire(fd, deadline_s), opening, items, sums, gate);
+      }
+    }
+    return told(answer, items);
+  });
+}
+
+PyObject* push_pages(PyObject*, PyObject* args) {
+  return guarded([&]() -> PyObject* {
+    int fd;
+    PyObject *opening_bytes, *put, *thanks_bytes, *page_offsets, *layers, *rows, *checksums, *ready;
+    double deadline_s;
+    if (!PyArg_ParseTuple(args, "iOOOOOOOOd", &fd, &opening_bytes, &put, &thanks_bytes, &page_offsets, &layers, &rows,
+                          &checksums, &ready, &deadline_s)) {
+      return nullptr;
+    }
+    const Batch batch(page_offsets, layers, rows, false);
+    const Bytes sums_out(checksums, true), start(opening_bytes, false), id(put, false), end(thanks_bytes, false);
+    auto* const sums = sums_out.numbers<uint64_t>(batch.pages() * batch.layers().size(), "checksums");
+    const std::string opening = text(start, kOpeningBytes, "opening"), put_id = text(id, kPutIdBytes, "put_id");
+    const std::string thanks = text(end, 0, "thanks");
+    Gate& gate = gate_of(ready);
+    const Items items(batch);
+    Answer answer;
+    {
+      const WithoutInterpreter released;
+      answer.ended = Ended::kOutOfBounds;
+      if (fits_wire(batch) && batch.is_within(kAnySegment)) {
+        answer = push_all(Wire(fd, deadline_s), opening, put_id, thanks, items, sums, gate, deadline_s);
+      }
+    }
+    return told(answer, items);
+  });
+}
+
+}  // namespace strata

@@ -1,0 +1,65 @@
+"""PostgreSQL's regression files, run by pg_regress against the distribution's server; their printed results are compared.
+
+Files and the C functions they load come from Debian's source package of the version that is installed.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from tests.compat.outcomes import Outcome, Result, Results
+from tests.compat.sources import Missing, cache, debian_package, debian_source, require, run
+from tests.compat.target import Target
+
+MAJOR = 15
+BIN = Path(f"/usr/lib/postgresql/{MAJOR}/bin")
+TIMEOUT_S = 900
+_PROGRAM = BIN.parent / "lib" / "pgxs" / "src" / "test" / "regress" / "pg_regress"
+_LINE = re.compile(r"^(?:test |     )(\S+)\s+\.\.\. (ok|FAILED|failed \(ignored\))", re.MULTILINE)
+
+
+def run_suite(target: Target, directory: Path) -> Results:
+    source = _source()
+    library = _library(source)
+    inputs, outputs = directory / "inputs", directory / "outputs"
+    shutil.copytree(source / "src/test/regress", inputs)
+    (outputs / "testtablespace").mkdir(parents=True)
+    for path in (directory, inputs, outputs, *outputs.iterdir()):
+        path.chmod(0o777)  # the server's account reads and writes here too
+    flags = [f"--inputdir={inputs}", f"--outputdir={outputs}", f"--dlpath={library.parent}", f"--bindir={BIN}"]
+    flags += [f"--schedule={inputs}/parallel_schedule", "--max-connections=8", f"--host={target.host}"]
+    command = [str(_PROGRAM), *flags, f"--port={target.port}", f"--user={target.user}", "--dbname=regression"]
+    done = subprocess.run(command, cwd=outputs, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    (directory / "pg_regress.log").write_text(done.stdout + done.stderr)
+    found = {}
+    for name, word in _LINE.findall(done.stdout):
+        printed = outputs / "results" / f"{name}.out"
+        text = printed.read_text(errors="surrogateescape") if printed.exists() else ""
+        found[name] = Result(Outcome.PASSED if word == "ok" else Outcome.FAILED, text.replace(str(directory), "DIR"))
+    if not found:
+        raise SystemExit(f"pg_regress ran no test, see {directory / 'pg_regress.log'}")
+    return found
+
+
+def _source() -> Path:
+    if not (BIN / "postgres").exists() or not _PROGRAM.exists():
+        raise Missing(f"PostgreSQL {MAJOR} of the distribution is not installed. apt-get install postgresql-{MAJOR}")
+    done = subprocess.run(
+        ["dpkg-query", "-W", "-f", "${Version}", f"postgresql-{MAJOR}"], capture_output=True, text=True, check=True
+    )
+    return debian_source(f"postgresql-{MAJOR}", done.stdout.strip())
+
+
+def _library(source: Path) -> Path:
+    """regress.so, compiled once; the server's headers come from Debian's package, which need not be installed."""
+    library = cache() / f"{source.name}-library" / "regress.so"
+    if not library.exists():
+        compiler = require("gcc", "apt-get install gcc libc6-dev")
+        headers = debian_package(f"postgresql-server-dev-{MAJOR}") / "usr/include/postgresql" / str(MAJOR) / "server"
+        library.parent.mkdir(exist_ok=True)
+        flags = ["-O1", "-fPIC", "-shared", "-w", f"-I{headers}", f"-I{source}/src/include", "-o", str(library)]
+        run([compiler, *flags, str(source / "src/test/regress/regress.c")], what="regress.so")
+    return library
