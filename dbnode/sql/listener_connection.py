@@ -400,6 +400,7 @@ class ListenerConnection(asyncio.Protocol):
 
     def statement_ended(self) -> None:
         """Nobody waits for the call any more."""
+        self._explaining.drop()
         if self._call is not None:
             if self._is_asked:
                 self._transport.write(reply(Status.GONE))

@@ -92,7 +92,7 @@ class Lookahead:
     @property
     def remembers(self) -> bool:
         """Whether what the client sent earlier matters for what it sends next."""
-        return self._is_described or bool(self._prepared)
+        return self._is_described or bool(self._prepared) or bool(self._cursors)
 
     # Client's bytes
 

@@ -129,10 +129,15 @@ class ClientSide(Side):
         self.session.backend.transport.write(data)  # type: ignore[union-attr]
 
     def pause_writing(self) -> None:
+        self.is_full = True
         self.session.backend.stop_reading()
 
     def resume_writing(self) -> None:
-        self.session.backend.read_on()
+        self.is_full = False
+        if self.session.console is None:
+            self.session.backend.read_on()
+        elif self.session.console.is_open:
+            self.session.console.resume()
 
     def connection_lost(self, error: Exception | None) -> None:
         self.closed()

@@ -22,8 +22,9 @@ _LINE = re.compile(r"^(?:test |     )(\S+)\s+\.\.\. (ok|FAILED|failed \(ignored\
 
 
 def run_suite(target: Target, directory: Path) -> Results:
-    source = _source()
-    library = _library(source)
+    version = _version()
+    source = debian_source(f"postgresql-{MAJOR}", version)
+    library = _library(source, version)
     inputs, outputs = directory / "inputs", directory / "outputs"
     shutil.copytree(source / "src/test/regress", inputs)
     (outputs / "testtablespace").mkdir(parents=True)
@@ -44,21 +45,23 @@ def run_suite(target: Target, directory: Path) -> Results:
     return found
 
 
-def _source() -> Path:
+def _version() -> str:
+    """Of the server that is installed: files of another release expect other results."""
     if not (BIN / "postgres").exists() or not _PROGRAM.exists():
-        raise Missing(f"PostgreSQL {MAJOR} of the distribution is not installed. apt-get install postgresql-{MAJOR}")
+        raise Missing(f"PostgreSQL {MAJOR} of the distribution is not installed: apt-get install postgresql-{MAJOR}")
     done = subprocess.run(
         ["dpkg-query", "-W", "-f", "${Version}", f"postgresql-{MAJOR}"], capture_output=True, text=True, check=True
     )
-    return debian_source(f"postgresql-{MAJOR}", done.stdout.strip())
+    return done.stdout.strip()
 
 
-def _library(source: Path) -> Path:
+def _library(source: Path, version: str) -> Path:
     """regress.so, compiled once; the server's headers come from Debian's package, which need not be installed."""
     library = cache() / f"{source.name}-library" / "regress.so"
     if not library.exists():
         compiler = require("gcc", "apt-get install gcc libc6-dev")
-        headers = debian_package(f"postgresql-server-dev-{MAJOR}") / "usr/include/postgresql" / str(MAJOR) / "server"
+        package = debian_package(f"postgresql-server-dev-{MAJOR}", version)
+        headers = package / "usr/include/postgresql" / str(MAJOR) / "server"
         library.parent.mkdir(exist_ok=True)
         flags = ["-O1", "-fPIC", "-shared", "-w", f"-I{headers}", f"-I{source}/src/include", "-o", str(library)]
         run([compiler, *flags, str(source / "src/test/regress/regress.c")], what="regress.so")

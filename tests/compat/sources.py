@@ -71,13 +71,18 @@ def debian_source(package: str, version: str) -> Path:
     return directory
 
 
-def debian_package(package: str) -> Path:
+def debian_package(package: str, version: str) -> Path:
     """Files of a Debian binary package, unpacked beside the system, not installed."""
-    directory = cache() / f"{package}-files"
+    directory = cache() / f"{package}-{version}-files"
     if not directory.exists():
         scratch = _scratch(directory)
         apt = require("apt-get", "This suite needs a Debian or Ubuntu machine.")
-        run([apt, "download", "--quiet", package], what=f"the package {package}", hint="apt-get update", cwd=scratch)
+        run(
+            [apt, "download", "--quiet", f"{package}={version}"],
+            what=f"the package {package}",
+            hint="Run apt-get update.",
+            cwd=scratch,
+        )
         run(["dpkg-deb", "-x", str(next(scratch.glob("*.deb"))), str(scratch / "files")], what=f"unpacking {package}")
         (scratch / "files").rename(directory)
         shutil.rmtree(scratch)

@@ -13,6 +13,7 @@ from psycopg import sql
 from psycopg.rows import dict_row
 
 from dbnode.sql.admin.login import check_name
+from dbnode.sql.messages import cstring, message
 from stratakv.errors import SetupError
 from stratakv.postgres import EmbeddedPostgres
 from tests.integration.sql.harness import FrontThread
@@ -157,6 +158,22 @@ def test_malformed_bytes_end_only_that_session(front: FrontThread) -> None:
             client.send(data)
             assert b"08P01" in client.read_all()
     assert show(front, "VERSION")
+
+
+def test_a_client_that_reads_nothing_is_not_answered_without_end(front: FrontThread) -> None:
+    query = message(b"Q", cstring("SHOW HELP;" * 16))
+    with RawClient(front.settings.port) as client, RawClient(front.settings.port) as other:
+        client.send(startup(ADMIN))
+        client.read_until(b"Z\0\0\0\5I")
+        sent = sum(client.socket.send(query) for _ in range(100))
+        client.socket.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            for _ in range(200_000):
+                sent += client.socket.send(query * 10)
+        assert sent < 64 * 1024 * 1024
+        other.send(startup(ADMIN) + query)
+        assert other.read_until(b"Z\0\0\0\5I")
+    eventually(lambda: all(session.console is None for session in front.front.relay.sessions))
 
 
 async def test_a_name_that_is_taken_is_refused_at_the_start(cluster: EmbeddedPostgres) -> None:

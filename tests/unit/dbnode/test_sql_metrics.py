@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from dbnode.sql.front import SqlFront
@@ -30,10 +31,8 @@ async def test_what_statements_did_is_told_once_they_have_ended() -> None:
     with meter.waiting():
         assert "stratakv_sql_statements_waiting 1.0" in generate_latest(registry).decode()
     call = InferCall("x", None, {}, "ada", "d", "sql-1")
-    try:
+    with pytest.raises(InvalidRequest):
         await MeteredService(Refusing(), book).infer_text(call)
-    except InvalidRequest:
-        pass
     book.end("sql-1")
     told = generate_latest(registry).decode()
     for line in (
