@@ -75,7 +75,7 @@ class Session:
         self.own_ended = asyncio.Event()
         """Clear while the backend runs a statement of the gateway's own, or may."""
         self.own_ended.set()
-        self.calls = HiddenCalls()
+        self.calls = HiddenCalls(is_stale=False)
         """What is known of the database."""
         self.has_changed_views = False
         """By a statement of this session, since that was learned."""

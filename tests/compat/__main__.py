@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tests.compat import asyncpg_suite, pgbench_suite, regress_suite, sqlalchemy_suite
 from tests.compat.outcomes import Difference, Results, compare, known_differences, totals
-from tests.compat.sources import Missing, cache
+from tests.compat.sources import Missing, SuiteFailed, cache
 from tests.compat.target import Side, Target, target
 
 EXIT_SETUP = 2
@@ -57,15 +57,22 @@ def main() -> int:
             print(f"{name}: not run. {error}", file=sys.stderr)
             missing += 1
             continue
+        except SuiteFailed as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            unexplained += 1
+            continue
         unexplained += sum(not difference.reason for difference in differences)
     if unexplained:
-        print(f"\n{unexplained} unexplained differences", file=sys.stderr)
+        print(f"\n{unexplained} unexplained differences or failed suites", file=sys.stderr)
         return 1
     return EXIT_SETUP if missing else 0
 
 
 def run_both(name: str, suite: Suite) -> list[Difference]:
-    """Run it on both sides and print what came out; again as long as something unexplained differs. Raises Missing."""
+    """Run it on both sides and print what came out; again as long as something unexplained differs.
+
+    Raises Missing, SuiteFailed.
+    """
     runs: dict[Side, list[Results]] = {side: [] for side in Side}
     differences: list[Difference] = []
     for _ in range(RUNS_MAX):

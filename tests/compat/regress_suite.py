@@ -5,18 +5,21 @@ Files and the C functions they load come from Debian's source package of the ver
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
 from tests.compat.outcomes import Outcome, Result, Results
-from tests.compat.sources import Missing, cache, debian_package, debian_source, require, run
+from tests.compat.sources import Missing, SuiteFailed, cache, debian_package, debian_source, require, run
 from tests.compat.target import Target
 
 MAJOR = 15
 BIN = Path(f"/usr/lib/postgresql/{MAJOR}/bin")
 TIMEOUT_S = 900
+_SHIPPED_LIBRARIES = ("autoinc.so", "refint.so")
+"""Part of the server's package; the tests look for them beside regress.so."""
 _PROGRAM = BIN.parent / "lib" / "pgxs" / "src" / "test" / "regress" / "pg_regress"
 _LINE = re.compile(r"^(?:test |     )(\S+)\s+\.\.\. (ok|FAILED|failed \(ignored\))", re.MULTILINE)
 
@@ -33,15 +36,16 @@ def run_suite(target: Target, directory: Path) -> Results:
     flags = [f"--inputdir={inputs}", f"--outputdir={outputs}", f"--dlpath={library.parent}", f"--bindir={BIN}"]
     flags += [f"--schedule={inputs}/parallel_schedule", "--max-connections=8", f"--host={target.host}"]
     command = [str(_PROGRAM), *flags, f"--port={target.port}", f"--user={target.user}", "--dbname=regression"]
-    done = subprocess.run(command, cwd=outputs, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    (directory / "pg_regress.log").write_text(done.stdout + done.stderr)
+    log = directory / "pg_regress.log"
+    with log.open("wb") as output, contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.run(command, cwd=outputs, stdout=output, stderr=output, timeout=TIMEOUT_S, check=False)
     found = {}
-    for name, word in _LINE.findall(done.stdout):
+    for name, word in _LINE.findall(log.read_text()):
         printed = outputs / "results" / f"{name}.out"
         text = printed.read_text(errors="surrogateescape") if printed.exists() else ""
         found[name] = Result(Outcome.PASSED if word == "ok" else Outcome.FAILED, text.replace(str(directory), "DIR"))
     if not found:
-        raise SystemExit(f"pg_regress ran no test, see {directory / 'pg_regress.log'}")
+        raise SuiteFailed(f"pg_regress ran no test, see {log}")
     return found
 
 
@@ -65,4 +69,6 @@ def _library(source: Path, version: str) -> Path:
         library.parent.mkdir(exist_ok=True)
         flags = ["-O1", "-fPIC", "-shared", "-w", f"-I{headers}", f"-I{source}/src/include", "-o", str(library)]
         run([compiler, *flags, str(source / "src/test/regress/regress.c")], what="regress.so")
+        for name in _SHIPPED_LIBRARIES:
+            (library.parent / name).symlink_to(BIN.parent / "lib" / name)
     return library

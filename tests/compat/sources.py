@@ -16,6 +16,10 @@ class Missing(Exception):
     """A program or a download that a suite needs is not there; the message says how to get it."""
 
 
+class SuiteFailed(Exception):
+    """A suite told nothing, or did not end in its time; the message says where its log is."""
+
+
 def cache() -> Path:
     """`~/.cache/stratakv/compat`, or below XDG_CACHE_HOME."""
     base = os.environ.get("XDG_CACHE_HOME")
