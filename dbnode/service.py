@@ -12,6 +12,7 @@ from dbnode.sql.admin.login import check_name
 from dbnode.sql.front import SqlFront
 from dbnode.sql_explain import SqlExplainer
 from dbnode.sql_inference import SqlInference
+from dbnode.sql_metrics import SqlMetrics
 from stratakv import migrate
 from stratakv.errors import SetupError
 from stratakv.http_server import HttpServer
@@ -52,6 +53,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             statements=node.statements,
             explainer=SqlExplainer(node.inference),
         )
+        node.metrics.registry.register(SqlMetrics(sql))
         await sql.start()
         on_hangup(sql.reload)
         try:

@@ -17,10 +17,12 @@ from pathlib import Path
 
 from tests.compat import asyncpg_suite, pgbench_suite, regress_suite, sqlalchemy_suite
 from tests.compat.outcomes import Difference, Results, compare, known_differences, totals
-from tests.compat.sources import Missing, cache
+from tests.compat.sources import Missing, SuiteFailed, cache
 from tests.compat.target import Side, Target, target
 
 EXIT_SETUP = 2
+RUNS_MAX = 3
+"""Of each suite and side: some tests do not end the same each time, whatever they run against."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,30 +57,46 @@ def main() -> int:
             print(f"{name}: not run. {error}", file=sys.stderr)
             missing += 1
             continue
+        except SuiteFailed as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            unexplained += 1
+            continue
         unexplained += sum(not difference.reason for difference in differences)
     if unexplained:
-        print(f"\n{unexplained} unexplained differences", file=sys.stderr)
+        print(f"\n{unexplained} unexplained differences or failed suites", file=sys.stderr)
         return 1
     return EXIT_SETUP if missing else 0
 
 
 def run_both(name: str, suite: Suite) -> list[Difference]:
-    """Run it on both sides and print what came out. Raises Missing."""
-    results: dict[Side, Results] = {}
-    for side in Side:
-        directory = cache() / "runs" / name / side
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
-        started_s = time.monotonic()
-        if suite.bin_directory is not None and not suite.bin_directory.exists():
-            raise Missing(f"{suite.bin_directory} is not there. apt-get install postgresql")
-        with target(side, suite.bin_directory) as where:
-            results[side] = suite.run(where, directory)
-        print(f"{name} {side}: {totals(results[side])} ({time.monotonic() - started_s:.0f} s)", flush=True)
-    differences = compare(name, results[Side.DIRECT], results[Side.GATEWAY], known_differences())
+    """Run it on both sides and print what came out; again as long as something unexplained differs.
+
+    Raises Missing, SuiteFailed.
+    """
+    runs: dict[Side, list[Results]] = {side: [] for side in Side}
+    differences: list[Difference] = []
+    for _ in range(RUNS_MAX):
+        for side in Side:
+            runs[side].append(_run_one(name, suite, side))
+        differences = compare(name, runs[Side.DIRECT], runs[Side.GATEWAY], known_differences())
+        if all(difference.reason for difference in differences):
+            break
     for difference in differences:
         _print_difference(difference)
     return differences
+
+
+def _run_one(name: str, suite: Suite, side: Side) -> Results:
+    if suite.bin_directory is not None and not suite.bin_directory.exists():
+        raise Missing(f"{suite.bin_directory} is not there: apt-get install postgresql")
+    directory = cache() / "runs" / name / side
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    started_s = time.monotonic()
+    with target(side, suite.bin_directory) as where:
+        results = suite.run(where, directory)
+    print(f"{name} {side}: {totals(results)} ({time.monotonic() - started_s:.0f} s)", flush=True)
+    return results
 
 
 def _print_difference(difference: Difference) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -9,17 +10,18 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from tests.compat.outcomes import Outcome, Result
+from tests.compat.sources import SuiteFailed
 
 TEST_TIMEOUT_S = 60
 SUITE_TIMEOUT_S = 900
 
 
 def run_pytest(directory: Path, arguments: list[str], environment: dict[str, str]) -> dict[str, Result]:
-    """By name of test; a run that is cut off by its time limit has those that ended."""
+    """By name of test. Raises SuiteFailed."""
     report = directory / "report.xml"
     report.unlink(missing_ok=True)
     flags = ["-q", "-p", "no:cacheprovider", f"--timeout={TEST_TIMEOUT_S}", f"--junitxml={report}", "--tb=short"]
-    with (directory / "pytest.log").open("wb") as log:
+    with (directory / "pytest.log").open("wb") as log, contextlib.suppress(subprocess.TimeoutExpired):
         subprocess.run(
             [sys.executable, "-m", "pytest", *flags, *arguments],
             cwd=directory,
@@ -30,7 +32,7 @@ def run_pytest(directory: Path, arguments: list[str], environment: dict[str, str
             check=False,
         )
     if not report.exists():
-        raise SystemExit(f"pytest made no report, see {directory / 'pytest.log'}")
+        raise SuiteFailed(f"pytest made no report, see {directory / 'pytest.log'}")
     return read_report(report)
 
 

@@ -16,6 +16,10 @@ class Missing(Exception):
     """A program or a download that a suite needs is not there; the message says how to get it."""
 
 
+class SuiteFailed(Exception):
+    """A suite told nothing, or did not end in its time; the message says where its log is."""
+
+
 def cache() -> Path:
     """`~/.cache/stratakv/compat`, or below XDG_CACHE_HOME."""
     base = os.environ.get("XDG_CACHE_HOME")
@@ -71,13 +75,18 @@ def debian_source(package: str, version: str) -> Path:
     return directory
 
 
-def debian_package(package: str) -> Path:
+def debian_package(package: str, version: str) -> Path:
     """Files of a Debian binary package, unpacked beside the system, not installed."""
-    directory = cache() / f"{package}-files"
+    directory = cache() / f"{package}-{version}-files"
     if not directory.exists():
         scratch = _scratch(directory)
         apt = require("apt-get", "This suite needs a Debian or Ubuntu machine.")
-        run([apt, "download", "--quiet", package], what=f"the package {package}", hint="apt-get update", cwd=scratch)
+        run(
+            [apt, "download", "--quiet", f"{package}={version}"],
+            what=f"the package {package}",
+            hint="Run apt-get update.",
+            cwd=scratch,
+        )
         run(["dpkg-deb", "-x", str(next(scratch.glob("*.deb"))), str(scratch / "files")], what=f"unpacking {package}")
         (scratch / "files").rename(directory)
         shutil.rmtree(scratch)

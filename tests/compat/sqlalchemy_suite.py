@@ -8,6 +8,7 @@ import psycopg
 
 from tests.compat.outcomes import Results
 from tests.compat.pytest_run import run_pytest
+from tests.compat.sources import python_package
 from tests.compat.target import Target
 
 DRIVERS = ("psycopg", "asyncpg")
@@ -44,4 +45,6 @@ def _run(target: Target, directory: Path, driver: str) -> Results:
     (directory / "conftest.py").write_text(_CONFTEST)
     (directory / "test_suite.py").write_text("from sqlalchemy.testing.suite import *\n")
     (directory / "setup.cfg").write_text(_SETUP.format(url=target.url(f"postgresql+{driver}")))
-    return run_pytest(directory, ["test_suite.py", "-p", "no:asyncio"], {})
+    # SQLAlchemy drives asyncpg by greenlets.
+    environment = {"PYTHONPATH": str(python_package("greenlet"))} if driver == "asyncpg" else {}
+    return run_pytest(directory, ["test_suite.py", "-p", "no:asyncio"], environment)

@@ -18,7 +18,9 @@ from tests.integration.sql.harness import ReversingModel, address_in, front_thre
 from tests.support import free_port
 
 CLIENTS_MAX = 500
-DATABASE = "compat"
+DATABASE = "postgres"
+_FUNCTIONS_DATABASE = "functions"
+"""No suite looks at it: what they would find there is not the relay's."""
 _SERVER_OPTIONS = {
     "listen_addresses": "127.0.0.1",
     "max_prepared_transactions": "10",
@@ -62,13 +64,12 @@ def target(side: Side, bin_directory: Path | None = None) -> Iterator[Target]:
         options = _SERVER_OPTIONS | {"port": str(port)}
         server = EmbeddedPostgres(PostgresSettings(bin=bin_directory), home / "pg", throw_away=True, options=options)
         cluster = stack.enter_context(server)
-        with psycopg.connect(cluster.database_url("postgres"), autocommit=True) as connection:
-            connection.execute(f"CREATE DATABASE {DATABASE}")
         if side is Side.DIRECT:
             yield Target(port)
             return
-        # The functions are there, in a database that no suite looks at: what they would find in it is not the relay's.
-        install(cluster.database_url("postgres"), address_in(home))
+        with psycopg.connect(cluster.database_url(DATABASE), autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {_FUNCTIONS_DATABASE}")
+        install(cluster.database_url(_FUNCTIONS_DATABASE), address_in(home))
         front = stack.enter_context(
             front_thread(
                 cluster, home, ReversingModel(), backend_url=f"postgresql://127.0.0.1:{port}", clients_max=CLIENTS_MAX
