@@ -3,6 +3,7 @@
 #   make demo [KEEP=1]    the whole system on this machine, shown at work; KEEP=1 leaves it running
 #   make test             lint, then all tests
 #   make test-debian      tests against the distribution's PostgreSQL server
+#   make test-sql-compat  suites of others, directly and through the DB node (SUITES="asyncpg pgbench" for some of them)
 #   make bench            quick benchmarks
 #   make mooncake         installs what `stratakv bench dmp` compares with
 #
@@ -16,7 +17,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 BENCHMARKS ?= chat_warm sql zero_hit
 
-.PHONY: install demo test lint format test-debian bench mooncake clean
+.PHONY: install demo test lint format test-debian test-sql-compat bench mooncake clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -49,6 +50,9 @@ test-debian: install
 		{ echo "make test-debian needs a PostgreSQL server: apt-get install postgresql" >&2; exit 2; }
 	$(PY) -m stratakv.cli model pull smollm2-135m
 	$(PY) -m pytest -m debian $(PYTEST_ARGS)
+
+test-sql-compat: install
+	$(PY) -m tests.compat $(SUITES)
 
 bench: install
 	@for name in $(BENCHMARKS); do $(PY) -m stratakv.cli bench $$name --quick --json || exit 1; done

@@ -10,7 +10,9 @@ import asyncio
 from dbnode.node import Node
 from dbnode.sql.admin.login import check_name
 from dbnode.sql.front import SqlFront
+from dbnode.sql_explain import SqlExplainer
 from dbnode.sql_inference import SqlInference
+from dbnode.sql_metrics import SqlMetrics
 from stratakv import migrate
 from stratakv.errors import SetupError
 from stratakv.http_server import HttpServer
@@ -49,7 +51,9 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             trusted_backend=settings.sql.backend_trusted,
             postgres_uid=settings.sql.backend_uid,
             statements=node.statements,
+            explainer=SqlExplainer(node.inference),
         )
+        node.metrics.registry.register(SqlMetrics(sql))
         await sql.start()
         on_hangup(sql.reload)
         try:

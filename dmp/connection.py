@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from dmp.disk.store import DiskStore
 from dmp.puts import PutTable
 from dmp.segment import MemorySegment
 from stratakv.errors import InvalidRequest, StrataError
@@ -58,6 +59,8 @@ class Served:
     idle_timeout_s: float
     stats: Callable[[], messages.DaemonStats]
     credentials: PoolCredentials | None
+    disk: DiskStore | None = None
+    """Attached to by its own epoch, and only read."""
 
 
 class Connection:
@@ -67,6 +70,8 @@ class Connection:
         self._sock = sock
         self._served = served
         self._is_attached = False
+        self._disk: DiskStore | None = None
+        """What is read, if not the memory."""
         self._nonces: tuple[bytes, bytes] | None = None
         """The client's and ours, while its proof is awaited."""
         self.traffic = Traffic()
@@ -135,11 +140,13 @@ class Connection:
             text = f"this daemon speaks version {messages.PROTOCOL_VERSION}, the client {request.protocol}"
             self._reply(messages.Refused(RefusalCode.VERSION, text), deadline)
             return
-        if request.epoch != served.segment.epoch:
+        is_disk = served.disk is not None and request.epoch == served.disk.epoch
+        self._disk = served.disk if is_disk else None
+        if request.epoch != served.segment.epoch and not is_disk:
             text = f"node {served.node} was started anew"
             self._reply(messages.Refused(RefusalCode.EPOCH_CHANGED, text), deadline)
             return
-        if self._sock.family == socket.AF_UNIX:
+        if self._sock.family == socket.AF_UNIX and not is_disk:
             self._hand_over_memory()
         elif served.credentials is None:
             self._is_attached = True
@@ -154,7 +161,7 @@ class Connection:
             return
         nonce = os.urandom(NONCE_BYTES)
         self._nonces = request.nonce, nonce
-        proof = credentials.proof("daemon", self._served.segment.epoch, *self._nonces)
+        proof = credentials.proof("daemon", self._attached.epoch, *self._nonces)
         self._reply(messages.Challenge(nonce, proof), deadline)
 
     def _admit(self, request: messages.Prove, deadline: float) -> None:
@@ -163,7 +170,7 @@ class Connection:
         if nonces is None or credentials is None:
             raise ProtocolMismatch("nothing is to be proved")
         try:
-            credentials.check(request.proof, "member", self._served.segment.epoch, *nonces)
+            credentials.check(request.proof, "member", self._attached.epoch, *nonces)
         except NotAMember as error:
             self._reply(messages.Refused(RefusalCode.NOT_A_MEMBER, error.message), deadline)
             return
@@ -172,7 +179,7 @@ class Connection:
 
     @property
     def _attached(self) -> messages.Attached:
-        segment = self._served.segment
+        segment = self._disk or self._served.segment
         return messages.Attached(self._served.node, segment.epoch, segment.size_bytes)
 
     def _hand_over_memory(self) -> None:
@@ -184,6 +191,8 @@ class Connection:
 
     def _answer(self, request: messages.ControlRequest) -> messages.ControlReply:
         puts = self._served.puts
+        if self._disk is not None and not isinstance(request, messages.GetDaemonStats):
+            raise PutRefused("nothing is written to a disk from outside; pages get there from the daemon's memory")
         if isinstance(request, messages.Allocate):
             _check_allocate(request)
             return messages.Extents(puts.allocate(request.put_id, request.count, request.page_bytes, request.timeout_s))
@@ -193,6 +202,9 @@ class Connection:
         return self._served.stats()
 
     def _read(self, body: bytes, deadline: float) -> None:
+        if self._disk is not None:
+            self._read_disk(self._disk, body, deadline)
+            return
         try:
             offsets, sizes = self._ranges(body)
         except InvalidRequest as error:
@@ -203,9 +215,25 @@ class Connection:
         send_all(self._sock, [header, *self._views(offsets, sizes)], deadline)
         self.traffic.bytes_read += total
 
+    def _read_disk(self, disk: DiskStore, body: bytes, deadline: float) -> None:
+        try:
+            ranges = _parse_ranges(body)
+            data = memoryview(bytearray(int(ranges["size"].sum(dtype=np.uint64))))
+            ends = np.cumsum(ranges["size"], dtype=np.int64)
+            starts = ends - ranges["size"]
+            views = [data[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+            disk.read_into(list(zip(ranges["offset"].tolist(), views, strict=True)))
+        except InvalidRequest as error:
+            self._refuse(error, deadline)
+            return
+        send_all(self._sock, [frame_header(FrameKind.DATA, 0, len(data)), data], deadline)
+        self.traffic.bytes_read += len(data)
+
     def _write(self, header: FrameHeader, body: bytes, deadline: float) -> None:
         put_id = body[:PUT_ID_BYTES]
         try:
+            if self._disk is not None:
+                raise PutRefused("nothing is written to a disk from outside")
             offsets, sizes = self._ranges(body[PUT_ID_BYTES:])
             if int(sizes.sum(dtype=np.uint64)) != header.payload_bytes:
                 raise InvalidRequest("the payload is not as long as its ranges")
@@ -228,21 +256,27 @@ class Connection:
 
     def _ranges(self, packed: bytes) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]:
         """Checked against the segment and the limits. Raises OutOfBounds, InvalidRequest."""
-        if not packed or len(packed) % messages.RANGE_DTYPE.itemsize:
-            raise InvalidRequest("not a whole number of ranges")
-        ranges = np.frombuffer(packed, dtype=messages.RANGE_DTYPE)
+        ranges = _parse_ranges(packed)
         offsets, sizes = ranges["offset"].astype(np.uint64), ranges["size"].astype(np.uint32)
         size = np.uint64(self._served.segment.size_bytes)
         if not (sizes.all() and ((offsets < size) & (sizes <= size - np.minimum(offsets, size))).all()):
             raise OutOfBounds("a range lies outside the segment, or is empty")
-        if int(sizes.sum(dtype=np.uint64)) > messages.TRANSFER_BYTES_MAX:
-            raise InvalidRequest(f"one frame moves {messages.TRANSFER_BYTES_MAX} bytes at most")
         return offsets, sizes
 
     def _views(self, offsets: npt.NDArray[np.uint64], sizes: npt.NDArray[np.uint32]) -> Sequence[memoryview]:
         memory = self._served.segment.memory
         ends = offsets + sizes
         return [memory[start:end] for start, end in zip(offsets.tolist(), ends.tolist(), strict=True)]
+
+
+def _parse_ranges(packed: bytes) -> npt.NDArray[np.void]:
+    """Raises InvalidRequest."""
+    if not packed or len(packed) % messages.RANGE_DTYPE.itemsize:
+        raise InvalidRequest("not a whole number of ranges")
+    ranges = np.frombuffer(packed, dtype=messages.RANGE_DTYPE)
+    if int(ranges["size"].sum(dtype=np.uint64)) > messages.TRANSFER_BYTES_MAX:
+        raise InvalidRequest(f"one frame moves {messages.TRANSFER_BYTES_MAX} bytes at most")
+    return ranges
 
 
 def _check_allocate(request: messages.Allocate) -> None:

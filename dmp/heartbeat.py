@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable, Sequence
 
 from dmp.puts import PutTable
 from stratakv.errors import SetupError, StrataError
 from stratakv.log import EventLogger
 from stratakv.pool.meta_client import MetaClient
 from stratakv.pool.meta_errors import StaleEpoch
-from stratakv.wire import HeartbeatNode, NodeOrders, Registered, RegisterNode, Segment
+from stratakv.wire import HeartbeatNode, Move, NodeOrders, Registered, RegisterNode, Segment
 
 log = EventLogger("dmp.heartbeat")
 
@@ -26,11 +27,20 @@ GRACE_STEP_S = 0.25
 class Heartbeat:
     """Keeps one segment known to the meta server."""
 
-    def __init__(self, client: MetaClient, segment: Segment, puts: PutTable, random_source: random.Random) -> None:
+    def __init__(
+        self,
+        client: MetaClient,
+        segment: Segment,
+        puts: PutTable,
+        random_source: random.Random,
+        on_moves: Callable[[Sequence[Move]], None] | None = None,
+    ) -> None:
+        """`on_moves` takes pages that shall go to the disk."""
         self._client = client
         self._segment = segment
         self._puts = puts
         self._random = random_source
+        self._on_moves = on_moves
         self._retry_s = RETRY_S_MIN
 
     async def run(self) -> None:
@@ -87,4 +97,6 @@ class Heartbeat:
         self._puts.commit(orders.committed_puts)
         self._puts.void(orders.void_puts)
         self._puts.order_free(orders.free)
+        if self._on_moves is not None:
+            self._on_moves(orders.moves)
         return True

@@ -105,6 +105,11 @@ class PutTable:
             self._put_of_extent.update(dict.fromkeys(extents, put_id))
             return extents
 
+    def is_live(self, extent: Extent) -> bool:
+        """Whether exactly this allocation is in use."""
+        with self._lock:
+            return self._allocator.is_live(extent)
+
     def release(self, put_id: bytes) -> None:
         """The writer gives up, or the put never came to be; freed when the meta server calls it void. Idempotent."""
         with self._lock:

@@ -14,6 +14,7 @@ import threading
 import time
 
 from dmp.connection import Connection, Served
+from dmp.disk.store import DiskStore
 from dmp.puts import PutTable
 from dmp.segment import MemorySegment
 from stratakv.log import EventLogger
@@ -40,7 +41,12 @@ class DaemonServer:
     """Both listeners and all connections of one segment."""
 
     def __init__(
-        self, settings: DmpSettings, segment: MemorySegment, puts: PutTable, credentials: PoolCredentials | None
+        self,
+        settings: DmpSettings,
+        segment: MemorySegment,
+        puts: PutTable,
+        credentials: PoolCredentials | None,
+        disk: DiskStore | None = None,
     ) -> None:
         self._settings = settings
         self._segment = segment
@@ -49,7 +55,7 @@ class DaemonServer:
         self._connections: dict[socket.socket, tuple[Connection, threading.Thread]] = {}
         self._past_read = 0
         self._past_written = 0
-        self._served = Served(settings.node, segment, puts, settings.idle_timeout_s, self.stats, credentials)
+        self._served = Served(settings.node, segment, puts, settings.idle_timeout_s, self.stats, credentials, disk)
         self._tcp = self._listen_tcp()
         self._unix = self._listen_unix()
 

@@ -1,4 +1,4 @@
-"""One memory-pool daemon: a segment, its listeners, and its heartbeat."""
+"""One memory-pool daemon: a segment, its listeners, its heartbeat, and its disk if it has one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import time
 from collections.abc import Coroutine
 
 from dmp.allocator import ExtentAllocator
+from dmp.disk.mover import Mover
+from dmp.disk.node import DiskNode
+from dmp.disk.store import DiskStore
 from dmp.heartbeat import Heartbeat
 from dmp.puts import PutTable
 from dmp.segment import MemorySegment
@@ -17,10 +20,12 @@ from stratakv.log import EventLogger
 from stratakv.pool.auth import PoolCredentials, require_credentials
 from stratakv.pool.meta_client import MetaClient
 from stratakv.process import advertised_host
-from stratakv.settings import Settings
+from stratakv.settings import DmpSettings, Settings
 from stratakv.wire import Segment
 
 log = EventLogger("dmp")
+
+DISK_FILE_BYTES_MIN = 1024 * 1024
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
@@ -31,7 +36,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     public_host = advertised_host(dmp.host, dmp.public_host, "dmp")
     memory = MemorySegment(dmp.segment_bytes)
     puts = PutTable(ExtentAllocator(memory.size_bytes), time.monotonic)
-    server = DaemonServer(dmp, memory, puts, credentials)
+    store = _open_disk(dmp)
+    server = DaemonServer(dmp, memory, puts, credentials, store)
     segment = Segment(
         node=dmp.node,
         epoch=memory.epoch,
@@ -47,14 +53,45 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         port=segment.port,
         epoch=segment.epoch.hex(),
         segment_bytes=segment.size_bytes,
+        disk_bytes=store.size_bytes if store is not None else 0,
     )
     try:
         async with MetaClient(settings.meta, role="dmp", name=segment.node, credentials=credentials) as client:
-            heartbeat = Heartbeat(client, segment, puts, random.Random())
-            await _until_stopped(stop, server.accept(), heartbeat.run(), _populate(memory, stop))
+            parts = [server.accept(), _populate(memory, stop)]
+            on_moves = None
+            if store is not None:
+                disk = _disk_segment(segment, store)
+                mover = Mover(client, memory, puts, store, (segment, disk))
+                parts.append(DiskNode(client, disk, store, mover, dmp.disk_scrub_bytes_per_s).run())
+                on_moves = mover.demote
+            parts.append(Heartbeat(client, segment, puts, random.Random(), on_moves).run())
+            await _until_stopped(stop, *parts)
     finally:
         server.close()
+        if store is not None:
+            store.close()
         log.info("stopped", node=segment.node)
+
+
+def _open_disk(dmp: DmpSettings) -> DiskStore | None:
+    if dmp.disk_dir is None:
+        return None
+    if dmp.disk_file_bytes < DISK_FILE_BYTES_MIN:
+        raise SetupError(f"dmp.disk_file_bytes = {dmp.disk_file_bytes}: at least {DISK_FILE_BYTES_MIN}")
+    directory = dmp.disk_dir.expanduser() / dmp.node
+    return DiskStore(directory, dmp.disk_bytes, dmp.disk_file_bytes, fsync=dmp.disk_fsync)
+
+
+def _disk_segment(memory: Segment, store: DiskStore) -> Segment:
+    return Segment(
+        node=f"{memory.node}/disk",
+        epoch=store.epoch,
+        host=memory.host,
+        port=memory.port,
+        socket_name="",
+        size_bytes=store.size_bytes,
+        disk_of=memory.node,
+    )
 
 
 async def _until_stopped(stop: asyncio.Event, *parts: Coroutine[None, None, None]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from meta_server.catalog import Catalog
 from meta_server.index import BlockIndex
 from meta_server.journal import Journal
 from meta_server.leases import LeaseTable
+from meta_server.moves import Moves
 from meta_server.nodes import Node, NodeTable
 from meta_server.presence import Clock
 from meta_server.puts import PutTable
@@ -23,7 +24,7 @@ from meta_server.reclaim import Reclaimer
 from meta_server.records import Snapshot
 from meta_server.slots import SlotArray
 from meta_server.store import STATEMENT_TIMEOUT_S, Store
-from meta_server.validate import check_keys, check_put, check_put_id, check_segment, check_worker
+from meta_server.validate import check_keys, check_moves, check_put, check_put_id, check_segment, check_worker
 from meta_server.workers import WorkerTable
 from stratakv import wire
 from stratakv.errors import InvalidRequest, Unavailable
@@ -50,6 +51,7 @@ class Handlers:
         self._index = self._catalog.index
         self._leases = LeaseTable(self._index, clock, leases_max=settings.leases_max, lease_s_max=settings.lease_s_max)
         self._reclaimer = Reclaimer(self._catalog, clock, high=settings.reclaim_high, low=settings.reclaim_low)
+        self._moves = Moves(self._catalog, self.journal, clock, settings)
         self._puts = PutTable(self._catalog, self.journal, store, clock, settings, self._reclaimer.make_room)
         self._epoch = secrets.token_bytes(wire.EPOCH_BYTES)
         self._lookups = self._lookup_hits = 0
@@ -58,6 +60,8 @@ class Handlers:
             wire.Hello: self.hello,
             wire.RegisterNode: self.register_node,
             wire.HeartbeatNode: self.heartbeat_node,
+            wire.ReportMoves: self.report_moves,
+            wire.ReconcilePages: self.reconcile_pages,
             wire.RegisterWorker: self.register_worker,
             wire.HeartbeatWorker: self.heartbeat_worker,
             wire.ListWorkers: lambda _: wire.Workers(self._workers.states()),
@@ -103,18 +107,29 @@ class Handlers:
         if node is None:
             node = self._catalog.add_segment(segment)
         node.segment = segment
+        if segment.is_disk:
+            node.is_reconciled = False
+            self._catalog.set_reachable(node, False)
         return self._written(self.journal.register_segment(segment), lambda: self._announce(segment))
 
     def heartbeat_node(self, request: wire.HeartbeatNode) -> Answer:
         node = self._nodes.of_epoch(request.node, request.epoch)
-        if node is None:
+        if node is None or not node.is_reconciled:
             return wire.NodeOrders(known=False)
         self._beat(node)
+        node.read_only = request.read_only
         self._catalog.freed(node, request.freed)
         node.report_used(request.used_bytes)
         if request.undecided_puts:
             return self._decide(node, request.undecided_puts[:UNDECIDED_MAX])
-        return wire.NodeOrders(known=True, free=self._reclaimer.orders(node))
+        return self._orders(node)
+
+    async def report_moves(self, request: wire.ReportMoves) -> wire.MovesTaken:
+        check_moves(request)
+        return await self._moves.report(request)
+
+    def reconcile_pages(self, request: wire.ReconcilePages) -> wire.Reconciled:
+        return self._moves.reconcile(request)
 
     def register_worker(self, request: wire.RegisterWorker) -> wire.Registered:
         check_worker(request.info)
@@ -134,6 +149,7 @@ class Handlers:
             return wire.Match(num_blocks=len(slots))
         lease_id = self._leases.grant(slots, request.lease_s)
         self._index.touch(slots)
+        self._moves.read(slots)
         places, segments = self._places(slots)
         return wire.Match(num_blocks=len(slots), places=places, segments=segments, lease_id=lease_id)
 
@@ -196,7 +212,8 @@ class Handlers:
         node = self._nodes.of_epoch(segment.node, segment.epoch)
         if node is None:
             raise StaleEpoch(f"{segment.node}: a newer start has registered meanwhile")
-        self._beat(node)
+        if node.is_reconciled:
+            self._beat(node)
         return wire.Registered(heartbeat_s=self._settings.heartbeat_s)
 
     def _beat(self, node: Node) -> None:
@@ -206,8 +223,16 @@ class Handlers:
 
     async def _decide(self, node: Node, put_ids: list[bytes]) -> wire.NodeOrders:
         committed, void = await self._puts.outcomes(put_ids)
-        orders = self._reclaimer.orders(node)
-        return wire.NodeOrders(known=True, free=orders, committed_puts=committed, void_puts=void)
+        return self._orders(node, committed, void)
+
+    def _orders(self, node: Node, committed: Sequence[bytes] = (), void: Sequence[bytes] = ()) -> wire.NodeOrders:
+        return wire.NodeOrders(
+            known=True,
+            free=self._reclaimer.orders(node),
+            moves=self._moves.orders(node),
+            committed_puts=list(committed),
+            void_puts=list(void),
+        )
 
     async def _written(self, written: asyncio.Future[None], reply: Callable[[], wire.Message]) -> wire.Message:
         try:

@@ -19,6 +19,7 @@ from stratakv.keys import KEY_BYTES
 ExtentArray = NDArray[np.int64]
 """[pages, 2]: offset and generation."""
 _ABSENT = -1
+_READS_MAX = 255
 _FINGERPRINT_SHIFT = np.uint64(4)
 """60 bits make the smallest two-digit Python int."""
 
@@ -87,6 +88,18 @@ class BlockIndex:
         self._tick += len(slots)
         self._table.tick[slots] = self._tick - np.arange(len(slots))
 
+    def ticks(self, namespace: bytes, keys: bytes) -> NDArray[np.int64]:
+        """When each page was last asked for; -1 for those that are not there."""
+        slots = self._find(namespace, keys, reachable_only=False)
+        ticks: NDArray[np.int64] = np.where(slots == _ABSENT, _ABSENT, self._table.tick[slots])
+        return ticks
+
+    def set_ticks(self, namespace: bytes, keys: bytes, ticks: NDArray[np.int64]) -> None:
+        """Pages that have moved stay as cold as they were."""
+        slots = self._find(namespace, keys, reachable_only=False)
+        known = (slots != _ABSENT) & (ticks != _ABSENT)
+        self._table.tick[slots[known]] = ticks[known]
+
     def pin(self, slots: SlotArray) -> None:
         """Keep the pages from being reclaimed until `unpin`."""
         self._table.pin(slots)
@@ -113,6 +126,7 @@ class BlockIndex:
         table.key[slots] = rows[new]
         table.offset[slots], table.generation[slots] = extents[new, 0], extents[new, 1]
         table.page_bytes[slots], table.segment[slots], table.namespace[slots] = page_bytes, segment, names.id
+        table.reads[slots] = 0
         fingerprints = _fingerprints(rows)
         doubles: list[int] = []
         for i, slot in zip(new.tolist(), slots.tolist(), strict=True):
@@ -141,6 +155,29 @@ class BlockIndex:
         same = (table.segment[slots] == segment) & (table.offset[slots] == offset)
         exact: SlotArray = slots[same & (table.generation[slots] == generation)]
         return exact
+
+    def exact(self, segment: int, extents: ExtentArray) -> NDArray[np.bool_]:
+        """[extents]: whether a page of the segment lies exactly there. Takes time with the pages of the segment."""
+        slots, table = self._table.live_in(segment), self._table
+        there = set(zip(table.offset[slots].tolist(), table.generation[slots].tolist(), strict=True))
+        return np.array([tuple(extent) in there for extent in extents.tolist()], np.bool_)
+
+    def extents(self, slots: SlotArray) -> tuple[ExtentArray, NDArray[np.int64]]:
+        """Places within their segment, and sizes in bytes."""
+        table = self._table
+        return np.stack([table.offset[slots], table.generation[slots]], axis=1), table.page_bytes[slots]
+
+    def segments(self, slots: SlotArray) -> NDArray[np.int32]:
+        """Segment of each slot."""
+        found: NDArray[np.int32] = self._table.segment[slots]
+        return found
+
+    def count_read(self, slots: SlotArray) -> NDArray[np.uint8]:
+        """How often each page was read at its place, this time included."""
+        reads = self._table.reads
+        reads[slots] = np.minimum(reads[slots], _READS_MAX - 1) + 1
+        counted: NDArray[np.uint8] = reads[slots]
+        return counted
 
     def in_segment(self, segment: int) -> SlotArray:
         """All pages of a segment."""

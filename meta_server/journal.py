@@ -10,7 +10,7 @@ import asyncio
 import random
 from collections.abc import Callable
 
-from meta_server.records import Removal, StartedPut, WriteBatch
+from meta_server.records import CommittedRun, Removal, StartedPut, WriteBatch
 from meta_server.store import Store
 from stratakv.errors import Overloaded, Unavailable
 from stratakv.wire import Segment, WorkerInfo
@@ -68,6 +68,11 @@ class Journal:
         """Written sooner or later."""
         self._next.voids.append(put_id)
         return self._decision(put_id)
+
+    def add_pages(self, put_id: bytes, run: CommittedRun) -> None:
+        """Pages that a daemon has copied to another of its segments."""
+        self._next.pages.append((put_id, run))
+        self._wake.set()
 
     def remove(self, removal: Removal, written: Callable[[], None]) -> None:
         """`written` is called once a restart can no longer bring the pages back."""
@@ -128,7 +133,7 @@ class Journal:
     def _retain(self, batch: WriteBatch, callbacks: list[Callable[[], None]]) -> None:
         later, self._next = self._next, batch
         batch.ends = later.ends
-        for name in ("segments", "workers", "starts", "voids", "removals", "freed"):
+        for name in ("segments", "workers", "starts", "voids", "pages", "removals", "freed"):
             getattr(batch, name).extend(getattr(later, name))
         self._callbacks = callbacks + self._callbacks
         self._wake.set()

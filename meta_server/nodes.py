@@ -12,7 +12,7 @@ from itertools import islice
 
 from meta_server.presence import Clock, Pulse, RetiredEpochs
 from stratakv.errors import InvalidRequest
-from stratakv.wire import Extent, NodeState, Segment
+from stratakv.wire import Extent, Move, NodeState, Segment
 
 ORDERS_MAX = 65_536
 """Extents ordered free in one heartbeat's reply."""
@@ -37,6 +37,19 @@ class Node:
     """What the daemon says is in use beyond the three above."""
     freeing: dict[Extent, tuple[int, int]] = field(default_factory=dict)
     """Ordered free and not yet reported freed: the removal it belongs to, and its size in bytes."""
+    moving: dict[Extent, tuple[float, int]] = field(default_factory=dict)
+    """Being copied to the daemon's other segment: until when that is awaited, oldest first, and its size in bytes."""
+    moves_waiting: list[Move] = field(default_factory=list)
+    """Those of `moving` that the daemon has not been told of."""
+    is_reconciled: bool = True
+    """For a disk: it has said which of its pages are whole."""
+    found: set[Extent] = field(default_factory=set)
+    """What it has said so far."""
+    read_only: bool = False
+
+    @property
+    def moving_bytes(self) -> int:
+        return sum(size for _, size in self.moving.values())
 
     @property
     def used_bytes(self) -> int:
@@ -110,7 +123,8 @@ class NodeTable:
     def add(self, segment: Segment, *, quiet_s: float = 0.0) -> Node:
         """A new epoch, nothing of which is freed for `quiet_s`; the caller has removed the one before."""
         pulse = Pulse(self._clock, self._heartbeat_s)
-        node = Node(segment, self._next_index, pulse, free_from=self._clock() + quiet_s)
+        free_from = self._clock() + quiet_s
+        node = Node(segment, self._next_index, pulse, free_from, is_reconciled=not segment.is_disk)
         self._next_index += 1
         self._by_name[segment.node] = self._by_index[node.index] = node
         return node

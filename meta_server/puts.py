@@ -197,7 +197,7 @@ class PutTable:
     def _choose(self, request: PutStart, num_pages: int) -> Node:
         """The preferred node if all fits, else the one with most room; raises PoolFull if that has none."""
         needed = num_pages * request.page_bytes
-        reachable = [node for node in self._catalog.nodes if node.reachable]
+        reachable = [node for node in self._catalog.nodes if node.reachable and not node.segment.is_disk]
         preferred = [node for node in reachable if node.segment.node == request.prefer_node]
         roomiest = max(reachable, key=lambda node: node.free_bytes, default=None)
         for node in preferred or ([roomiest] if roomiest else []):

@@ -6,7 +6,7 @@ SELECT pg_try_advisory_lock($1)
 
 -- name: live_segments
 -- Segments whose places are not void.
-SELECT epoch, node, host, port, socket_name, size_bytes FROM stratakv.segments WHERE state = 'live'
+SELECT epoch, node, host, port, socket_name, size_bytes, disk_of FROM stratakv.segments WHERE state = 'live'
 
 -- name: dead_epochs
 -- The latest epochs that are over, oldest first.
@@ -69,7 +69,8 @@ FROM dead WHERE p.epoch = dead.epoch AND p.state = 'pending'
 
 -- name: add_segment
 -- A daemon's new epoch, or the same one announced again.
-INSERT INTO stratakv.segments (epoch, node, host, port, socket_name, size_bytes) VALUES ($1, $2, $3, $4, $5, $6)
+INSERT INTO stratakv.segments (epoch, node, host, port, socket_name, size_bytes, disk_of)
+VALUES ($1, $2, $3, $4, $5, $6, $7)
 ON CONFLICT (epoch) DO UPDATE SET host = excluded.host, port = excluded.port, socket_name = excluded.socket_name,
     size_bytes = excluded.size_bytes
 
@@ -98,6 +99,17 @@ UPDATE stratakv.put_sessions SET state = 'void', ended_at = now() WHERE put_id =
 UPDATE stratakv.put_sessions p SET state = 'committed', extents = t.extents, ended_at = now()
 FROM unnest($1::bytea[], $2::bytea[]) AS t (put_id, extents)
 WHERE p.put_id = t.put_id AND p.state = 'pending'
+
+-- name: add_pages
+-- Pages that a daemon has copied to another of its segments: committed from the start.
+INSERT INTO stratakv.put_sessions (put_id, namespace, epoch, worker, page_bytes, block_size, keys, extents, state,
+                                   expires_at, ended_at)
+SELECT put_id, namespace, epoch, '', page_bytes,
+       coalesce((SELECT b.block_size FROM stratakv.blocks b WHERE b.namespace = t.namespace LIMIT 1), 0),
+       keys, extents, 'committed', now(), now()
+FROM unnest($1::bytea[], $2::bytea[], $3::bytea[], $4::bigint[], $5::bytea[], $6::bytea[])
+    AS t (put_id, namespace, epoch, page_bytes, keys, extents)
+ON CONFLICT (put_id) DO NOTHING
 
 -- name: add_removals
 -- Pages that left the index.

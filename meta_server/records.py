@@ -112,11 +112,13 @@ class WriteBatch:
     voids: list[bytes] = field(default_factory=list)
     ends: list[tuple[bytes, bytes]] = field(default_factory=list)
     """put_id, packed extents."""
+    pages: list[tuple[bytes, CommittedRun]] = field(default_factory=list)
+    """put_id and pages that a daemon has copied."""
     removals: list[Removal] = field(default_factory=list)
     freed: list[int] = field(default_factory=list)
     """Removals whose pages the daemon has back."""
 
     def __len__(self) -> int:
         return sum(len(ops) for ops in (self.segments, self.workers, self.starts, self.voids, self.ends)) + sum(
-            len(ops) for ops in (self.removals, self.freed)
+            len(ops) for ops in (self.pages, self.removals, self.freed)
         )

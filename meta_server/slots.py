@@ -28,6 +28,7 @@ class SlotTable:
         self.page_bytes = np.zeros(_ROWS_AT_START, np.int64)
         self.segment = np.full(_ROWS_AT_START, NO_SEGMENT, np.int32)
         self.namespace = np.zeros(_ROWS_AT_START, np.int32)
+        self.reads = np.zeros(_ROWS_AT_START, np.uint8)
         self.pins = np.zeros(_ROWS_AT_START, np.int32)
         self._num_used = 0
         self._free: list[int] = []

@@ -122,7 +122,7 @@ class Store:
                 await durable.execute(QUERIES["add_node"], s.node)
                 await durable.execute(QUERIES["end_older_segments"], s.node, s.epoch)
                 await durable.execute(
-                    QUERIES["add_segment"], s.epoch, s.node, s.host, s.port, s.socket_name, s.size_bytes
+                    QUERIES["add_segment"], s.epoch, s.node, s.host, s.port, s.socket_name, s.size_bytes, s.disk_of
                 )
         for w in batch.workers:
             row = (w.worker, w.epoch, w.url, w.role.value, w.model, w.namespace, w.block_size, w.max_model_len, w.node)
@@ -133,6 +133,9 @@ class Store:
             await durable.execute(QUERIES["void_puts"], batch.voids)
         if batch.ends:
             await durable.execute(QUERIES["end_puts"], [e[0] for e in batch.ends], [e[1] for e in batch.ends])
+        if batch.pages:
+            pages = [(put_id, p.namespace, p.epoch, p.page_bytes, p.keys, p.extents) for put_id, p in batch.pages]
+            await durable.execute(QUERIES["add_pages"], *map(list, zip(*pages, strict=True)))
         if batch.removals:
             removals = [(m.id, m.epoch, m.extents, m.page_bytes, m.reason) for m in batch.removals]
             await durable.execute(QUERIES["add_removals"], *map(list, zip(*removals, strict=True)))

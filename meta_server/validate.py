@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from stratakv.errors import InvalidRequest
 from stratakv.keys import KEY_BYTES, NAMESPACE_BYTES
-from stratakv.wire import EPOCH_BYTES, PUT_ID_BYTES, PutStart, Segment, WorkerInfo
+from stratakv.wire import EPOCH_BYTES, PUT_ID_BYTES, PutStart, ReportMoves, Segment, WorkerInfo
 
 KEYS_MAX = 131_072
 """In one request: two million tokens of 16-token blocks."""
@@ -12,6 +12,7 @@ NAME_CHARS_MAX = 200
 PAGE_BYTES_MAX = 1 << 40
 SIZE_BYTES_MAX = 1 << 60
 INT32_MAX = (1 << 31) - 1
+INT64_MAX = (1 << 63) - 1
 
 
 def check_segment(segment: Segment) -> None:
@@ -22,6 +23,7 @@ def check_segment(segment: Segment) -> None:
     _check_name("socket_name", segment.socket_name, empty=True)
     _check_range("port", segment.port, 0, 65_535)
     _check_range("size_bytes", segment.size_bytes, 1, SIZE_BYTES_MAX)
+    _check_name("disk_of", segment.disk_of, empty=True)
 
 
 def check_worker(info: WorkerInfo) -> None:
@@ -56,6 +58,17 @@ def check_put(request: PutStart) -> None:
 def check_put_id(put_id: bytes) -> None:
     """Raises InvalidRequest."""
     _check_length("put_id", put_id, PUT_ID_BYTES)
+
+
+def check_moves(request: ReportMoves) -> None:
+    """Raises InvalidRequest."""
+    for page in request.pages:
+        check_keys(page.namespace, page.key)
+        _check_length("key", page.key, KEY_BYTES)
+        _check_range("page_bytes", page.page_bytes, 1, PAGE_BYTES_MAX)
+        for extent in (page.source, page.target):
+            _check_range("offset", extent.offset, 0, INT64_MAX)
+            _check_range("generation", extent.generation, 0, INT64_MAX)
 
 
 def _check_name(field: str, value: str, *, empty: bool = False) -> None:

@@ -26,7 +26,9 @@ HEADER_VERSION = 1
 
 _FIXED = struct.Struct("<8sHHI16s32sQQ")
 """magic, version, reserved, number of layers, namespace, key, generation, data length."""
-LAYERS_MAX = (HEADER_BYTES - _FIXED.size - 8) // 8
+RESERVED_BYTES = 64
+"""The end of a header belongs to the tier that keeps the page; writers and readers of KV leave it alone."""
+LAYERS_MAX = (HEADER_BYTES - RESERVED_BYTES - _FIXED.size - 8) // 8
 
 
 def align_up(size_bytes: int) -> int:

@@ -38,7 +38,7 @@ class Answer:
     def tokens_by_tier(self) -> dict[str, int]:
         """Prompt tokens by where their KV came from: computed, l1, l2, pool."""
         tiers = self.usage.get("stratakv", {})
-        return {name: int(tiers.get(name, 0)) for name in ("computed", "l1", "l2", "pool")}
+        return {name: int(tiers.get(name, 0)) for name in ("computed", "l1", "l2", "pool", "disk")}
 
 
 class RestClient:

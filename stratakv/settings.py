@@ -78,6 +78,8 @@ class MetaSettings:
     request_timeout_s: float = setting(2.0, "clients give up on one request after so long")
     reclaim_high: float = setting(0.95, "share of a segment in use at which the coldest pages are reclaimed")
     reclaim_low: float = setting(0.85, "share of a segment in use at which reclaiming stops")
+    demote_high: float = setting(0.80, "share of a memory segment in use at which its coldest pages go to its disk")
+    demote_low: float = setting(0.70, "share of a memory segment in use down to which they go")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,13 @@ class DmpSettings:
     segment_bytes: Bytes = setting(Bytes(512 * MIB), "memory this daemon gives to the pool")
     connections_max: int = setting(256, "connections at once")
     idle_timeout_s: float = setting(300.0, "close a connection that is silent for so long")
+    disk_dir: Path | None = setting(None, "directory of the disk tier, in which each daemon has one of its own")
+    disk_bytes: Bytes = setting(Bytes(4 * GIB), "disk this daemon gives to the pool, where there is a disk_dir")
+    disk_file_bytes: Bytes = setting(Bytes(256 * MIB), "files of the disk tier are so long")
+    disk_fsync: bool = setting(True, "wait for the disk before a page counts as written")
+    disk_scrub_bytes_per_s: Bytes = setting(
+        Bytes(8 * MIB), "rate at which pages on disk are read and checked; 0 for never"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +179,8 @@ class SqlSettings:
     hints_budget_s: float = setting(2.0, "longest time of a statement that is spent on looking ahead")
     hints_window: int = setting(32, "prompts looked for at first where a statement may stop early; doubled each time")
     order_budget_s: float = setting(
-        1.0, "longest time that is spent on the order of fields in infer_row(), for each pass of looking ahead"
+        1.0,
+        "longest time a pass of looking ahead spends on the order of fields in infer_row(); 0: prompts and fields as they come",
     )
     hints_bytes_max: Bytes = setting(Bytes(64 * MIB), "prompts of one statement that are looked ahead for")
     memo_ttl_s: float = setting(
@@ -214,7 +224,9 @@ class LogSettings:
 class UpSettings:
     """[up] `stratakv up`: everything on one machine."""
 
-    data_dir: Path = setting(Path("~/.local/share/stratakv"), "what must outlive a restart: the embedded PostgreSQL")
+    data_dir: Path = setting(
+        Path("~/.local/share/stratakv"), "what outlives a restart: the embedded PostgreSQL, KV on disk"
+    )
     daemons: int = setting(2, "memory-pool daemons")
     prefill_workers: int = setting(1, "workers for prefill")
     decode_workers: int = setting(1, "workers for decode")

@@ -60,17 +60,24 @@ class Welcome(Message, frozen=True):
 
 
 class Segment(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A daemon's memory as others reach it."""
+    """A daemon's memory, or its disk, as others reach it."""
 
     node: str
     epoch: bytes
-    """New at each start of the daemon; places of an older epoch are void."""
+    """Places of an older epoch are void. New at each start of the daemon; of a disk, at each new directory."""
     host: str
     port: int
     """The daemon's TCP transport."""
     socket_name: str
-    """Abstract Unix socket (without the leading NUL) that hands the segment's memory to processes of the same host."""
+    """Abstract Unix socket (without the leading NUL) that hands the segment's memory to processes of the same host; empty
+    for a disk."""
     size_bytes: int
+    disk_of: str = ""
+    """For a disk: the node whose daemon keeps it. Pages get there from that daemon's memory only."""
+
+    @property
+    def is_disk(self) -> bool:
+        return bool(self.disk_of)
 
 
 class RegisterNode(Message, frozen=True):
@@ -101,6 +108,15 @@ class HeartbeatNode(Message, frozen=True):
     """Puts whose writer's time ran out: does the meta server know them as finished?"""
     freed: list[Extent] = []
     """Extents of earlier `NodeOrders.free` that are free now."""
+    read_only: bool = False
+    """A disk that takes no more pages."""
+
+
+class Move(msgspec.Struct, frozen=True, array_like=True):
+    """Copy one page to the daemon's other segment: from memory to disk, or back."""
+
+    extent: Extent
+    page_bytes: int
 
 
 class NodeOrders(Message, frozen=True):
@@ -110,9 +126,57 @@ class NodeOrders(Message, frozen=True):
     """False: the meta server does not know this epoch; register again."""
     free: list[Extent] = []
     """No longer in any index; to be freed (sent until reported in `freed`)."""
+    moves: list[Move] = []
+    """To be copied and reported with `ReportMoves`; not repeated until that, or a minute later."""
     committed_puts: list[bytes] = []
     void_puts: list[bytes] = []
     """Those of `undecided_puts` that were finished, and those that never will be."""
+
+
+class MovedPage(msgspec.Struct, frozen=True, array_like=True):
+    """A page that lies at two places now."""
+
+    namespace: bytes
+    key: bytes
+    source: Extent
+    target: Extent
+    page_bytes: int
+
+
+class ReportMoves(Message, frozen=True):
+    """These pages were copied, durably where the target is a disk. Also for pages that a disk has moved within itself."""
+
+    source_node: str
+    source_epoch: bytes
+    target_node: str
+    target_epoch: bytes
+    pages: list[MovedPage]
+    failed: list[Extent] = []
+    """Sources that were not copied after all."""
+
+
+class MovesTaken(Message, frozen=True):
+    """The other pages are found at their targets from now on; their sources are ordered free."""
+
+    refused: list[int]
+    """Indexes of pages that were no longer at their source: their targets are the daemon's to free."""
+
+
+class ReconcilePages(Message, frozen=True):
+    """A disk tells, part by part, which pages it has found whole, before they can be found again."""
+
+    node: str
+    epoch: bytes
+    extents: list[Extent]
+    is_first: bool
+    is_last: bool
+
+
+class Reconciled(Message, frozen=True):
+    """Reply to each part."""
+
+    unknown: list[Extent]
+    """Those of this part that are in no index: the daemon's to free."""
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -298,6 +362,8 @@ Request = (
     Hello
     | RegisterNode
     | HeartbeatNode
+    | ReportMoves
+    | ReconcilePages
     | RegisterWorker
     | HeartbeatWorker
     | ListWorkers
@@ -317,6 +383,8 @@ Reply = (
     | Welcome
     | Registered
     | NodeOrders
+    | MovesTaken
+    | Reconciled
     | WorkerOrders
     | Workers
     | Nodes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stratakv.wire import WorkerRole
@@ -102,6 +103,13 @@ def whole_cost(candidate: Candidate, work: Work, preferred: frozenset[WorkerRole
     return Cost(
         cost.queue_ms, cost.load_ms, cost.prefill_ms, cost.decode_ms + _step_ms(candidate) * steps, cost.role_ms
     )
+
+
+def forecast_s(candidates: Sequence[Candidate], computed_tokens: int, decode_steps: int, num_at_once: int) -> float:
+    """Of many requests, spread evenly: their prompts computed by all workers, their steps shared by `num_at_once`."""
+    tokens_per_s = sum(c.prefill_tokens_per_s or PREFILL_TOKENS_PER_S_DEFAULT for c in candidates)
+    step_s = sum(_step_ms(c) for c in candidates) / len(candidates) / 1000
+    return computed_tokens / tokens_per_s + decode_steps / max(1, num_at_once) * step_s
 
 
 def _load_ms(candidate: Candidate, num_tokens: int, kv_bytes_per_token: int) -> float:

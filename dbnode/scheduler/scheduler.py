@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from dbnode.errors import NoWorker
-from dbnode.scheduler.cost import Work
+from dbnode.scheduler.cost import Work, forecast_s
 from dbnode.scheduler.pool_view import PoolView
 from dbnode.scheduler.router import Decision, route
 from dbnode.scheduler.workers import Sent, WorkerDirectory, WorkerRecord
@@ -108,6 +108,18 @@ class Scheduler:
         self._record(request_id, work, decision, attempt)
         prefill = records[decision.prefill.url] if decision.prefill else None
         return Plan(records[decision.worker.url], prefill, decision.uncached_tokens)
+
+    async def cached_tokens(self, model: str, keys: PromptKeys, *, ask_pool: bool) -> int:
+        """Leading prompt tokens that a worker or the pool holds now, as far as is known."""
+        records = self.directory.usable(model)
+        l1_tokens = max((_l1_tokens(record, keys) for record in records), default=0)
+        pool_tokens = await self._pool_tokens(records, keys, l1_tokens) if ask_pool else {}
+        return max(l1_tokens, *pool_tokens.values(), 0)
+
+    def forecast_s(self, model: str, computed_tokens: int, decode_steps: int, num_at_once: int) -> float | None:
+        """How long so much work would take on all workers; None without any."""
+        candidates = [record.candidate(0, 0) for record in self.directory.usable(model)]
+        return forecast_s(candidates, computed_tokens, decode_steps, num_at_once) if candidates else None
 
     @contextmanager
     def sent(self, record: WorkerRecord, keys: PromptKeys, num_tokens: int) -> Iterator[Sent]:

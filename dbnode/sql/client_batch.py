@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from dbnode.sql.messages import HEADER_BYTES, Kind, int16
@@ -13,7 +13,6 @@ HELD_BYTES_MAX = 4 * 1024 * 1024
 PREPARED_MAX = 256
 """Prepared statements of a session that are remembered; the oldest are forgotten first."""
 PREPARED_CHARS_MAX = 32 * 1024
-INFER = re.compile(rb"infer", re.IGNORECASE)
 _DESCRIBING = b"PDH"
 _INT32_BYTES, _INT16_BYTES = 4, 2
 
@@ -44,15 +43,28 @@ class Batch:
     prepared: Prepared
     parameters: bytes = field(default=int16(0) + int16(0), repr=False)
     """Format codes and values, as in Bind."""
-    is_partial: bool = False
-    """Execute asks for a number of rows only."""
+    portal: bytes = b""
+    num_rows: int = 0
+    """As many as Execute asks for; 0 for all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """An Execute of a portal that an earlier batch has bound."""
+
+    portal: bytes
+    num_rows: int
 
 
 class PreparedStatements:
-    """What a session has prepared that calls infer(), by name."""
+    """What a session has prepared that may call infer(), by name."""
 
-    def __init__(self) -> None:
+    def __init__(self, may_call: Callable[[bytes], bool]) -> None:
+        self._may_call = may_call
         self._by_name: dict[bytes, Prepared] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_name)
 
     def __contains__(self, name: bytes) -> bool:
         return name in self._by_name
@@ -62,7 +74,7 @@ class PreparedStatements:
 
     def put(self, name: bytes, prepared: Prepared) -> None:
         self._by_name.pop(name, None)
-        if INFER.search(prepared.text) is not None and len(prepared.text) <= PREPARED_CHARS_MAX:
+        if len(prepared.text) <= PREPARED_CHARS_MAX and self._may_call(prepared.text):
             self._by_name[name] = prepared
             if len(self._by_name) > PREPARED_MAX:
                 del self._by_name[next(iter(self._by_name))]
@@ -77,15 +89,15 @@ class BatchReader:
     def __init__(self, known: PreparedStatements) -> None:
         self.held = b""
         """All that has come, also what follows the batch."""
-        self.batch: Batch | None = None
+        self.batch: Batch | Resumed | None = None
         """When it is complete."""
         self._known = known
         self._position = 0
         """Where the next message starts."""
         self._kinds = b""
+        self._parsed: tuple[bytes, Prepared] | None = None
         self._bound: tuple[bytes, bytes] | None = None
-        self._executed = False
-        self._is_partial = False
+        self._executed: Resumed | None = None
 
     def feed(self, data: bytes) -> Readiness:
         self.held += data
@@ -109,6 +121,11 @@ class BatchReader:
                 return readiness
 
     @property
+    def whole(self) -> bytes:
+        """A batch that is complete, as it came."""
+        return self.held[: self._position]
+
+    @property
     def rest(self) -> bytes:
         """What follows a batch that is complete."""
         return self.held[self._position :]
@@ -123,16 +140,18 @@ class BatchReader:
             return Readiness.COMPLETE
         if kind == Kind.PARSE and self._bound is None:
             name, text, types = payload.split(b"\0", 2)
-            self._known.put(name, Prepared(text, types))
+            self._parsed = name, Prepared(text, types)
+            self._known.put(*self._parsed)
         elif kind == Kind.BIND and self._bound is None:
             _portal, name, rest = payload.split(b"\0", 2)
             self._bound = name, _parameters(rest)
-        elif kind == Kind.EXECUTE and self._bound is not None and not self._executed:
-            self._executed = True
-            self._is_partial = payload.partition(b"\0")[2] != bytes(_INT32_BYTES)
+        elif kind == Kind.EXECUTE and (self._bound is not None or is_first) and self._executed is None:
+            portal, _, num_rows = payload.partition(b"\0")
+            self._executed = Resumed(portal, int.from_bytes(num_rows, "big"))
         elif kind == Kind.CLOSE and self._bound is None:
             if payload[:1] == b"S":
                 self._known.forget(payload[1:-1])
+                self._parsed = None
         elif kind == Kind.FLUSH:
             is_last = self._position == len(self.held)
             return Readiness.DESCRIBED if is_last and self._kinds == _DESCRIBING else Readiness.FORWARD
@@ -143,13 +162,18 @@ class BatchReader:
         return Readiness.INCOMPLETE
 
     def _complete(self) -> Readiness:
-        if self._bound is None or not self._executed:
+        if self._executed is None:
             return Readiness.FORWARD
+        if self._bound is None:
+            self.batch = self._executed
+            return Readiness.COMPLETE
         name, parameters = self._bound
         prepared = self._known.get(name)
+        if prepared is None and self._parsed is not None and self._parsed[0] == name:
+            prepared = self._parsed[1]
         if prepared is None:
             return Readiness.FORWARD
-        self.batch = Batch(prepared, parameters, self._is_partial)
+        self.batch = Batch(prepared, parameters, self._executed.portal, self._executed.num_rows)
         return Readiness.COMPLETE
 
 

@@ -5,10 +5,14 @@
     poll                                            go on waiting for it
     bind NONCE PID                                  this connection belongs to a session of the gateway
     statements PID ROLE                             statistics of statements, of one role or of all; polled like a call
+    explain PID ROLE DATABASE NAMES QUERY           look at what the query's calls would ask; answered with the query to run
+    probe PID ROLE DATABASE MODEL OPTIONS PROMPT    a call of that query
+    explained PID TOKEN ROWS                        it has ended: what it would cost; polled like a call
     set client_encoding to '…'                      what libpq sends for dblink; all our text is ASCII
 
 ROLE, DATABASE and NONCE are hexadecimal UTF-8; MODEL and OPTIONS too, after `=`, or `-` for NULL, as is the ROLE of `statements`,
-where NULL means all; PROMPT is base64 after `=`.
+where NULL means all. PROMPT is base64 after `=`, or `-` for NULL in `probe`; QUERY is base64 after `=`, and NAMES are
+separated by commas.
 """
 
 from __future__ import annotations
@@ -28,6 +32,8 @@ from stratakv.errors import InvalidRequest, StrataError
 
 _INFER_WORDS = 6
 _BIND_WORDS = _STATEMENTS_WORDS = 2
+_EXPLAINING = {b"explain": 5, b"probe": _INFER_WORDS, b"explained": 3}
+"""Words of each command."""
 _NULL = b"-"
 
 
@@ -97,7 +103,37 @@ class Statements:
     """None for all roles'."""
 
 
-Command = Infer | Poll | Bind | SetEncoding | Statements
+@dataclass(frozen=True, slots=True)
+class Explain:
+    """Look at what a query would ask."""
+
+    pid: int
+    role: str
+    database: str
+    names: frozenset[str]
+    """Functions of ours that need no schema in this session."""
+    query: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A call of a query that is explained."""
+
+    pid: int
+    call: Infer | None
+    """None without a prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """The query has ended."""
+
+    pid: int
+    token: str = field(repr=False)
+    num_rows: int
+
+
+Command = Infer | Poll | Bind | SetEncoding | Statements | Explain | Probe | Explained
 
 
 def parse_command(text: bytes) -> Command:
@@ -115,6 +151,8 @@ def parse_command(text: bytes) -> Command:
         words = rest.split(b" ")
         if len(words) == _STATEMENTS_WORDS:
             return Statements(_number(words[0]), _optional(words[1], "the role's name"))
+    if name in _EXPLAINING:
+        return _parse_explaining(name, rest)
     if name.lower() == b"set" and rest.lower().startswith(b"client_encoding to "):
         return SetEncoding()
     raise ProtocolViolation("unknown command")
@@ -122,15 +160,10 @@ def parse_command(text: bytes) -> Command:
 
 def _parse_infer(rest: bytes, *, is_within: bool) -> Infer:
     words = rest.split(b" ", _INFER_WORDS - 1)
-    if len(words) != _INFER_WORDS or words[5][:1] != b"=":
+    if len(words) != _INFER_WORDS:
         raise ProtocolViolation("malformed command")
     pid, role, database, model, options, prompt = words
-    try:
-        prompt_text = base64.b64decode(prompt[1:].replace(b"\n", b""), validate=True).decode()
-    except binascii.Error:
-        raise ProtocolViolation("malformed command") from None
-    except UnicodeDecodeError as error:
-        raise NotUtf8(f"the prompt is not valid UTF-8 at byte {error.start}") from None
+    prompt_text = _base64(prompt, "the prompt")
     given = _parse_options(_optional(options, "infer() options"))
     row = None
     if given.get(ROW) is True:
@@ -147,6 +180,31 @@ def _parse_infer(rest: bytes, *, is_within: bool) -> Infer:
         row=row,
         is_within=is_within,
     )
+
+
+def _parse_explaining(name: bytes, rest: bytes) -> Explain | Probe | Explained:
+    words = rest.split(b" ", _EXPLAINING[name] - 1)
+    if len(words) != _EXPLAINING[name]:
+        raise ProtocolViolation("malformed command")
+    pid = _number(words[0])
+    if name == b"explain":
+        names = frozenset(_unhex(words[3], "the names").split(","))
+        query = _base64(words[4], "the query")
+        return Explain(pid, _unhex(words[1], "the role's name"), _unhex(words[2], "the database's name"), names, query)
+    if name == b"probe":
+        return Probe(pid, None if words[5] == _NULL else _parse_infer(rest, is_within=False))
+    return Explained(pid, _unhex(words[1], "the token"), _number(words[2]))
+
+
+def _base64(word: bytes, name: str) -> str:
+    if word[:1] != b"=":
+        raise ProtocolViolation("malformed command")
+    try:
+        return base64.b64decode(word[1:].replace(b"\n", b""), validate=True).decode()
+    except binascii.Error:
+        raise ProtocolViolation("malformed command") from None
+    except UnicodeDecodeError as error:
+        raise NotUtf8(f"{name} is not valid UTF-8 at byte {error.start}") from None
 
 
 def _parse_options(text: str | None) -> dict[str, Any]:
@@ -187,6 +245,8 @@ class Status(enum.StrEnum):
 
     OK = "ok"
     WAIT = "wait"
+    FLUSH = "flush"
+    """The same, and the client shall have the rows that are ready."""
     ERROR = "error"
     GONE = "gone"
     """There is no such call any more; ask again from the start."""

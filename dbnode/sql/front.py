@@ -9,6 +9,7 @@ import pwd
 from dbnode.sql.admin.login import login_database
 from dbnode.sql.backend import BackendAddress
 from dbnode.sql.binding import BindingRegistry
+from dbnode.sql.explain import Explainer
 from dbnode.sql.hints import HintStats
 from dbnode.sql.listener import Listener, ListenerLimits
 from dbnode.sql.memo import MemoLimits
@@ -41,6 +42,7 @@ class SqlFront:
         trusted_backend: bool = False,
         postgres_uid: int | None = None,
         statements: StatementLog | None = None,
+        explainer: Explainer | None = None,
     ) -> None:
         """Raises SetupError."""
         if trusted_backend:
@@ -53,7 +55,9 @@ class SqlFront:
         """What `stratakv.sqlfunctions.install` takes."""
         uid = _postgres_uid() if postgres_uid is None else postgres_uid
         self.book = StatementBook(statements)
-        self.listener = Listener(self.address, limits, service, registry, self.book, statements, postgres_uid=uid)
+        self.listener = Listener(
+            self.address, limits, service, registry, self.book, statements, explainer, postgres_uid=uid
+        )
         self.relay = Relay(
             settings,
             BackendAddress.from_url(backend_url),

@@ -17,6 +17,7 @@ from itertools import count
 from pathlib import Path
 
 from dbnode.sql.binding import BindingRegistry
+from dbnode.sql.explain import Explainer, Explaining
 from dbnode.sql.hints import HintStats, StatementHints
 from dbnode.sql.listener_connection import ListenerConnection
 from dbnode.sql.memo import KeptAnswers, MemoLimits
@@ -51,6 +52,11 @@ class ListenerLimits:
     memo: MemoLimits
 
     @property
+    def calls_ahead_max(self) -> int:
+        """Of all calls, those made in advance."""
+        return self.calls_max // 2
+
+    @property
     def command_bytes_max(self) -> int:
         """Longest command: base64 in lines of 76 makes 77 bytes of 57."""
         return self.prompt_bytes_max * 77 // 57 + _COMMAND_OVERHEAD_BYTES
@@ -67,6 +73,7 @@ class Listener:
         registry: BindingRegistry,
         book: StatementBook,
         statements: StatementLog | None,
+        explainer: Explainer | None,
         *,
         postgres_uid: int,
     ) -> None:
@@ -75,6 +82,8 @@ class Listener:
         self.service = MeteredService(service, book)
         self.book = book
         self.statements = statements
+        self.explainer = explainer
+        self.explaining: set[Explaining] = set()
         self.registry = registry
         self.postgres_uid = postgres_uid
         self.tls = own_tls(_CERTIFICATE_NAME) if address.tls else None
@@ -104,7 +113,8 @@ class Listener:
         )
 
     def _num_free(self) -> int:
-        return 0 if self.draining else max(0, self.limits.calls_max - len(self.tasks))
+        """For calls that no statement waits for yet: they never take the room of those that one does."""
+        return 0 if self.draining else max(0, self.limits.calls_ahead_max - len(self.tasks))
 
     def next_number(self) -> int:
         """Of a connection, for its name."""

@@ -16,8 +16,22 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, cast
 
 from dbnode.sql.binding import SessionBinding
-from dbnode.sql.commands import Bind, Infer, Poll, SetEncoding, Statements, Status, answer_reply, parse_command, reply
+from dbnode.sql.commands import (
+    Bind,
+    Explain,
+    Explained,
+    Infer,
+    Poll,
+    Probe,
+    SetEncoding,
+    Statements,
+    Status,
+    answer_reply,
+    parse_command,
+    reply,
+)
 from dbnode.sql.errors import MessageTooLong, ProtocolViolation, TlsRequired
+from dbnode.sql.explain import Explaining
 from dbnode.sql.hints import StatementHints
 from dbnode.sql.memo import Hint
 from dbnode.sql.messages import (
@@ -75,6 +89,7 @@ class ListenerConnection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._phase = _Phase.STARTUP
         self._startup = StartupReader()
+        self._declined: set[StartupKind] = set()
         self._messages = MessageReader(_LOGIN_MESSAGE_BYTES_MAX)
         self._mechanism = MECHANISM if listener.tls is None else MECHANISM_PLUS
         digest = None if listener.tls is None else listener.tls.end_point.digest
@@ -83,6 +98,7 @@ class ListenerConnection(asyncio.Protocol):
         self._binding: SessionBinding | None = None
         self._call: asyncio.Task[str] | None = None
         self._call_pid: int | None = None
+        self._explaining = Explaining(listener.explainer, listener.explaining)
         self._is_asked = False
         """PostgreSQL waits for our answer now."""
         self._timer: asyncio.TimerHandle | None = None
@@ -122,6 +138,7 @@ class ListenerConnection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._listener.connections.discard(self)
         self._drop_call()
+        self._explaining.drop()
         if self._binding is not None and self._binding.caller is self:
             self._binding.caller = None
 
@@ -157,7 +174,10 @@ class ListenerConnection(asyncio.Protocol):
                 raise ProtocolViolation("nothing can be cancelled here")
             elif packet.kind is StartupKind.TLS and self._listener.tls is not None:
                 self._start_tls(self._listener.tls)
+            elif packet.kind in self._declined:
+                raise ProtocolViolation("encryption was declined already")
             else:
+                self._declined.add(packet.kind)
                 self._transport.write(TLS_DECLINED)
 
     def _start_tls(self, offered: ServerTls) -> None:
@@ -246,6 +266,18 @@ class ListenerConnection(asyncio.Protocol):
                 case Statements():
                     self._drop_call()
                     self._start(_read_statements(self._listener, command.role), command.pid)
+                case Explain():
+                    self._drop_call()
+                    begun = self._explaining.begin(
+                        command.query, command.names, command.role, command.database, command.pid
+                    )
+                    self._transport.write(reply(Status.OK, begun))
+                case Probe():
+                    self._explaining.probe(command)
+                    self._transport.write(reply(Status.OK))
+                case Explained():
+                    self._drop_call()
+                    self._start(self._explaining.end(command), command.pid)
                 case SetEncoding():
                     self._transport.write(message(b"C", cstring("SET")) + ready_for_query())
         except ProtocolViolation:
@@ -255,6 +287,7 @@ class ListenerConnection(asyncio.Protocol):
 
     def _start_call(self, command: Infer) -> None:
         self._drop_call()
+        self._explaining.drop()  # what was explained has ended without telling us
         listener = self._listener
         if listener.draining:
             raise Unavailable("the DB node is shutting down", hint="Run the statement again.")
@@ -265,6 +298,9 @@ class ListenerConnection(asyncio.Protocol):
         meter = listener.book.called(self._session_name, command.role, command.database)
         if hints is not None and hints.is_collecting:
             self._answer_pass(hints, command)
+            return
+        if hints is not None and hints.is_planning:
+            self._transport.write(reply(Status.OK))
             return
         hint = hints.find(command) if hints is not None else None
         if hint is not None and hint.answer is not None:
@@ -279,6 +315,8 @@ class ListenerConnection(asyncio.Protocol):
         call = command.call(self._session_name)
         meter.count_call(is_known=hint is not None and (hint.is_ahead or hint.is_started))
         self._start(_run(listener, call, hints, hint, meter), command.pid)
+        if hints is not None and hints.is_streaming:
+            self._answer_wait(Status.FLUSH)
 
     def _start(self, work: Coroutine[None, None, str], pid: int) -> None:
         """Run what PostgreSQL polls for."""
@@ -330,9 +368,9 @@ class ListenerConnection(asyncio.Protocol):
         self._set_timer(None)
         self._transport.write(reply(Status.ERROR, error=error))
 
-    def _answer_wait(self) -> None:
+    def _answer_wait(self, status: Status = Status.WAIT) -> None:
         self._is_asked = False
-        self._transport.write(reply(Status.WAIT))
+        self._transport.write(reply(status))
         self._set_timer(ABANDON_S, self._suspect)
 
     def _suspect(self) -> None:
@@ -362,6 +400,7 @@ class ListenerConnection(asyncio.Protocol):
 
     def statement_ended(self) -> None:
         """Nobody waits for the call any more."""
+        self._explaining.drop()
         if self._call is not None:
             if self._is_asked:
                 self._transport.write(reply(Status.GONE))

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dbnode.sql.client_batch import (
     HELD_BYTES_MAX,
-    INFER,
     Batch,
     BatchReader,
     PreparedStatements,
     Readiness,
+    Resumed,
     bound_statement,
     statement_text,
 )
+from dbnode.sql.cursors import FETCHING, OpenCursor, OpenCursors, declared, fetched
 from dbnode.sql.errors import GatewayFailed, ProtocolViolation
+from dbnode.sql.explained import explained
 from dbnode.sql.hints import PassLimits, StatementHints
 from dbnode.sql.messages import TRANSACTION_FAILED, Kind
 from dbnode.sql.own_exchange import OwnExchange
@@ -61,18 +64,35 @@ class TransactionLost(Exception):
         """PostgreSQL's ErrorResponse."""
 
 
+@dataclass(frozen=True, slots=True)
+class Aim:
+    """What is looked ahead for."""
+
+    batch: Batch
+    """Where its parameters are."""
+    target: Collectable
+    cursor: OpenCursor | None = None
+    """Only the next rows of it are wanted."""
+
+
 class Lookahead:
     """Where the batch of one session is held."""
 
     def __init__(self, session: Session, hints: SessionHints) -> None:
         self._session = session
         self._hints = hints
-        self._prepared = PreparedStatements()
+        self._prepared = PreparedStatements(session.calls.may_call)
+        self._cursors = OpenCursors()
         self._reader: BatchReader | None = None
         self._task: asyncio.Task[None] | None = None
         self._is_described = False
         """The client has flushed a Parse, and nothing else."""
         self._is_open_batch = False
+
+    @property
+    def remembers(self) -> bool:
+        """Whether what the client sent earlier matters for what it sends next."""
+        return self._is_described or bool(self._prepared) or bool(self._cursors)
 
     # Client's bytes
 
@@ -84,12 +104,16 @@ class Lookahead:
             name = bound_statement(data)
             wanted = name is not None and name in self._prepared
         else:
-            wanted = kind in (Kind.QUERY, Kind.PARSE) and INFER.search(data) is not None
+            wanted = kind in (Kind.QUERY, Kind.PARSE) and session.calls.may_call(data)
             if not wanted and kind in (Kind.QUERY, Kind.PARSE):
                 self._prepared.forget(b"")
+            if self._cursors:
+                is_fetch = kind in (Kind.QUERY, Kind.PARSE) and FETCHING.search(data) is not None
+                wanted = wanted or is_fetch or kind == Kind.EXECUTE
         if not wanted:
             return False
-        session.statement_begins(statement_text(data, self._prepared))
+        session.note_calls(data)
+        session.statement_begins(None if kind == Kind.EXECUTE else statement_text(data, self._prepared))
         if session.binding is None or session.binding.caller is None:
             return False
         self._is_open_batch = is_described and session.is_described
@@ -103,14 +127,61 @@ class Lookahead:
         if readiness is Readiness.INCOMPLETE:
             return
         batch = self._reader.batch
-        target = _target(batch) if batch is not None else None
-        if batch is None or target is None:
+        if isinstance(batch, Batch) and _is_planned_only(batch):
+            self._plan()
+            return
+        aim = self._aim(batch) if batch is not None else None
+        if aim is None:
             self._is_described = readiness is Readiness.DESCRIBED
             self._go_on()
             return
-        self._session.statement_begins(batch.prepared.text)
+        self._session.statement_begins(aim.batch.prepared.text)
         self._session.start_collecting()
-        self._task = asyncio.get_running_loop().create_task(self._look_ahead(batch, target))
+        self._task = asyncio.get_running_loop().create_task(self._look_ahead(aim))
+
+    def _aim(self, batch: Batch | Resumed) -> Aim | None:
+        """What to look ahead for before a batch."""
+        if isinstance(batch, Resumed):
+            return self._aim_further(batch.portal.decode(errors="replace"), batch.num_rows or None)
+        try:
+            text = batch.prepared.text.decode()
+        except UnicodeDecodeError:
+            return None
+        if self._cursors and (fetch := fetched(text)) is not None:
+            return self._aim_further(fetch.name, fetch.num_rows)
+        declare = declared(text)
+        target = collectable(text if declare is None else declare.query, self._session.calls.views)
+        if target is None:
+            return None
+        window = max(self._session.relay.settings.hints_window, batch.num_rows)
+        if declare is not None and not declare.is_held:
+            if self._session.within is Within.NOTHING:
+                return None  # PostgreSQL refuses it
+            return Aim(batch, target, self._open(declare.name, batch, target, window))
+        if batch.num_rows:
+            return Aim(batch, target, self._open(batch.portal.decode(errors="replace"), batch, target, window))
+        return Aim(batch, target)
+
+    def _open(self, name: str, batch: Batch, target: Collectable, window: int) -> OpenCursor:
+        cursor = OpenCursor(batch, target, window)
+        if self._session.within is Within.TRANSACTION:
+            self._cursors.put(name, cursor)
+        return cursor
+
+    def _aim_further(self, name: str, num_rows: int | None) -> Aim | None:
+        """Before a part of the rows of a cursor is fetched; None for all that are left."""
+        cursor = self._cursors.get(name)
+        if cursor is None or not cursor.needs_more(num_rows):
+            return None
+        if num_rows is None:
+            return Aim(cursor.batch, cursor.target)
+        cursor.window = max(cursor.window, num_rows)
+        return Aim(cursor.batch, cursor.target, cursor)
+
+    def transaction_ended(self) -> None:
+        """No cursor is left."""
+        if self._cursors:
+            self._cursors.clear()
 
     def add(self, data: bytes) -> None:
         """What the client sends meanwhile."""
@@ -123,6 +194,14 @@ class Lookahead:
         assert self._reader is not None
         held, self._reader = self._reader.held, None
         self._session.go_on(held)
+
+    def _plan(self) -> None:
+        """The batch is an EXPLAIN that runs nothing: what follows it waits, so that every call until then is the planner's."""
+        assert self._reader is not None
+        self._hints.statement.is_planning = True
+        reader, self._reader = self._reader, None
+        self._session.go_on(reader.whole)
+        self._session.hold_until_ready(reader.rest)
 
     def _refuse(self, error: bytes) -> None:
         assert self._reader is not None
@@ -149,10 +228,10 @@ class Lookahead:
         if self._task is not None:
             self._task.cancel()
 
-    async def _look_ahead(self, batch: Batch, target: Collectable) -> None:
+    async def _look_ahead(self, aim: Aim) -> None:
         session = self._session
         try:
-            await self._collect(batch, target, self._hints.statement)
+            await self._collect(aim, self._hints.statement)
             self._task = None
             self._go_on()
         except TransactionLost as error:
@@ -164,41 +243,58 @@ class Lookahead:
             log.exception("looking_ahead_failed", session=session.name)
             session.end(GatewayFailed("internal error"))
 
-    async def _collect(self, batch: Batch, target: Collectable, hints: StatementHints) -> None:
+    async def _collect(self, aim: Aim, hints: StatementHints) -> None:
         """Raises TransactionLost, GatewayFailed."""
-        loop, settings, within = asyncio.get_running_loop(), self._session.relay.settings, self._session.within
-        started_s = loop.time()
-        check = await self._run(check_exchange(within, target.functions, sync_first=self._is_open_batch))
+        settings, within = self._session.relay.settings, self._session.within
+        started_s = asyncio.get_running_loop().time()
+        check = await self._run(check_exchange(within, aim.target.functions, sync_first=self._is_open_batch))
         await self._leave(within, check)
-        found = circumstances(check, within)
+        found = circumstances(check, within, started_s)
         if not found.may_collect:
             return
-        window = settings.hints_window if target.is_bounded or batch.is_partial else None
+        if aim.cursor is None:
+            window = settings.hints_window if aim.target.is_bounded else None
+            # Where calls depend on others, or the window grows, later passes need the answers.
+            hints.is_streaming = found.may_stream and window is None and aim.target.sites is None
+            await self._run_passes(within, aim, hints, window, found)
+            return
+        hints.is_lasting = True
+        num_new = await self._run_passes(within, aim, hints, aim.cursor.window, found)
+        aim.cursor.looked(hints.found, is_exhausted=num_new == 0)
+
+    async def _run_passes(
+        self, within: Within, aim: Aim, hints: StatementHints, window: int | None, found: Circumstances
+    ) -> int:
+        """How many new prompts the last one found. Raises TransactionLost, GatewayFailed."""
+        loop, settings = asyncio.get_running_loop(), self._session.relay.settings
+        passes_max = PASSES_MAX if aim.cursor is None else min(PASSES_MAX, aim.cursor.num_levels)
         budget_s = min(settings.hints_budget_s, found.statement_s or settings.hints_budget_s)
-        for number in range(1, PASSES_MAX + 1):
+        num_new = 0
+        for number in range(1, passes_max + 1):
             if hints.failure is not None:
-                return
+                break
             pass_started_s = loop.time()
             limits = PassLimits(window, settings.hints_bytes_max, pass_started_s + budget_s)
-            await self._run_pass(within, batch, target, hints, limits, budget_s)
+            await self._run_pass(within, aim, hints, limits, budget_s)
             pass_ended_s = loop.time()
             budget_s -= pass_ended_s - pass_started_s
             num_new = await hints.end_pass(found.order_budget_s(settings.order_budget_s))
             log.debug("pass_ended", session=self._session.name, number=number, new=num_new, window=window)
-            if num_new == 0 or not await self._settle(hints, started_s, pass_ended_s, found) or budget_s <= 0:
-                return
+            if hints.is_streaming:
+                self._session.start_streaming()
+                break
+            if num_new == 0 or number == passes_max or budget_s <= 0:
+                break
+            if not await self._settle(hints, pass_ended_s, found):
+                break
             window = window and 2 * window
+        return num_new
 
     async def _run_pass(
-        self,
-        within: Within,
-        batch: Batch,
-        target: Collectable,
-        hints: StatementHints,
-        limits: PassLimits,
-        budget_s: float,
+        self, within: Within, aim: Aim, hints: StatementHints, limits: PassLimits, budget_s: float
     ) -> None:
         """Let the hints see what the statement asks."""
+        batch, target = aim.batch, aim.target
         sites = None if hints.is_unnumbered else target.sites
         hints.start_pass(limits, sites.governors if sites is not None else None)
         if sites is not None:
@@ -221,26 +317,27 @@ class Lookahead:
             raise TransactionLost(error)
         raise GatewayFailed("the DB node could not end its transaction")
 
-    async def _settle(self, hints: StatementHints, started_s: float, idle_since_s: float, found: Circumstances) -> bool:
+    async def _settle(self, hints: StatementHints, idle_since_s: float, found: Circumstances) -> bool:
         """Wait for the model; False if the statement must not wait any longer. No statement runs meanwhile.
 
         Within the client's transaction the time is short in which it may be idle. When that is over the statement goes on,
         and its calls wait.
         """
         loop = asyncio.get_running_loop()
-        waits = [] if found.statement_s is None else [started_s + found.statement_s - loop.time()]
+        waits = [] if found.statement_s is None else [found.checked_s + found.statement_s - loop.time()]
         if found.idle_s is not None:
             waits.append(idle_since_s + found.idle_s - IDLE_MARGIN_S - loop.time())
         if found.transaction_left_s is not None:
-            waits.append(started_s + found.transaction_left_s - IDLE_MARGIN_S - loop.time())
+            waits.append(found.checked_s + found.transaction_left_s - IDLE_MARGIN_S - loop.time())
         if await hints.settle(max(0.0, min(waits)) if waits else None):
             return True
-        if found.statement_s is not None and loop.time() >= started_s + found.statement_s:
+        if found.statement_s is not None and loop.time() >= found.checked_s + found.statement_s:
             hints.abort(Cancelled("canceling statement due to statement timeout"))
         return False
 
 
-def _target(batch: Batch) -> Collectable | None:
+def _is_planned_only(batch: Batch) -> bool:
     with contextlib.suppress(UnicodeDecodeError):
-        return collectable(batch.prepared.text.decode())
-    return None
+        found = explained(batch.prepared.text.decode())
+        return found is not None and not found.is_run
+    return False

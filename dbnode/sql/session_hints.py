@@ -27,11 +27,14 @@ class SessionHints:
         self._lasting: list[StatementHints] = []
         """Of cursors that are open."""
         self._has_failed = False
+        self.is_used = False
+        """A statement has asked for hints in this transaction; else there is nothing to end."""
 
     @property
     def statement(self) -> StatementHints:
         """Of the statement that runs, or is about to."""
         if self._statement is None:
+            self.is_used = True
             self._statement = self._make_statement(self._memo)
         return self._statement
 
@@ -68,3 +71,4 @@ class SessionHints:
         if self._has_failed and len(self._kept):
             asyncio.get_running_loop().call_later(self._kept.limits.ttl_s, self._kept.trim)
         self._has_failed = False
+        self.is_used = False

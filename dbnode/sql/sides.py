@@ -1,5 +1,8 @@
 """The two ends of a session: what each does with the bytes that arrive, by the session's phase. Made by `Session`.
 
+All traffic comes through `data_received`: for an open session it decides on the first byte and one search, then forwards
+the buffer as it came.
+
 What is written to one side while its buffer is full stops the reading of the other.
 """
 
@@ -29,17 +32,21 @@ class Phase(enum.Enum):
     LOGIN = enum.auto()
     OPEN = enum.auto()
     BINDING = enum.auto()
+    """A statement of the gateway's own runs before the client's."""
     HOLDING = enum.auto()
     """A batch that is not whole yet is held."""
     COLLECTING = enum.auto()
     """It is whole, and still held."""
+    PLANNING = enum.auto()
+    """PostgreSQL plans a statement and does not run it; what the client sends after it is held."""
     REPLICATION = enum.auto()
     ADMIN = enum.auto()
     """In the admin database: PostgreSQL is not asked any more."""
     CLOSED = enum.auto()
 
 
-FOLLOWED = frozenset({Phase.OPEN, Phase.HOLDING, Phase.COLLECTING})
+_OPEN = Phase.OPEN  # a name of the module is found faster than a member of an enum
+FOLLOWED = frozenset({Phase.OPEN, Phase.HOLDING, Phase.COLLECTING, Phase.PLANNING})
 """Phases in which both sides are an ordinary session's."""
 
 
@@ -94,15 +101,9 @@ class ClientSide(Side):
         session = self.session
         self.is_touched = True
         try:
-            if session.phase is Phase.OPEN:
-                if session.may_bind and self.walker.at_boundary and session.must_bind(data):
-                    session.start_bind(data)
-                    return
-                if session.lookahead is not None and self.walker.at_boundary and session.lookahead.wants(data):
-                    session.phase = Phase.HOLDING
-                    session.lookahead.hold(data)
-                    return
-                self.forward(data)
+            if session.phase is _OPEN:
+                if not self.walker.at_boundary or session.is_plain(data) or not session.keeps(data):
+                    self.forward(data)
             elif session.phase is Phase.HOLDING:
                 session.lookahead.hold(data)  # type: ignore[union-attr]
             elif session.phase is Phase.COLLECTING:
@@ -128,10 +129,15 @@ class ClientSide(Side):
         self.session.backend.transport.write(data)  # type: ignore[union-attr]
 
     def pause_writing(self) -> None:
+        self.is_full = True
         self.session.backend.stop_reading()
 
     def resume_writing(self) -> None:
-        self.session.backend.read_on()
+        self.is_full = False
+        if self.session.console is None:
+            self.session.backend.read_on()
+        elif self.session.console.is_open:
+            self.session.console.resume()
 
     def connection_lost(self, error: Exception | None) -> None:
         self.closed()
@@ -146,8 +152,10 @@ class BackendSide(Side):
         try:
             if session.exchange is not None:
                 session.on_own_data(data)
-            elif session.phase in FOLLOWED:
+            elif session.phase is _OPEN or session.phase in FOLLOWED:
                 found = self.walker.feed(data)
+                if session.notices is not None:
+                    data = session.notices.feed(data)
                 session.traffic.sent_bytes += len(data)
                 session.client.transport.write(data)  # type: ignore[union-attr]
                 if found:
@@ -165,7 +173,7 @@ class BackendSide(Side):
 
     def resume_writing(self) -> None:
         self.is_full = False
-        if self.session.phase is not Phase.BINDING:
+        if self.session.phase not in (Phase.BINDING, Phase.PLANNING):
             self.session.client.read_on()
 
     def connection_lost(self, error: Exception | None) -> None:

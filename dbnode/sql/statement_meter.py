@@ -128,6 +128,13 @@ class StatementBook:
         """Those that have called infer()."""
         return [meter for meter in self._running.values() if meter.role is not None]
 
+    def sums(self) -> StatementCounts:
+        """Of all databases; of statements that have ended."""
+        total = StatementCounts()
+        for counts in self.by_database.values():
+            total.add(counts)
+        return total
+
     def of(self, session: str) -> StatementMeter | None:
         """Of the statement that a session has under way, if it may call infer()."""
         return self._running.get(session)

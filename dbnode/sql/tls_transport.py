@@ -176,8 +176,10 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         return self._protocol
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """As of any transport; `ssl_object` is the connection's."""
-        return self._tls if name == "ssl_object" else self._lower.get_extra_info(name, default)
+        """As of any transport of the event loop that is under TLS."""
+        if name == "ssl_object":
+            return self._tls
+        return self._tls.cipher() if name == "cipher" else self._lower.get_extra_info(name, default)
 
     def is_reading(self) -> bool:
         return self._lower.is_reading()

@@ -98,6 +98,8 @@ def connect(
 
 def _dial_unix(segment: Segment, deadline: float) -> socket.socket | None:
     """None if no such socket is reachable from here."""
+    if not segment.socket_name:
+        return None
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.settimeout(remaining_s(deadline))
     try:

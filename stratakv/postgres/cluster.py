@@ -16,7 +16,7 @@ import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -32,7 +32,7 @@ from stratakv.settings import PostgresSettings
 SUPERUSER = "postgres"
 METADATA_DATABASE = "stratakv"
 PORT = 5432
-"""Only part of the socket's name."""
+"""Unless the options say otherwise; only part of the socket's name."""
 CONNECTIONS_MAX = 600
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 10.0
@@ -48,16 +48,24 @@ class EmbeddedPostgres:
     """`with EmbeddedPostgres(settings.postgres, data_dir) as cluster: connect(cluster.url)`.
 
     Start it from a thread that lives as long as the cluster shall: the server ends when that thread does. With
-    `throw_away` nothing is synced to disk and everything is removed at the end.
+    `throw_away` nothing is synced to disk and everything is removed at the end. `options` are further settings of the
+    server; with `listen_addresses` among them it has a TCP port too, which lets everybody in.
     """
 
     def __init__(
-        self, settings: PostgresSettings, data_dir: Path, socket_dir: Path | None = None, *, throw_away: bool = False
+        self,
+        settings: PostgresSettings,
+        data_dir: Path,
+        socket_dir: Path | None = None,
+        *,
+        throw_away: bool = False,
+        options: Mapping[str, str] | None = None,
     ) -> None:
         self._settings = settings
         self._home = data_dir.expanduser().absolute()
         self._socket_dir = socket_dir
         self._throw_away = throw_away
+        self._options = dict(options or {})
         self._account: Account | None = None
         self._binaries: Binaries | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -69,6 +77,11 @@ class EmbeddedPostgres:
         """The private directory of its Unix socket."""
         assert self._socket_dir is not None, "not started"
         return self._socket_dir
+
+    @property
+    def port(self) -> int:
+        """Part of the socket's name, and the TCP port if there is one."""
+        return int(self._options.get("port", PORT))
 
     @property
     def uid(self) -> int:
@@ -101,7 +114,7 @@ class EmbeddedPostgres:
 
     def database_url(self, database: str) -> str:
         """Another database of the cluster, as superuser."""
-        return f"postgresql://{SUPERUSER}@/{quote(database)}?host={quote(str(self.socket_dir))}&port={PORT}"
+        return f"postgresql://{SUPERUSER}@/{quote(database)}?host={quote(str(self.socket_dir))}&port={self.port}"
 
     def __enter__(self) -> Self:
         try:
@@ -261,6 +274,7 @@ class EmbeddedPostgres:
         }
         if self._throw_away:
             options |= {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+        options |= self._options
         flags = [text for name, value in options.items() for text in ("-c", f"{name}={value}")]
         command = self._account.command(binaries.program("postgres"), "-D", str(self._data_dir), *flags)
         with self.log_file.open("ab") as log:

@@ -21,6 +21,7 @@ KEY_FILE = "listener.key"
 _KEY_BYTES = 32
 _SOCKET_PATH_BYTES_MAX = 107
 _NO_TLS = {"sslmode": "disable"}
+_REQUIRE_AUTH_SINCE = 160_000
 # The listener's certificate is its own work. Who shows it is proved by SCRAM, which is bound to it: nobody between can know
 # the key. So no root certificate is needed on PostgreSQL's host, and what lies in its account's home must not be tried.
 _NO_FILE = "/dev/null/none"
@@ -69,9 +70,12 @@ class ListenerAddress:
         """The Unix socket, where libpq expects it; None for TCP."""
         return f"{self.host}/.s.PGSQL.{self.port}" if self.host.startswith("/") else None
 
-    @property
-    def conninfo(self) -> str:
-        """What dblink connects to."""
+    def conninfo(self, server_version: int) -> str:
+        """What dblink connects to, in a PostgreSQL of that version.
+
+        Whoever listens there while no DB node does must learn neither prompts nor the key, so only SCRAM is answered. Before
+        version 16 only TLS can say so.
+        """
         parts = {
             "host": self.host,
             "port": str(self.port),
@@ -82,6 +86,8 @@ class ListenerAddress:
             "gssencmode": "disable",
             **(_BOUND_TLS if self.tls else _NO_TLS),
         }
+        if server_version >= _REQUIRE_AUTH_SINCE:
+            parts["require_auth"] = "scram-sha-256"
         return " ".join(f"{name}={_quoted(value)}" for name, value in parts.items())
 
 

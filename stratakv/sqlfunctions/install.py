@@ -1,4 +1,4 @@
-"""Installation in one transaction: checks who owns what first, then runs `install.sql`, `typed.sql` and `observe.sql`."""
+"""Installation in one transaction: checks who owns what first, then runs the scripts beside this file."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from psycopg import sql
 
 from stratakv.errors import SetupError
 from stratakv.sqlfunctions.address import ListenerAddress
+from stratakv.sqlfunctions.aggregate import AGGREGATE, drop_aggregate, make_public_aggregate
 
 VERSION = 3
 DBLINK_SCHEMA = "stratakv_dblink"
+PROBE_SCHEMA = "stratakv_probe"
+"""Of what stands in for infer() and its kin while a query is explained."""
 _LOCK = 0x5354_5241_5441_0001
 """Advisory lock: one installation at a time."""
 _CONNECT_TIMEOUT_S = 10
@@ -28,11 +31,18 @@ _PUBLIC = (
     "infer_bool(text, text, jsonb)",
     "infer_tokens(text, text)",
     "infer_row(text, jsonb, text, jsonb)",
+    "infer_fold(text, text[], text, jsonb)",
     "infer(text, text, jsonb)",
 )
 """What users call; each gets a wrapper in public where its name is free."""
 _FUNCTIONS = (
     *_PUBLIC,
+    "explain(text)",
+    "explain_json(text)",
+    "sql_explain(text)",
+    "sql_own_names()",
+    "sql_explain_begin(text, text[])",
+    "sql_explain_end(text, bigint)",
     "sql_statement_stats()",
     "sql_call(text)",
     "sql_caller()",
@@ -65,14 +75,15 @@ def install(url: str, listener: ListenerAddress) -> Installed:
     """Install or renew the functions; `listener` becomes the default one. Idempotent. Raises NotAllowed, SetupError."""
     with _transaction(url) as connection:
         _check_server(connection)
-        _make_schema(connection)
+        _make_schema(connection, "stratakv")
+        _make_schema(connection, PROBE_SCHEMA)
         dblink = _make_dblink(connection)
-        script = _resource("install.sql").replace("@dblink@", sql.Identifier(dblink).as_string(connection))
-        connection.execute(script.encode())
-        connection.execute(_resource("typed.sql").encode())
-        connection.execute(_resource("observe.sql").encode())
+        for script in _scripts():
+            connection.execute(script.replace("@dblink@", sql.Identifier(dblink).as_string(connection)).encode())
         _write_tables(connection, listener)
         taken = [_name(function) for function in _PUBLIC if not _make_wrapper(connection, function)]
+        if not make_public_aggregate(connection):
+            taken.append(AGGREGATE)
         return Installed(VERSION, dblink, tuple(taken))
 
 
@@ -90,18 +101,32 @@ def uninstall(url: str, *, cascade: bool = False) -> None:
     """Take everything out; with `cascade` also views and others that use it. Idempotent. Raises SetupError."""
     last = "CASCADE" if cascade else "RESTRICT"
     with _transaction(url) as connection:
+        _drop_probes(connection, last)
+        drop_aggregate(connection, last)
         for function in _PUBLIC:
             if _is_our_wrapper(connection, function):
                 connection.execute(f"DROP FUNCTION public.{function} {last}".encode())
         connection.execute(f"DROP VIEW IF EXISTS stratakv.statement_stats {last}".encode())
         for function in _FUNCTIONS:
             connection.execute(f"DROP FUNCTION IF EXISTS stratakv.{function} {last}".encode())
+        connection.execute(sql.SQL("DROP SCHEMA IF EXISTS {}").format(sql.Identifier(PROBE_SCHEMA)))
         connection.execute(b"DROP TABLE IF EXISTS stratakv.sql_listeners, stratakv.sql_install")
         if _dblink_schema(connection) == DBLINK_SCHEMA:
             connection.execute(b"DROP EXTENSION dblink")
             connection.execute(sql.SQL("DROP SCHEMA {}").format(sql.Identifier(DBLINK_SCHEMA)))
         if _schema_is_empty(connection):
             connection.execute(b"DROP SCHEMA IF EXISTS stratakv")
+
+
+def _drop_probes(connection: Connection, last: str) -> None:
+    """Those that call others come before those."""
+    rows = connection.execute(
+        "SELECT oid::regprocedure::text FROM pg_proc WHERE pronamespace = to_regnamespace(%s)"
+        " ORDER BY prokind <> 'a', proname <> 'sql_fold', proname = 'infer'",
+        (PROBE_SCHEMA,),
+    ).fetchall()
+    for row in rows:
+        connection.execute(f"DROP ROUTINE {row[0]} {last}".encode())
 
 
 @contextmanager
@@ -124,6 +149,19 @@ def _transaction(url: str) -> Iterator[Connection]:
         raise SetupError(f"the database refused: {str(error).strip()}") from error
 
 
+def _scripts() -> Iterator[str]:
+    """In the order in which they are run."""
+    yield _resource("install.sql")
+    yield _resource("typed.sql")
+    yield _resource("agg.sql")
+    yield _resource("explain.sql")
+    # the same wrappers around the stand-in
+    yield _resource("typed.sql").replace("stratakv.infer", f"{PROBE_SCHEMA}.infer")
+    around_probe = _resource("agg.sql").replace("stratakv.infer", f"{PROBE_SCHEMA}.infer")
+    yield around_probe.replace("stratakv.sql_fold", f"{PROBE_SCHEMA}.sql_fold")
+    yield _resource("observe.sql")
+
+
 def _resource(name: str) -> str:
     return (resources.files("stratakv.sqlfunctions") / name).read_text()
 
@@ -134,20 +172,21 @@ def _check_server(connection: Connection) -> None:
         raise SetupError(f"the server is PostgreSQL {version}, which is too old", hint="use PostgreSQL 15 or newer")
 
 
-def _make_schema(connection: Connection) -> None:
+def _make_schema(connection: Connection, name: str) -> None:
     """Whoever may create or replace things in the schema could act as everybody who calls infer()."""
-    connection.execute("CREATE SCHEMA IF NOT EXISTS stratakv")
+    connection.execute(sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(sql.Identifier(name)))
     stranger = connection.execute(
         "SELECT r.rolname FROM pg_namespace n JOIN pg_roles r ON r.oid = n.nspowner"
-        " WHERE n.nspname = 'stratakv' AND r.rolname <> current_user AND NOT r.rolsuper"
+        " WHERE n.nspname = %(name)s AND r.rolname <> current_user AND NOT r.rolsuper"
         " UNION ALL"
         " SELECT coalesce(r.rolname, 'PUBLIC') FROM pg_namespace n CROSS JOIN LATERAL aclexplode(n.nspacl) a"
-        " LEFT JOIN pg_roles r ON r.oid = a.grantee WHERE n.nspname = 'stratakv' AND a.privilege_type = 'CREATE'"
-        " AND r.rolname IS DISTINCT FROM current_user AND NOT coalesce(r.rolsuper, false)"
+        " LEFT JOIN pg_roles r ON r.oid = a.grantee WHERE n.nspname = %(name)s AND a.privilege_type = 'CREATE'"
+        " AND r.rolname IS DISTINCT FROM current_user AND NOT coalesce(r.rolsuper, false)",
+        {"name": name},
     ).fetchone()
     if stranger:
         raise SetupError(
-            f"role {stranger[0]} may create objects in schema stratakv",
+            f"role {stranger[0]} may create objects in schema {name}",
             hint="let the installing role own the schema, and revoke CREATE on it from all others",
         )
 
@@ -212,7 +251,7 @@ def _write_tables(connection: Connection, listener: ListenerAddress) -> None:
     connection.execute(
         "INSERT INTO stratakv.sql_listeners (name, conninfo, is_default) VALUES (%s, %s, true)"
         " ON CONFLICT (name) DO UPDATE SET conninfo = excluded.conninfo, is_default = true",
-        (listener.name, listener.conninfo),
+        (listener.name, listener.conninfo(connection.info.server_version)),
     )
 
 

@@ -129,7 +129,10 @@ BEGIN
                 USING ERRCODE = '55000', HINT = 'Run "stratakv install --database URL".';
         END IF;
         SELECT * INTO reply FROM stratakv.sql_ask(link, request);
-        WHILE reply.status = 'wait' LOOP
+        WHILE reply.status IN ('wait', 'flush') LOOP
+            IF reply.status = 'flush' THEN  -- PostgreSQL sends the rows that are ready with it; the gateway swallows it
+                RAISE INFO '' USING ERRCODE = 'SKV02';
+            END IF;
             SELECT * INTO reply FROM stratakv.sql_ask(link, 'poll');
         END LOOP;
         IF reply.status = 'ok' THEN
@@ -184,6 +187,10 @@ BEGIN
     IF prompt IS NULL THEN
         RETURN NULL;
     END IF;
+    IF pg_catalog.current_setting('stratakv.explaining', true) = 'on' THEN
+        RAISE EXCEPTION 'stratakv.explain() does not look into views, functions and policies that call infer()'
+            USING ERRCODE = '0A000', HINT = 'Explain the query that they consist of.';
+    END IF;
     -- Within functions of others: who wrote them relies on the answer, so nothing may stand in for it.
     request := 'infer';
     GET DIAGNOSTICS stack = PG_CONTEXT;
@@ -218,7 +225,10 @@ BEGIN
                 USING ERRCODE = '55000', HINT = 'Run "stratakv install --database URL".';
         END IF;
         SELECT * INTO reply FROM stratakv.sql_ask(link, request);
-        WHILE reply.status = 'wait' LOOP
+        WHILE reply.status IN ('wait', 'flush') LOOP
+            IF reply.status = 'flush' THEN  -- PostgreSQL sends the rows that are ready with it; the gateway swallows it
+                RAISE INFO '' USING ERRCODE = 'SKV02';
+            END IF;
             SELECT * INTO reply FROM stratakv.sql_ask(link, 'poll');
         END LOOP;
         IF reply.status = 'ok' THEN

@@ -12,6 +12,9 @@ from stratakv.settings import Settings
 from stratakv.up.ports import Ports
 from stratakv.wire import WorkerRole
 
+DISK_DIR = "kv"
+"""Below `up.data_dir`: the disk tier, unless `dmp.disk_dir` names another place."""
+
 
 class Kind(enum.StrEnum):
     """A service, by the module that runs it."""
@@ -46,6 +49,9 @@ def place_ports(settings: Settings, ports: Ports) -> Settings:
 
 def make_plan(settings: Settings, ports: Ports) -> list[ServiceSpec]:
     """All services in the order in which they start; they stop in the reverse order."""
+    if settings.dmp.disk_dir is None:
+        disk_dir = settings.up.data_dir.expanduser().absolute() / DISK_DIR
+        settings = replace(settings, dmp=replace(settings.dmp, disk_dir=disk_dir))
     common = _environment(settings)
     plan = [_service("meta", Kind.META, ports.meta, "tcp", common)]
     daemons = [f"dmp-{i}" for i in range(len(ports.daemons))]

@@ -152,13 +152,13 @@ class Tiers:
             return [], 0
         segments = {segment.node: segment for segment in match.segments}
         pages = [
-            FoundPage(key, place, segments[place.node], Tier.POOL)
+            FoundPage(key, place, segments[place.node], Tier.DISK if segments[place.node].is_disk else Tier.POOL)
             for key, place in zip(keys, match.places, strict=False)
         ]
         return pages, match.lease_id
 
     def _worth_loading(self, pages: Sequence[FoundPage]) -> bool:
-        by_tier = {tier: sum(page.tier is tier for page in pages) for tier in (Tier.L2, Tier.POOL)}
+        by_tier = {tier: sum(page.tier is tier for page in pages) for tier in (Tier.L2, Tier.POOL, Tier.DISK)}
         return all(
             self._rates.worth_loading(tier, count * self._layout.page_bytes, count * self._layout.page_tokens)
             for tier, count in by_tier.items()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from dbnode.sql.admin.login import Viewer, viewer, viewer_exchange
 from dbnode.sql.admin.protocol import AdminProtocol
 from dbnode.sql.admin.tables import Show
-from dbnode.sql.errors import GatewayFailed
+from dbnode.sql.errors import GatewayFailed, ProtocolViolation
 from dbnode.sql.messages import message
 from stratakv.log import EventLogger
 
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from dbnode.sql.session import Session
 
 log = EventLogger(__name__)
-
-HELD_BYTES_MAX = 64 * 1024
-"""What a client sends before it is let in."""
 
 
 class AdminConsole:
@@ -38,6 +35,7 @@ class AdminConsole:
 
     def start(self) -> None:
         """The login is done."""
+        self._session.client.stop_reading()
         exchange = viewer_exchange()
         self._session.run_own(exchange, lambda: self._open(viewer(exchange)))
 
@@ -50,6 +48,7 @@ class AdminConsole:
         self._protocol = AdminProtocol(Show(session.relay, who).run)
         session.backend.write(message(b"X"))
         session.backend.close()
+        session.client.read_on()
         held, self._held = self._held, b""
         if held:
             self.feed(held)
@@ -58,9 +57,27 @@ class AdminConsole:
         """From the client. Raises ProtocolViolation."""
         if self._protocol is None:
             self._held += data
-            if len(self._held) > HELD_BYTES_MAX:
-                self._session.end(GatewayFailed("too much was sent before the login was done"))
             return
-        self._session.client.write(self._protocol.feed(data))
-        if self._protocol.has_ended:
-            self._session.client_left()
+        self._protocol.feed(data)
+        self._go_on()
+
+    def resume(self) -> None:
+        """The client has read what it was sent."""
+        try:
+            self._go_on()
+        except ProtocolViolation as error:
+            self._session.end(error)
+        else:
+            if not self._session.client.is_full:
+                self._session.client.read_on()
+
+    def _go_on(self) -> None:
+        """Answer what has been asked, as long as the client reads. Raises ProtocolViolation."""
+        session, protocol = self._session, self._protocol
+        assert protocol is not None
+        while not session.client.is_full and (answers := protocol.answers()):
+            session.client.write(answers)
+        if session.client.is_full:
+            session.client.stop_reading()
+        if protocol.has_ended:
+            session.client_left()

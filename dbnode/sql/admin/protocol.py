@@ -17,6 +17,10 @@ from stratakv.errors import InvalidRequest, StrataError
 MESSAGE_BYTES_MAX = 64 * 1024
 NAMES_MAX = 100
 """Prepared statements, and portals."""
+STATEMENTS_MAX = 16
+"""In one query string."""
+ANSWER_BYTES_MAX = 64 * 1024
+"""What is answered goes out when it is so long; the rest of what was asked waits until the client has read."""
 _READY = ready_for_query()
 _EMPTY = message(b"I")
 _COMPLETE = message(b"C", cstring("SHOW"))
@@ -45,23 +49,29 @@ class AdminProtocol:
         self.has_ended = False
         """The client has said goodbye."""
 
-    def feed(self, data: bytes) -> bytes:
-        """What the client is answered. Raises ProtocolViolation."""
+    def feed(self, data: bytes) -> None:
+        """What the client has sent."""
         self._reader.feed(data)
-        answers = []
-        while not self.has_ended and (parsed := self._reader.next_message()) is not None:
-            kind, payload = parsed
-            if kind == Kind.SYNC:
-                self._is_skipping = False
-                self._portals.clear()
-                answers.append(_READY)
-            elif kind == Kind.TERMINATE:
-                self.has_ended = True
-            elif not self._is_skipping:
-                answers.append(self._answer(kind, payload))
-        return b"".join(answers)
+
+    def answers(self) -> bytes:
+        """What it is answered next; nothing if all is answered. Raises ProtocolViolation."""
+        found = bytearray()
+        while not self.has_ended and len(found) < ANSWER_BYTES_MAX:
+            parsed = self._reader.next_message()
+            if parsed is None:
+                break
+            found += self._answer(*parsed)
+        return bytes(found)
 
     def _answer(self, kind: int, payload: bytes) -> bytes:
+        if kind == Kind.SYNC:
+            self._is_skipping = False
+            self._portals.clear()
+            return _READY
+        if kind == Kind.TERMINATE:
+            self.has_ended = True
+        if self.has_ended or self._is_skipping:
+            return b""
         try:
             if kind == Kind.QUERY:
                 return self._query(payload)
@@ -145,7 +155,10 @@ def _split(text: str) -> list[str]:
             found.append([])
         else:
             found[-1].append(text[token.start : token.end])
-    return [" ".join(words) for words in found if words]
+    statements = [" ".join(words) for words in found if words]
+    if len(statements) > STATEMENTS_MAX:
+        raise NotSupported(f"more than {STATEMENTS_MAX} statements at once")
+    return statements
 
 
 def _text(data: bytes) -> str:

@@ -58,7 +58,7 @@ class Completion:
     @property
     def tiers(self) -> dict[str, int]:
         """Prompt tokens by source; sources that gave none are left out."""
-        names = ("computed", "l1", "l2", "pool")
+        names = ("computed", "l1", "l2", "pool", "disk")
         return {name: self.usage["stratakv"][name] for name in names if self.usage["stratakv"][name]}
 
 

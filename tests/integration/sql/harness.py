@@ -115,7 +115,9 @@ def front_thread(
 ) -> Iterator[FrontThread]:
     """A running face whose listener is in `directory`, or on TCP."""
     options = {
-        name: settings.pop(name) for name in ("trusted_backend", "postgres_uid", "statements") if name in settings
+        name: settings.pop(name)
+        for name in ("trusted_backend", "postgres_uid", "statements", "explainer")
+        if name in settings
     }
     own = SqlSettings(port=0, listener_dir=directory, **settings)  # type: ignore[arg-type]
     with front_on(cluster, own, model, **options) as thread:

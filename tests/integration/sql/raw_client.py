@@ -47,6 +47,15 @@ class RawClient:
             received += data
         return received
 
+    def read_ready(self) -> bytes:
+        """Everything up to ReadyForQuery, in whatever transaction."""
+        received = b""
+        while received[-6:-1] != b"Z\0\0\0\5":
+            data = self.socket.recv(65536)
+            assert data, received
+            received += data
+        return received
+
     def read_all(self) -> bytes:
         """Everything until the other side closes."""
         received = b""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import asyncpg
@@ -13,6 +14,7 @@ from psycopg import sql
 from psycopg.rows import dict_row
 
 from dbnode.sql.admin.login import check_name
+from dbnode.sql.messages import cstring, message
 from stratakv.errors import SetupError
 from stratakv.postgres import EmbeddedPostgres
 from tests.integration.sql.harness import FrontThread
@@ -20,6 +22,7 @@ from tests.integration.sql.raw_client import RawClient, startup
 from tests.support import eventually
 
 ADMIN = "stratakv_admin"
+ASKED_BYTES_MAX = 64 * 1024 * 1024
 SHOWS = ("CLIENTS", "SERVERS", "POOLS", "STATEMENTS", "STATS", "VERSION", "HELP")
 
 
@@ -157,6 +160,23 @@ def test_malformed_bytes_end_only_that_session(front: FrontThread) -> None:
             client.send(data)
             assert b"08P01" in client.read_all()
     assert show(front, "VERSION")
+
+
+def test_a_client_that_reads_nothing_is_not_answered_without_end(front: FrontThread) -> None:
+    query = message(b"Q", cstring("SHOW HELP;" * 16))
+    with RawClient(front.settings.port) as client, RawClient(front.settings.port) as other:
+        client.send(startup(ADMIN))
+        client.read_until(b"Z\0\0\0\5I")
+        sent = 0
+        client.socket.settimeout(0.5)
+        with suppress(TimeoutError):
+            while sent < ASKED_BYTES_MAX:
+                client.send(query * 10)
+                sent += len(query) * 10
+        assert sent < ASKED_BYTES_MAX
+        other.send(startup(ADMIN) + query)
+        assert other.read_until(b"Z\0\0\0\5I")
+    eventually(lambda: all(session.console is None for session in front.front.relay.sessions))
 
 
 async def test_a_name_that_is_taken_is_refused_at_the_start(cluster: EmbeddedPostgres) -> None:

@@ -174,7 +174,9 @@ def test_wrong_uid_on_the_socket_is_refused(cluster: EmbeddedPostgres, tmp_path:
 def test_wrong_key_is_refused(front: FrontThread, direct_url: str, model: ReversingModel) -> None:
     wrong = replace(front.front.address, key="guess")
     with psycopg.connect(direct_url, autocommit=True) as connection:
-        connection.execute("UPDATE stratakv.sql_listeners SET conninfo = %s", (wrong.conninfo,))
+        connection.execute(
+            "UPDATE stratakv.sql_listeners SET conninfo = %s", (wrong.conninfo(connection.info.server_version),)
+        )
         with pytest.raises(errors.SqlclientUnableToEstablishSqlconnection, match="could not establish connection"):
             connection.execute("SELECT infer('a')")
     assert model.calls == []

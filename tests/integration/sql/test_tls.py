@@ -12,6 +12,7 @@ from pathlib import Path
 import psycopg
 import pytest
 from psycopg import errors
+from psycopg.rows import dict_row
 
 from dbnode.sql.messages import cstring, int32, message
 from stratakv.errors import SetupError
@@ -299,3 +300,10 @@ def test_newest_protocol_is_negotiated_by_libpq(verified: str) -> None:
     with psycopg.connect(verified + "&max_protocol_version=latest", autocommit=True) as connection:
         assert connection.execute("SELECT 1").fetchone() == (1,)
         connection.cancel_safe(timeout=10)
+
+
+def test_admin_database_shows_who_is_under_tls(face: FrontThread, verified: str) -> None:
+    admin = verified.replace("/postgres?", f"/{face.settings.admin_database}?")
+    with psycopg.connect(verified), psycopg.connect(admin, autocommit=True) as connection:
+        clients = psycopg.ClientCursor(connection, row_factory=dict_row).execute("SHOW CLIENTS").fetchall()
+        assert [client["tls"] for client in clients] == ["TLSv1.3"]

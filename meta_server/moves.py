@@ -1,0 +1,174 @@
+"""Pages on their way between a daemon's memory and its disk: which ones to move, and what becomes of them.
+
+Above `demote_high` of a memory segment its coldest pages are copied to the daemon's disk, down to `demote_low`; a page that is
+read from disk again and again is copied back while there is room. A page is found at its old place until the copy is
+reported and durably known; then the old place is given up like any removed page. Called by the server's dispatch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+
+import numpy as np
+
+from meta_server.catalog import Catalog
+from meta_server.journal import Journal
+from meta_server.nodes import Node
+from meta_server.presence import Clock
+from meta_server.records import CommittedRun, extent_array, extent_list, pack_extents, unpack_extents
+from meta_server.slots import SlotArray
+from stratakv.log import EventLogger
+from stratakv.pool.meta_errors import StaleEpoch
+from stratakv.settings import MetaSettings
+from stratakv.wire import PUT_ID_BYTES, Extent, Move, MovedPage, MovesTaken, Reconciled, ReconcilePages, ReportMoves
+
+MOVING_BYTES_MAX = 64 * 1024 * 1024
+"""Ordered of one segment at a time."""
+MOVE_TIMEOUT_S = 60.0
+"""An order that was not reported by then is forgotten."""
+PROMOTE_READS_MIN = 2
+"""A page that was read so often since it came to the disk goes back to memory."""
+_log = EventLogger("meta_server.moves")
+
+
+class Moves:
+    """Orders to daemons and their reports."""
+
+    def __init__(self, catalog: Catalog, journal: Journal, clock: Clock, settings: MetaSettings) -> None:
+        self._catalog = catalog
+        self._journal = journal
+        self._clock = clock
+        self._high = settings.demote_high
+        self._low = settings.demote_low
+        self.demoted = 0
+        self.promoted = 0
+
+    def orders(self, node: Node) -> list[Move]:
+        """What the node's daemon shall copy now."""
+        self._forget_late(node)
+        if not node.segment.is_disk:
+            self._demote(node)
+        moves, node.moves_waiting = node.moves_waiting, []
+        return moves
+
+    def read(self, slots: SlotArray) -> None:
+        """These pages are being read: those on disk for the second time go back to memory."""
+        counts = self._catalog.index.count_read(slots)
+        often = slots[counts >= PROMOTE_READS_MIN]
+        for segment in np.unique(self._catalog.index.segments(often)).tolist():
+            node = self._catalog.nodes.at(segment)
+            memory = (
+                self._catalog.nodes.get(node.segment.disk_of) if node is not None and node.segment.is_disk else None
+            )
+            if node is not None and memory is not None and memory.reachable:
+                room = int(self._high * memory.segment.size_bytes) - memory.staying_bytes
+                self._order(node, often[self._catalog.index.segments(often) == segment], room)
+
+    async def report(self, request: ReportMoves) -> MovesTaken:
+        """Take the copies for the pages. Raises StaleEpoch, Unavailable."""
+        nodes = self._catalog.nodes
+        source = nodes.of_epoch(request.source_node, request.source_epoch)
+        target = nodes.of_epoch(request.target_node, request.target_epoch)
+        if source is None or target is None:
+            raise StaleEpoch("one of the two segments is not what it was")
+        for extent in (*request.failed, *(page.source for page in request.pages)):
+            source.moving.pop(extent, None)
+        slots = [self._slot(source, page.namespace, page.key, page.source) for page in request.pages]
+        wanted = [page for page, slot in zip(request.pages, slots, strict=True) if slot is not None]
+        if wanted:
+            await self._take(source, target, wanted)
+        # A report that is repeated finds its pages at their targets.
+        there = [self._slot(target, page.namespace, page.key, page.target) for page in request.pages]
+        return MovesTaken([i for i, slot in enumerate(there) if slot is None])
+
+    def reconcile(self, request: ReconcilePages) -> Reconciled:
+        """What of these a disk still has, and what nobody knows any more. Raises StaleEpoch."""
+        node = self._catalog.nodes.of_epoch(request.node, request.epoch)
+        if node is None:
+            raise StaleEpoch("the disk has not registered")
+        if request.is_first:
+            node.found = set()
+        known = self._catalog.index.exact(node.index, extent_array(request.extents))
+        node.found.update(e for e, is_known in zip(request.extents, known, strict=True) if is_known)
+        if request.is_last:
+            self._drop_lost(node)
+        return Reconciled([e for e, is_known in zip(request.extents, known, strict=True) if not is_known])
+
+    def _demote(self, node: Node) -> None:
+        disk = next((n for n in self._catalog.nodes if n.segment.disk_of == node.segment.node), None)
+        if disk is None or not disk.reachable or disk.read_only:
+            return
+        size = node.segment.size_bytes
+        staying = node.staying_bytes - node.moving_bytes
+        if staying > self._high * size:
+            cold = self._catalog.index.coldest(node.index, staying - int(self._low * size) + node.moving_bytes)
+            self._order(node, cold, disk.free_bytes)
+
+    def _order(self, node: Node, slots: SlotArray, room_bytes: int) -> None:
+        """Have these copied, as far as `room_bytes` and the limit go."""
+        room_bytes = min(room_bytes, MOVING_BYTES_MAX - node.moving_bytes)
+        extents, sizes = self._catalog.index.extents(slots)
+        for extent, size in zip(extent_list(extents), sizes.tolist(), strict=True):
+            if extent in node.moving:
+                continue
+            room_bytes -= size
+            if room_bytes < 0:
+                break
+            node.moving[extent] = (self._clock() + MOVE_TIMEOUT_S, size)
+            node.moves_waiting.append(Move(extent, size))
+
+    def _forget_late(self, node: Node) -> None:
+        now = self._clock()
+        for extent, (until, _) in list(node.moving.items()):
+            if until > now:
+                break
+            del node.moving[extent]
+
+    def _slot(self, node: Node, namespace: bytes, key: bytes, extent: Extent) -> int | None:
+        slots = self._catalog.index.at(namespace, key, node.index, extent.offset, extent.generation)
+        return int(slots[0]) if len(slots) else None
+
+    async def _take(self, source: Node, target: Node, pages: list[MovedPage]) -> None:
+        runs = list(_runs(target.segment.epoch, pages))
+        for run in runs:
+            self._journal.add_pages(os.urandom(PUT_ID_BYTES), run)
+        await self._journal.all_written()
+        index = self._catalog.index
+        ticks = [index.ticks(run.namespace, run.keys) for run in runs]
+        left = [self._slot(source, page.namespace, page.key, page.source) for page in pages]
+        self._catalog.remove(np.array([slot for slot in left if slot is not None], np.int64), "moved")
+        if self._catalog.nodes.at(target.index) is target:
+            for run, was in zip(runs, ticks, strict=True):
+                self._catalog.insert(target, run.namespace, run.keys, unpack_extents(run.extents), run.page_bytes)
+                index.set_ticks(run.namespace, run.keys, was)
+        if target.segment.is_disk and not source.segment.is_disk:
+            self.demoted += len(pages)
+        elif source.segment.is_disk and not target.segment.is_disk:
+            self.promoted += len(pages)
+        _log.debug("pages_moved", source=source.segment.node, target=target.segment.node, pages=len(pages))
+
+    def _drop_lost(self, node: Node) -> None:
+        slots = self._catalog.index.in_segment(node.index)
+        places = extent_list(self._catalog.index.extents(slots)[0])
+        lost = [slot for slot, place in zip(slots.tolist(), places, strict=True) if place not in node.found]
+        if lost:
+            _log.warning("pages_lost_on_disk", node=node.segment.node, pages=len(lost))
+            self._catalog.remove(np.array(lost, np.int64), "lost")
+        node.found = set()
+        node.is_reconciled = True
+        node.pulse.beat()
+        self._catalog.set_reachable(node, True)
+
+
+def _runs(epoch: bytes, pages: Iterable[MovedPage]) -> Iterable[CommittedRun]:
+    """The pages as rows of the journal: one for each namespace and size."""
+    groups: defaultdict[tuple[bytes, int], list[MovedPage]] = defaultdict(list)
+    for page in pages:
+        groups[page.namespace, page.page_bytes].append(page)
+    for (namespace, page_bytes), group in groups.items():
+        extents: list[Extent] = [page.target for page in group]
+        yield CommittedRun(
+            namespace, epoch, page_bytes, b"".join(page.key for page in group), pack_extents(extent_array(extents))
+        )
