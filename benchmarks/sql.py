@@ -113,6 +113,11 @@ class Measurement:
         self._connection.execute(query.encode()).fetchall()
         return time.perf_counter() - started_s
 
+    def seconds_in_transaction(self, query: str) -> float:
+        """Behind a BEGIN."""
+        with self._connection.transaction():
+            return self.seconds(query)
+
     def inferences(self, query: str) -> int:
         before = self._face.model.num_calls
         self._connection.execute(query.encode()).fetchall()
@@ -136,10 +141,11 @@ def main() -> int:
     with running_face() as face, psycopg.connect(face.url, autocommit=True) as connection:
         session = Measurement(face, connection)
         session.seconds(FIRST)
-        ours, baseline, memo = [], [], []
+        ours, in_transaction, baseline, memo = [], [], [], []
         for _ in range(runs):
             session.hints(on=True)
             ours.append(session.seconds(ALL))
+            in_transaction.append(session.seconds_in_transaction(ALL))
             memo.append(MEMO_ROWS / session.seconds(MEMO))
             session.hints(on=False)
             baseline.append(session.seconds(ALL))
@@ -158,6 +164,7 @@ def main() -> int:
         {"infer_ms": INFER_S * 1e3, "slots": SLOTS, "rows": ROWS, "quick": options.quick, "seed": options.seed},
         {
             "seconds_400_rows": spread.as_json(),
+            "seconds_400_rows_in_transaction": Spread.of(in_transaction).as_json(),
             "inferences_500_distinct": distinct,
             "inferences_limit_20": limited,
             "final_miss_share": round((inferred - ahead) / inferred, 3),

@@ -32,6 +32,7 @@ from tests.integration.sql.raw_client import RawClient
 
 Connection = psycopg.Connection[TupleRow]
 INFER, ORDINARY = "infer", "ordinary"
+OPTIONS = {"shared_buffers": "2MB", "max_prepared_transactions": "4"}
 STATEMENTS = 40
 """Drawn for each way of running them."""
 SCHEMA = """
@@ -100,11 +101,8 @@ class DigestModel(ReversingModel):
 @pytest.fixture(scope="module")
 def small_buffers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedPostgres]:
     """A server for which the large table is larger than a quarter of its buffers."""
-    with EmbeddedPostgres(PostgresSettings(), tmp_path_factory.mktemp("small"), throw_away=True) as cluster:
-        with psycopg.connect(cluster.url, autocommit=True) as admin:
-            admin.execute("ALTER SYSTEM SET shared_buffers = '2MB'")
-            admin.execute("ALTER SYSTEM SET max_prepared_transactions = 4")
-        cluster.restart()
+    home = tmp_path_factory.mktemp("small")
+    with EmbeddedPostgres(PostgresSettings(), home, throw_away=True, options=OPTIONS) as cluster:
         yield cluster
 
 
@@ -381,7 +379,7 @@ def test_a_standby_answers(
         install(small_buffers.database_url("postgres"), address_in(Path(directory)))
         _copy(small_buffers, home / "data")
         with (
-            EmbeddedPostgres(PostgresSettings(), home, throw_away=True) as standby,
+            EmbeddedPostgres(PostgresSettings(), home, throw_away=True, options=OPTIONS) as standby,
             front_thread(standby, Path(directory), DigestModel()) as front,
         ):
             _check_standby(front, query)
