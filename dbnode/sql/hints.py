@@ -168,7 +168,7 @@ class StatementHints:
     async def end_pass(self, order_budget_s: float) -> int:
         """How many prompts it found that are new; they are sent now, those with common beginnings in a row.
 
-        The fields of rows are put in order first, for so long at most.
+        The fields of rows are put in order first, for so long at most; with no time for it all stands as it was found.
         """
         self.is_collecting = False
         if self._put_off:
@@ -177,10 +177,11 @@ class StatementHints:
             return 0  # the prompts are others each time: now() may be in them
         new = [hint for hint in self._new.values() if self._memo.put(hint)]
         self.found += new
-        await self._order_fields(order_budget_s)
+        if order_budget_s:
+            await self._order_fields(order_budget_s)
+            new.sort(key=_place)
         if self.failure is not None:
             return 0
-        new.sort(key=_place)
         self._stats.distinct += len(new)
         self._book.found(self._session, len(new))
         self._queue.extend(new)
