@@ -13,6 +13,7 @@ from dbnode.sql.backend import BackendAddress
 from dbnode.sql.binding import BindingRegistry
 from dbnode.sql.errors import AdminShutdown, BackendUnreachable, IdleTimeout, TooManyClients
 from dbnode.sql.handshake import ClientHandshake
+from dbnode.sql.hidden_calls import DATABASES_MAX, HiddenCalls
 from dbnode.sql.messages import Severity, error_response
 from dbnode.sql.passthrough import Passage
 from dbnode.sql.server_tls import ClientTls
@@ -75,6 +76,7 @@ class Relay:
         self._is_calling = is_calling
         self._sessions: set[Session] = set()
         self._by_key: dict[CancelKey, Session] = {}
+        self._calls: dict[str, HiddenCalls] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._numbers = count(1)
         self._server: asyncio.Server | None = None
@@ -267,6 +269,13 @@ class Relay:
     def _check_emptied(self) -> None:
         if not self.num_sessions:
             self._emptied.set()
+
+    def calls_of(self, packet: StartupPacket) -> HiddenCalls:
+        """What is known of the database that the packet asks for."""
+        database = packet.parameters.get("database") or packet.parameters.get("user", "")
+        if database not in self._calls and len(self._calls) >= DATABASES_MAX:
+            del self._calls[next(iter(self._calls))]
+        return self._calls.setdefault(database, HiddenCalls())
 
     def stop_inference(self, key: CancelKey) -> None:
         """The client of a session is gone: cancel its statement, if that waits for the model."""
