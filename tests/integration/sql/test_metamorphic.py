@@ -116,8 +116,8 @@ def face(small_buffers: EmbeddedPostgres) -> Iterator[FrontThread]:
             admin.execute(SCHEMA)
             large = "SELECT pg_relation_size('big') > 8192 * setting::int / 4 FROM pg_settings WHERE name = 'shared_buffers'"
             assert admin.execute(large).fetchone() == (True,)
-        # No test finds what another one has got.
-        with front_thread(small_buffers, Path(directory), DigestModel(), memo_ttl_s=0.0) as thread:
+        # No test finds what another one has got, and none loses its hints on a busy machine.
+        with front_thread(small_buffers, Path(directory), DigestModel(), memo_ttl_s=0.0, hints_budget_s=20.0) as thread:
             yield thread
 
 
