@@ -18,6 +18,7 @@ from meta_server.journal import Journal
 from meta_server.leases import LeaseTable
 from meta_server.moves import Moves
 from meta_server.nodes import Node, NodeTable
+from meta_server.policies import make_policy
 from meta_server.presence import Clock
 from meta_server.puts import PutTable
 from meta_server.reclaim import Reclaimer
@@ -47,7 +48,7 @@ class Handlers:
         self.journal = Journal(store)
         self._nodes = NodeTable(clock, settings.heartbeat_s, snapshot.dead_epochs)
         self._workers = WorkerTable(clock, settings.heartbeat_s)
-        self._catalog = Catalog(BlockIndex(), self._nodes, self.journal, snapshot.last_removal_id)
+        self._catalog = Catalog(BlockIndex(make_policy(settings.policy)), self._nodes, self.journal, snapshot.last_removal_id)
         self._index = self._catalog.index
         self._leases = LeaseTable(self._index, clock, leases_max=settings.leases_max, lease_s_max=settings.lease_s_max)
         self._reclaimer = Reclaimer(self._catalog, clock, high=settings.reclaim_high, low=settings.reclaim_low)

@@ -53,6 +53,7 @@ def check_put(request: PutStart) -> None:
     _check_range("page_bytes", request.page_bytes, 1, PAGE_BYTES_MAX)
     _check_range("block_size", request.block_size, 1, INT32_MAX)
     _check_name("worker", request.worker, empty=True)
+    _check_range("cost_us", request.cost_us, 0, INT64_MAX)
 
 
 def check_put_id(put_id: bytes) -> None:

@@ -294,6 +294,8 @@ class PutStart(Message, frozen=True):
     prefer_node: str | None = None
     worker: str = ""
     timeout_s: float = 30.0
+    cost_us: int = 0
+    """To compute one page again, in microseconds; 0 while that is not known. What a page is worth depends on it."""
 
 
 class PutGrant(Message, frozen=True):
