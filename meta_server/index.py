@@ -226,6 +226,14 @@ class BlockIndex:
         if (names := self._names.get(namespace)) is not None:
             names.cost_per_byte = cost_per_byte
 
+    def size_of(self, namespace: bytes, segment: int) -> int:
+        """Bytes of a namespace's pages on a segment."""
+        names, table = self._names.get(namespace), self._table
+        if names is None:
+            return 0
+        slots = table.live_in(segment)
+        return int(table.page_bytes[slots[table.namespace[slots] == names.id]].sum())
+
     def read_before(self, namespace: bytes, tick: int) -> SlotArray:
         """Unpinned pages of a namespace that were last asked for before the tick."""
         names, table = self._names.get(namespace), self._table

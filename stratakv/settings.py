@@ -84,6 +84,7 @@ class MetaSettings:
     put_timeout_s_max: float = setting(120.0, "longest time a put may stay unfinished")
     puts_pending_max: int = setting(10_000, "puts in progress at once")
     leases_max: int = setting(100_000, "read leases at once")
+    pins_max: int = setting(10_000, "pinned prefixes at once")
     request_timeout_s: float = setting(2.0, "clients give up on one request after so long")
     reclaim_high: float = setting(0.95, "share of a segment in use at which the coldest pages are reclaimed")
     reclaim_low: float = setting(0.85, "share of a segment in use at which reclaiming stops")
