@@ -5,6 +5,7 @@
 #   make test-debian      tests against the distribution's PostgreSQL server
 #   make test-sql-compat  suites of others, directly and through the DB node (SUITES="asyncpg pgbench" for some of them)
 #   make bench            quick benchmarks
+#   make mooncake         installs what `stratakv bench dmp` compares with
 #
 # TORCH_INDEX names an extra package index that has a CPU build of torch: without a GPU,
 # the default build brings gigabytes that are of no use.
@@ -16,7 +17,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 BENCHMARKS ?= chat_warm sql zero_hit
 
-.PHONY: install demo test lint format test-debian test-sql-compat bench clean
+.PHONY: install demo test lint format test-debian test-sql-compat bench mooncake clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -55,6 +56,11 @@ test-sql-compat: install
 
 bench: install
 	@for name in $(BENCHMARKS); do $(PY) -m stratakv.cli bench $$name --quick --json || exit 1; done
+
+mooncake: install
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mooncake]'
+	@ldconfig -p | grep -q libibverbs.so.1 && ldconfig -p | grep -q librdmacm.so.1 || \
+		{ echo "Mooncake needs two libraries of the distribution: apt-get install libibverbs1 librdmacm1" >&2; exit 2; }
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,7 +1,8 @@
 """relay: what the DB node's relay costs, beside PgBouncer in session mode (the baseline) and a direct connection.
 
 pgbench, select-only. All three are reached over TCP on 127.0.0.1; relay and PgBouncer reach the server over its Unix socket.
-Each run measures all three, one after another. pgbench comes with the embedded PostgreSQL, PgBouncer from the distribution.
+The relay is that of a SQL face with nothing beside it; `--db-node` measures a whole DB node's too. Each run measures all of
+them, one after another. pgbench comes with the embedded PostgreSQL, PgBouncer from the distribution.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,17 @@ from benchmarks.sql import Face, running_face
 from stratakv.postgres import find_binaries
 from stratakv.postgres.account import choose_account
 from stratakv.settings import PostgresSettings
+from stratakv.up.instance import scratch_instance
 
 CLIENTS = (1, 8, 32)
 MODES = ("simple", "prepared")
+BASELINES = ("pgbouncer", "direct")
 SCALE = 10
 RUNS, RUNS_QUICK = 5, 1
 SECONDS, SECONDS_QUICK = 3, 1
 START_TIMEOUT_S = 10.0
+Cell = tuple[str, int]
+"""Query mode and number of clients."""
 _TPS = re.compile(r"^tps = ([\d.]+)", re.MULTILINE)
 
 
@@ -39,6 +44,7 @@ def options_of(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=CLIENTS, help="numbers of clients")
     parser.add_argument("--modes", nargs="+", default=MODES, choices=("simple", "extended", "prepared"))
     parser.add_argument("--seconds", type=int, help="of each measurement")
+    parser.add_argument("--db-node", action="store_true", help="measure the DB node of a whole instance too")
     parser.add_argument("--runs", type=int, help="of which the median is taken")
 
 
@@ -46,18 +52,16 @@ def main() -> int:
     options = parse_options(__doc__, options_of)
     seconds = options.seconds or (SECONDS_QUICK if options.quick else SECONDS)
     runs = options.runs or (RUNS_QUICK if options.quick else RUNS)
-    port = free_port()
-    server_options = {"listen_addresses": "127.0.0.1", "port": str(port)}
-    with running_face(server_options) as face, pooler(face) as pooler_port:
-        ports = {"relay": face.front.port, "pgbouncer": pooler_port, "direct": port}
-        pgbench(port, "-i", "-q", "-s", str(SCALE))
-        cells = [(mode, clients) for mode in options.modes for clients in options.clients]
-        found: dict[tuple[str, int], dict[str, list[float]]] = {cell: {name: [] for name in ports} for cell in cells}
+    cells = [(mode, clients) for mode in options.modes for clients in options.clients]
+    with reached(options) as ports:
+        found: dict[str, dict[Cell, list[float]]] = {name: {cell: [] for cell in cells} for name in ports}
         for run in range(runs):
             for mode, clients in cells:
                 for name in list(ports) if run % 2 == 0 else reversed(list(ports)):
-                    found[mode, clients][name].append(transactions_per_s(ports[name], mode, clients, seconds))
-    medians = {cell: {name: Spread.of(values).median for name, values in by.items()} for cell, by in found.items()}
+                    found[name][mode, clients].append(transactions_per_s(ports[name], mode, clients, seconds))
+    spreads = {name: {cell: Spread.of(values) for cell, values in by.items()} for name, by in found.items()}
+    rates = {name: _by_cell({cell: spread.as_json(0) for cell, spread in by.items()}) for name, by in spreads.items()}
+    ours = [name for name in ports if name not in BASELINES]
     report(
         "relay",
         {
@@ -68,20 +72,34 @@ def main() -> int:
             "sockets": "client TCP loopback, server Unix",
             "quick": options.quick,
         },
-        _by_cell({cell: Spread.of(by["relay"]).as_json(0) for cell, by in found.items()}),
+        {name: rates[name] for name in ours},
+        {name: rates[name] for name in BASELINES},
         {
-            name: _by_cell({cell: Spread.of(by[name]).as_json(0) for cell, by in found.items()})
-            for name in ("pgbouncer", "direct")
-        },
-        {
-            f"over_{name}": _by_cell({cell: round(by["relay"] / by[name], 2) for cell, by in medians.items()})
-            for name in ("pgbouncer", "direct")
+            f"{name}_over_{baseline}": _by_cell(
+                {cell: round(spreads[name][cell].median / spreads[baseline][cell].median, 2) for cell in cells}
+            )
+            for name in ours
+            for baseline in BASELINES
         },
     )
     return 0
 
 
-def _by_cell(values: dict[tuple[str, int], Any]) -> dict[str, Any]:
+@contextmanager
+def reached(options: argparse.Namespace) -> Iterator[dict[str, int]]:
+    """Ports of one and the same server: its own, and those of what stands in front of it."""
+    direct = free_port()
+    with ExitStack() as stack:
+        face = stack.enter_context(running_face({"listen_addresses": "127.0.0.1", "port": str(direct)}))
+        pgbench(direct, "-i", "-q", "-s", str(SCALE))
+        ports = {"relay": face.front.port, "pgbouncer": stack.enter_context(pooler(face)), "direct": direct}
+        if options.db_node:
+            settings = ("--set", f"database.url={face.cluster.url}", "--set", "sql.backend_trusted=true")
+            ports["db_node"] = stack.enter_context(scratch_instance(*settings, quiet=options.json)).sql_port
+        yield ports
+
+
+def _by_cell(values: dict[Cell, Any]) -> dict[str, Any]:
     return {f"{mode}_{clients}": value for (mode, clients), value in values.items()}
 
 

@@ -154,16 +154,24 @@ class InferenceService:
 
     async def count_tokens(self, text: str, model: str | None) -> int:
         """Tokens of the text itself, without what a chat puts around it. Raises ModelNotFound."""
-        self._check_model(model)
+        self.check_model(model)
         make = partial(encode, self._tokenizer, text, special=False)
         if len(text) <= TOKENIZE_INLINE_CHARS_MAX:
             return len(make())
         return len(await asyncio.get_running_loop().run_in_executor(self._tokenize, make))
 
+    async def count_each(self, texts: Sequence[str]) -> list[int]:
+        """As `count_tokens`, of many texts; off the event loop."""
+
+        def count() -> list[int]:
+            return [len(encode(self._tokenizer, text, special=False)) for text in texts]
+
+        return await asyncio.get_running_loop().run_in_executor(self._tokenize, count)
+
     async def prompt_keys(self, requests: Sequence[GenerateRequest]) -> list[PromptKeys]:
         """Of requests that are not made; computed off the event loop. Raises ModelNotFound, InvalidRequest."""
         for request in requests:
-            self._check_model(request.model)
+            self.check_model(request.model)
         sizes = {r.facts.block_size for r in self.scheduler.directory.usable(self.model) if r.facts}
 
         def make() -> list[PromptKeys]:
@@ -193,7 +201,7 @@ class InferenceService:
         """All that can refuse a request before it costs a worker anything."""
         if self.draining and request.source is Source.REST:  # statements that run may still ask for rows
             raise Unavailable("this DB node is shutting down")
-        self._check_model(request.model)
+        self.check_model(request.model)
         token_ids = await self._token_ids(request)
         progress.prompt_tokens = len(token_ids)
         context = self.max_model_len()
@@ -222,7 +230,8 @@ class InferenceService:
             deadline_s=deadline_s,
         )
 
-    def _check_model(self, name: str | None) -> None:
+    def check_model(self, name: str | None) -> None:
+        """Raises ModelNotFound."""
         if name is not None and name != self.model:
             raise ModelNotFound(f"model {name!r} is not served here; {self.model!r} is", param="model")
 

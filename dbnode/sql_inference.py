@@ -11,14 +11,16 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
-from dbnode.errors import AnswerCut, AnswerUnfit, WorkerLost, WorkersExhausted
+from dbnode.errors import AnswerCut, AnswerUnfit, NoWorker, WorkerLost, WorkersExhausted
 from dbnode.generate import Answer, Caller, FinishReason, GenerateRequest, Settled, Source, StructuredOutputs, Usage
 from dbnode.inference import InferenceService
 from dbnode.sql.commands import NulInAnswer
 from dbnode.sql.service import CallCost, InferCall, NullAnswer
-from dbnode.sql_options import COUNT_TOKENS, OnError, checked_options, sampling
+from dbnode.sql_fold import FOLD, Fold, parse_fold
+from dbnode.sql_options import COUNT_TOKENS, MAX_TOKENS_DEFAULT, OnError, checked_options, sampling
 from stratakv.errors import ContextTooLong, DeadlineExceeded, StrataError
 
 _OF_ONE_ROW = (ContextTooLong, DeadlineExceeded, AnswerCut, AnswerUnfit, NulInAnswer, WorkerLost, WorkersExhausted)
@@ -37,13 +39,43 @@ class SqlInference:
         options = checked_options(call.options)
         if COUNT_TOKENS in options:
             return str(await self._service.count_tokens(call.prompt, call.model))
+        deadline_s = arrived_s + options["timeout_ms"] / 1e3 if "timeout_ms" in options else None
         try:
-            return await self._answer(call, options, arrived_s)
+            if FOLD in options:
+                return await self._fold(call, options, deadline_s)
+            return await self._answer(call, options, deadline_s)
         except _OF_ONE_ROW as error:
             return _instead(OnError(options.get("on_error", OnError.RAISE)), error)
 
-    async def _answer(self, call: InferCall, options: Mapping[str, Any], arrived_s: float) -> str:
-        request = request_of(call, options, arrived_s)
+    async def _fold(self, call: InferCall, options: Mapping[str, Any], deadline_s: float | None) -> str:
+        """Several requests, each with its own event of usage; a `timeout_ms` is that of all together."""
+        service = self._service
+        service.check_model(call.model)
+        asked = parse_fold(call.prompt)
+        context = service.max_model_len()
+        if not context:
+            raise NoWorker("no worker is there")
+        answer_tokens_max = options.get("max_tokens", MAX_TOKENS_DEFAULT)
+
+        async def answer(prompt: str) -> str:
+            return await self._answer(replace(call, prompt=prompt), options, deadline_s)
+
+        async def count_prompt(prompt: str) -> int:
+            request = request_of(replace(call, prompt=prompt), options)
+            return len((await service.prompt_keys([request]))[0].token_ids)
+
+        fold = Fold(
+            instruction=asked.instruction,
+            room_tokens=context - answer_tokens_max,
+            answer_tokens_max=answer_tokens_max,
+            count=service.count_each,
+            count_prompt=count_prompt,
+            answer=answer,
+        )
+        return await fold.run(asked.pieces)
+
+    async def _answer(self, call: InferCall, options: Mapping[str, Any], deadline_s: float | None) -> str:
+        request = request_of(call, options, deadline_s)
         answer = Answer()
         async with aclosing(self._service.generate(request)) as chunks:
             async for chunk in chunks:
@@ -57,24 +89,23 @@ class SqlInference:
 
 
 def request_of(
-    call: InferCall, options: Mapping[str, Any] | None = None, arrived_s: float | None = None
+    call: InferCall, options: Mapping[str, Any] | None = None, deadline_s: float | None = None
 ) -> GenerateRequest:
     """What the inference service is asked for a call, whose options are checked if they are not given. Raises InvalidRequest."""
     options = checked_options(call.options) if options is None else options
-    arrived_s = time.monotonic() if arrived_s is None else arrived_s
     messages: list[object] = [{"role": "user", "content": call.prompt}]
     if "system" in options:
         messages.insert(0, {"role": "system", "content": options["system"]})
     return GenerateRequest(
         request_id=f"sql-{uuid.uuid4().hex}",
         source=Source.SQL,
-        arrived_s=arrived_s,
+        arrived_s=time.monotonic(),
         model=call.model,
         messages=tuple(messages),
         sampling=sampling(options),
         priority=options.get("priority", 0),
         cache_salt=options.get("cache_salt"),
-        deadline_s=arrived_s + options["timeout_ms"] / 1e3 if "timeout_ms" in options else None,
+        deadline_s=deadline_s,
         caller=Caller(role=call.role, database=call.database, session=call.session),
         on_settled=_reporter(call),
     )

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dbnode.generate import Sampling, StructuredOutputs
+from dbnode.sql_fold import FOLD
 from stratakv.errors import InvalidRequest
 
 MAX_TOKENS_DEFAULT = 256
@@ -34,6 +35,7 @@ _INTEGERS = {
 }
 OPTIONS = frozenset({"system", "stop", "on_error", "dedupe", "cache_salt", *_NUMBERS, *_INTEGERS})
 _TYPED = frozenset({JSON_SCHEMA, CHOICES, COUNT_TOKENS})
+_PRIVATE = _TYPED | {FOLD}
 
 
 class OnError(enum.StrEnum):
@@ -47,7 +49,7 @@ class OnError(enum.StrEnum):
 def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options that are not null, names and types checked. Raises InvalidRequest that names all that are wrong."""
     given = {name: value for name, value in options.items() if value is not None}
-    unknown = sorted(name[:64] for name in options if name not in OPTIONS and name not in _TYPED)
+    unknown = sorted(name[:64] for name in options if name not in OPTIONS and name not in _PRIVATE)
     if unknown:
         known = ", ".join(sorted(OPTIONS))
         raise InvalidRequest(
@@ -80,7 +82,7 @@ def _problem(name: str, value: Any) -> str | None:
         return None if known else f"on_error must be one of {', '.join(OnError)}"
     if name == "dedupe":
         return None if isinstance(value, bool) else "dedupe must be true or false"
-    if name in _TYPED:
+    if name in _PRIVATE:
         return None
     stops = _stops(value)
     right = len(stops) <= STOPS_MAX and all(isinstance(s, str) and 0 < len(s) <= STOP_CHARS_MAX for s in stops)
@@ -90,8 +92,9 @@ def _problem(name: str, value: Any) -> str | None:
 def _check_typed(given: Mapping[str, Any]) -> None:
     """What the typed functions were called with, and which options do not go with them."""
     typed = [name for name in _TYPED if name in given]
-    if len(typed) > 1:
-        raise InvalidRequest(f"infer: unknown option {', '.join(sorted(typed))}", param=min(typed))
+    private = [name for name in _PRIVATE if name in given]
+    if len(private) > 1:
+        raise InvalidRequest(f"infer: unknown option {', '.join(sorted(private))}", param=min(private))
     if JSON_SCHEMA in given and not isinstance(given[JSON_SCHEMA], dict):
         raise InvalidRequest("infer_json: schema must be a JSON object", param="schema")
     if CHOICES in given:

@@ -190,7 +190,8 @@ class SqlSettings:
     hints_budget_s: float = setting(2.0, "longest time of a statement that is spent on looking ahead")
     hints_window: int = setting(32, "prompts looked for at first where a statement may stop early; doubled each time")
     order_budget_s: float = setting(
-        1.0, "longest time that is spent on the order of fields in infer_row(), for each pass of looking ahead"
+        1.0,
+        "longest time a pass of looking ahead spends on the order of fields in infer_row(); 0: prompts and fields as they come",
     )
     hints_bytes_max: Bytes = setting(Bytes(64 * MIB), "prompts of one statement that are looked ahead for")
     memo_ttl_s: float = setting(

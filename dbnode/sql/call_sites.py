@@ -138,11 +138,14 @@ def _edits(number: int, arguments: list[list[Token]], options_position: int, end
 # The parsed statement
 
 
-def call_sites(select: str, calls: list[WrittenCall], query: exp.Query) -> CallSites | None:
-    """`query` is the parsed text of `marked`. None if no call governs another."""
-    if len({call.number for call in calls}) < 2:
+def call_sites(
+    select: str, calls: list[WrittenCall], query: exp.Query, views: frozenset[str] = frozenset()
+) -> CallSites | None:
+    """`query` is the parsed text of `marked`; `views` call infer() themselves. None if no call governs another."""
+    views = frozenset(table.name for table in query.find_all(exp.Table) if is_named(table.name, views))
+    if len({call.number for call in calls}) + bool(views) < 2:
         return None
-    governors = _Governing(query, {call.number: call.function for call in calls}).governors()
+    governors = _Governing(query, {call.number: call.function for call in calls}, views).governors()
     if not governors:
         return None
     edits = [edit for call in calls for edit in call.edits]
@@ -151,12 +154,18 @@ def call_sites(select: str, calls: list[WrittenCall], query: exp.Query) -> CallS
     return CallSites(select, governors)
 
 
+def is_named(name: str, views: frozenset[str]) -> bool:
+    """Whether a name, as it is written, may be one of the views."""
+    return bool(views) and (name in views or name.lower() in views)
+
+
 class _Governing:
     """One analysis. Columns are followed by their names alone: what is found too much costs a round, nothing else."""
 
-    def __init__(self, query: exp.Query, functions: Mapping[int, str]) -> None:
+    def __init__(self, query: exp.Query, functions: Mapping[int, str], views: frozenset[str]) -> None:
         self._query = query
         self._functions = functions
+        self._views = views
         self._queries = {cte.alias.lower(): cte.this for cte in query.find_all(exp.CTE)}
         self._columns: dict[str, frozenset[int]] = {}
         """Calls that a column of a derived table is made of."""
@@ -213,6 +222,8 @@ class _Governing:
             for part in node.walk() if node is not None else ():
                 if isinstance(part, exp.Column):
                     found |= self._columns.get(part.name.lower(), frozenset())
+                    if self._views:
+                        found.add(UNNUMBERED)  # it may be a view's
                 elif (number := _number_of(part)) is not None:
                     found.add(number)
         return frozenset(found)
@@ -253,6 +264,8 @@ class _Governing:
         """Calls that decide which rows the derived tables of a SELECT have."""
         found: frozenset[int] = frozenset()
         for source in _sources(select):
+            if isinstance(source, exp.Table) and source.name in self._views:
+                found |= {UNNUMBERED}
             query = self._queries.get(source.name.lower()) if isinstance(source, exp.Table) else source
             while isinstance(query, exp.Subquery | exp.Lateral):
                 query = query.this

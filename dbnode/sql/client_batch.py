@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from dbnode.sql.messages import HEADER_BYTES, Kind, int16
@@ -13,7 +13,6 @@ HELD_BYTES_MAX = 4 * 1024 * 1024
 PREPARED_MAX = 256
 """Prepared statements of a session that are remembered; the oldest are forgotten first."""
 PREPARED_CHARS_MAX = 32 * 1024
-INFER = re.compile(rb"infer", re.IGNORECASE)
 _DESCRIBING = b"PDH"
 _INT32_BYTES, _INT16_BYTES = 4, 2
 
@@ -58,9 +57,10 @@ class Resumed:
 
 
 class PreparedStatements:
-    """What a session has prepared that calls infer(), by name."""
+    """What a session has prepared that may call infer(), by name."""
 
-    def __init__(self) -> None:
+    def __init__(self, may_call: Callable[[bytes], bool]) -> None:
+        self._may_call = may_call
         self._by_name: dict[bytes, Prepared] = {}
 
     def __len__(self) -> int:
@@ -74,7 +74,7 @@ class PreparedStatements:
 
     def put(self, name: bytes, prepared: Prepared) -> None:
         self._by_name.pop(name, None)
-        if INFER.search(prepared.text) is not None and len(prepared.text) <= PREPARED_CHARS_MAX:
+        if len(prepared.text) <= PREPARED_CHARS_MAX and self._may_call(prepared.text):
             self._by_name[name] = prepared
             if len(self._by_name) > PREPARED_MAX:
                 del self._by_name[next(iter(self._by_name))]
@@ -119,6 +119,11 @@ class BatchReader:
                 return Readiness.FORWARD  # malformed: PostgreSQL says how
             if readiness is not Readiness.INCOMPLETE:
                 return readiness
+
+    @property
+    def whole(self) -> bytes:
+        """A batch that is complete, as it came."""
+        return self.held[: self._position]
 
     @property
     def rest(self) -> bytes:

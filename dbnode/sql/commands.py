@@ -245,6 +245,8 @@ class Status(enum.StrEnum):
 
     OK = "ok"
     WAIT = "wait"
+    FLUSH = "flush"
+    """The same, and the client shall have the rows that are ready."""
     ERROR = "error"
     GONE = "gone"
     """There is no such call any more; ask again from the start."""

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from dbnode.sql.client_batch import INFER, Batch
+from dbnode.sql.client_batch import Batch
 from dbnode.sql.memo import Hint
 from dbnode.sql.statements import Collectable
 
@@ -82,7 +82,7 @@ class OpenCursor:
     @property
     def num_levels(self) -> int:
         """Passes after which a row is known whole: calls may depend on one another."""
-        return max(1, len(INFER.findall(self.target.select.encode())))
+        return max(1, self.target.select.lower().count("infer"))
 
     def needs_more(self, num_rows: int | None) -> bool:
         """Whether to look further ahead before so many rows are fetched; None for all."""

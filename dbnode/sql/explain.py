@@ -30,7 +30,9 @@ PROMPTS_MAX = 50_000
 PROMPT_BYTES_MAX = 16 * 1024 * 1024
 """Of them together."""
 PROBE_SCHEMA = "stratakv_probe"
-PROBED = frozenset({"infer", "infer_json", "infer_choice", "infer_bool", "infer_row", "infer_tokens"})
+PROBED = frozenset(
+    {"infer", "infer_json", "infer_choice", "infer_bool", "infer_row", "infer_tokens", "infer_agg", "infer_fold"}
+)
 COUNT_TOKENS = "@count_tokens"
 _FIRST_WORDS = ("select", "with", "values", "table")
 _TOKEN_BYTES = 16

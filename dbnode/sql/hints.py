@@ -77,6 +77,10 @@ class StatementHints:
         self.is_collecting = False
         self.is_unnumbered = False
         """PostgreSQL does not take the SELECT whose calls carry numbers."""
+        self.is_planning = False
+        """The statement is only planned: no call of it is answered."""
+        self.is_streaming = False
+        """Rows go to the client while the model still works: what a pass finds is sent at once, in its order."""
         self.is_lasting = False
         """Later statements of the transaction ask on: FETCH, or the next part of a portal."""
         self.failure: StrataError | None = None
@@ -163,24 +167,34 @@ class StatementHints:
         if (window is not None and len(found) >= window) or size_bytes > self._limits.bytes_max:
             raise PassEnded("enough prompts have been seen")
         self._size_bytes = size_bytes
-        found[key] = self._hint(key, command)
+        hint = found[key] = self._hint(key, command)
+        if self.is_streaming and self._memo.put(hint):
+            self.found.append(hint)
+            self._send([hint])
 
     async def end_pass(self, order_budget_s: float) -> int:
         """How many prompts it found that are new; they are sent now, those with common beginnings in a row.
 
-        The fields of rows are put in order first, for so long at most.
+        The fields of rows are put in order first, for so long at most; with no time for it all stands as it was found.
         """
         self.is_collecting = False
+        if self.is_streaming:
+            return len(self._new)  # they have been sent
         if self._put_off:
             self._decide_put_off()
         if self.found and not self._num_again:
             return 0  # the prompts are others each time: now() may be in them
         new = [hint for hint in self._new.values() if self._memo.put(hint)]
         self.found += new
-        await self._order_fields(order_budget_s)
+        if order_budget_s:
+            await self._order_fields(order_budget_s)
+            new.sort(key=_place)
         if self.failure is not None:
             return 0
-        new.sort(key=_place)
+        self._send(new)
+        return len(new)
+
+    def _send(self, new: list[Hint]) -> None:
         self._stats.distinct += len(new)
         self._book.found(self._session, len(new))
         self._queue.extend(new)
@@ -190,7 +204,6 @@ class StatementHints:
             for tasks in (self._own, self._tasks):
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
-        return len(new)
 
     async def _order_fields(self, budget_s: float) -> None:
         """Let the rows among the new prompts begin alike."""

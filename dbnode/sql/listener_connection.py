@@ -299,6 +299,9 @@ class ListenerConnection(asyncio.Protocol):
         if hints is not None and hints.is_collecting:
             self._answer_pass(hints, command)
             return
+        if hints is not None and hints.is_planning:
+            self._transport.write(reply(Status.OK))
+            return
         hint = hints.find(command) if hints is not None else None
         if hint is not None and hint.answer is not None:
             meter.count_call(is_known=True)
@@ -312,6 +315,8 @@ class ListenerConnection(asyncio.Protocol):
         call = command.call(self._session_name)
         meter.count_call(is_known=hint is not None and (hint.is_ahead or hint.is_started))
         self._start(_run(listener, call, hints, hint, meter), command.pid)
+        if hints is not None and hints.is_streaming:
+            self._answer_wait(Status.FLUSH)
 
     def _start(self, work: Coroutine[None, None, str], pid: int) -> None:
         """Run what PostgreSQL polls for."""
@@ -363,9 +368,9 @@ class ListenerConnection(asyncio.Protocol):
         self._set_timer(None)
         self._transport.write(reply(Status.ERROR, error=error))
 
-    def _answer_wait(self) -> None:
+    def _answer_wait(self, status: Status = Status.WAIT) -> None:
         self._is_asked = False
-        self._transport.write(reply(Status.WAIT))
+        self._transport.write(reply(status))
         self._set_timer(ABANDON_S, self._suspect)
 
     def _suspect(self) -> None:

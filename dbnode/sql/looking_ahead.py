@@ -7,12 +7,12 @@ wrong here only costs time.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dbnode.sql.client_batch import (
     HELD_BYTES_MAX,
-    INFER,
     Batch,
     BatchReader,
     PreparedStatements,
@@ -23,6 +23,7 @@ from dbnode.sql.client_batch import (
 )
 from dbnode.sql.cursors import FETCHING, OpenCursor, OpenCursors, declared, fetched
 from dbnode.sql.errors import GatewayFailed, ProtocolViolation
+from dbnode.sql.explained import explained
 from dbnode.sql.hints import PassLimits, StatementHints
 from dbnode.sql.messages import TRANSACTION_FAILED, Kind
 from dbnode.sql.own_exchange import OwnExchange
@@ -80,7 +81,7 @@ class Lookahead:
     def __init__(self, session: Session, hints: SessionHints) -> None:
         self._session = session
         self._hints = hints
-        self._prepared = PreparedStatements()
+        self._prepared = PreparedStatements(session.calls.may_call)
         self._cursors = OpenCursors()
         self._reader: BatchReader | None = None
         self._task: asyncio.Task[None] | None = None
@@ -103,7 +104,7 @@ class Lookahead:
             name = bound_statement(data)
             wanted = name is not None and name in self._prepared
         else:
-            wanted = kind in (Kind.QUERY, Kind.PARSE) and INFER.search(data) is not None
+            wanted = kind in (Kind.QUERY, Kind.PARSE) and session.calls.may_call(data)
             if not wanted and kind in (Kind.QUERY, Kind.PARSE):
                 self._prepared.forget(b"")
             if self._cursors:
@@ -111,6 +112,7 @@ class Lookahead:
                 wanted = wanted or is_fetch or kind == Kind.EXECUTE
         if not wanted:
             return False
+        session.note_calls(data)
         session.statement_begins(None if kind == Kind.EXECUTE else statement_text(data, self._prepared))
         if session.binding is None or session.binding.caller is None:
             return False
@@ -124,7 +126,11 @@ class Lookahead:
         readiness = self._reader.feed(data)
         if readiness is Readiness.INCOMPLETE:
             return
-        aim = self._aim(self._reader.batch) if self._reader.batch is not None else None
+        batch = self._reader.batch
+        if isinstance(batch, Batch) and _is_planned_only(batch):
+            self._plan()
+            return
+        aim = self._aim(batch) if batch is not None else None
         if aim is None:
             self._is_described = readiness is Readiness.DESCRIBED
             self._go_on()
@@ -144,7 +150,7 @@ class Lookahead:
         if self._cursors and (fetch := fetched(text)) is not None:
             return self._aim_further(fetch.name, fetch.num_rows)
         declare = declared(text)
-        target = collectable(text if declare is None else declare.query)
+        target = collectable(text if declare is None else declare.query, self._session.calls.views)
         if target is None:
             return None
         window = max(self._session.relay.settings.hints_window, batch.num_rows)
@@ -188,6 +194,14 @@ class Lookahead:
         assert self._reader is not None
         held, self._reader = self._reader.held, None
         self._session.go_on(held)
+
+    def _plan(self) -> None:
+        """The batch is an EXPLAIN that runs nothing: what follows it waits, so that every call until then is the planner's."""
+        assert self._reader is not None
+        self._hints.statement.is_planning = True
+        reader, self._reader = self._reader, None
+        self._session.go_on(reader.whole)
+        self._session.hold_until_ready(reader.rest)
 
     def _refuse(self, error: bytes) -> None:
         assert self._reader is not None
@@ -239,7 +253,10 @@ class Lookahead:
         if not found.may_collect:
             return
         if aim.cursor is None:
-            await self._run_passes(within, aim, hints, settings.hints_window if aim.target.is_bounded else None, found)
+            window = settings.hints_window if aim.target.is_bounded else None
+            # Where calls depend on others, or the window grows, later passes need the answers.
+            hints.is_streaming = found.may_stream and window is None and aim.target.sites is None
+            await self._run_passes(within, aim, hints, window, found)
             return
         hints.is_lasting = True
         num_new = await self._run_passes(within, aim, hints, aim.cursor.window, found)
@@ -263,6 +280,9 @@ class Lookahead:
             budget_s -= pass_ended_s - pass_started_s
             num_new = await hints.end_pass(found.order_budget_s(settings.order_budget_s))
             log.debug("pass_ended", session=self._session.name, number=number, new=num_new, window=window)
+            if hints.is_streaming:
+                self._session.start_streaming()
+                break
             if num_new == 0 or number == passes_max or budget_s <= 0:
                 break
             if not await self._settle(hints, pass_ended_s, found):
@@ -314,3 +334,10 @@ class Lookahead:
         if found.statement_s is not None and loop.time() >= found.checked_s + found.statement_s:
             hints.abort(Cancelled("canceling statement due to statement timeout"))
         return False
+
+
+def _is_planned_only(batch: Batch) -> bool:
+    with contextlib.suppress(UnicodeDecodeError):
+        found = explained(batch.prepared.text.decode())
+        return found is not None and not found.is_run
+    return False

@@ -12,12 +12,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dbnode.sql.client_batch import Batch
+from dbnode.sql.hidden_calls import LEARN
 from dbnode.sql.messages import TRANSACTION_IDLE, TRANSACTION_OPEN
 from dbnode.sql.own_exchange import OwnExchange, OwnStatement, text_columns, text_parameters
 from dbnode.sql.trust import DEMAND_OUR_BIND, NULL_HIDES_ROWS
 
 _PREFIX = "stratakv_gateway_"
 _OFF = ("off", "false", "no", "0")
+_ON = ("on", "true", "yes", "1")
 _BIND = b"SELECT stratakv.bind($1, $2)"
 _CHECK = f"""\
 SELECT NOT EXISTS (
@@ -25,6 +27,12 @@ SELECT NOT EXISTS (
          AND p.proname OPERATOR(pg_catalog.=) ANY ($1::pg_catalog.name[]))
        AND ({NULL_HIDES_ROWS}),
        pg_catalog.current_setting('stratakv.hints', true),
+       CASE WHEN EXISTS (
+           SELECT FROM pg_catalog.pg_proc p
+           WHERE p.pronamespace OPERATOR(pg_catalog.=) pg_catalog.to_regnamespace('stratakv')::pg_catalog.oid
+             AND p.proname OPERATOR(pg_catalog.=) 'infer'::pg_catalog.name
+             AND pg_catalog.strpos(p.prosrc, 'flush') OPERATOR(pg_catalog.>) 0)
+           THEN pg_catalog.current_setting('stratakv.stream', true) END,
        EXTRACT(epoch FROM pg_catalog.current_setting('statement_timeout')::interval),
        EXTRACT(epoch FROM pg_catalog.current_setting('idle_session_timeout')::interval),
        EXTRACT(epoch FROM pg_catalog.current_setting('idle_in_transaction_session_timeout')::interval),
@@ -57,6 +65,7 @@ class Circumstances:
     may_collect: bool
     checked_s: float
     """When it began, on the event loop's clock."""
+    may_stream: bool = False
     statement_s: float | None = None
     """Longest time of a statement."""
     idle_s: float | None = None
@@ -74,6 +83,11 @@ def bind_exchange(within: Within, nonce: str, listener: str) -> OwnExchange:
     demand = OwnStatement(_PREFIX + "demand", DEMAND_OUR_BIND)
     bind = OwnStatement(_PREFIX + "bind", _BIND, parameters=text_parameters([nonce, listener]))
     return _exchange(within, demand, bind)
+
+
+def learn_exchange() -> OwnExchange:
+    """Ask which views call infer()."""
+    return OwnExchange([OwnStatement(_PREFIX + "learn", LEARN)])
 
 
 def check_exchange(within: Within, functions: Iterable[str], *, sync_first: bool) -> OwnExchange:
@@ -94,13 +108,14 @@ def circumstances(exchange: OwnExchange, within: Within, checked_s: float) -> Ci
     """Of a check that is done."""
     if exchange.row is None:
         return Circumstances(may_collect=False, checked_s=checked_s)
-    may_look, hints, *times = text_columns(exchange.row)
+    may_look, hints, stream, *times = text_columns(exchange.row)
     may_collect = may_look == "t" and (hints or "on").lower() not in _OFF
+    may_stream = (stream or "off").lower() in _ON
     statement_s, idle_s, idle_in_transaction_s, transaction_s, age_s = (_seconds(time) for time in times)
     if within is Within.NOTHING:
-        return Circumstances(may_collect, checked_s, statement_s, idle_s)
+        return Circumstances(may_collect, checked_s, may_stream, statement_s, idle_s)
     left_s = None if transaction_s is None else transaction_s - (age_s or 0.0)
-    return Circumstances(may_collect, checked_s, statement_s, idle_in_transaction_s, left_s)
+    return Circumstances(may_collect, checked_s, may_stream, statement_s, idle_in_transaction_s, left_s)
 
 
 def pass_exchange(within: Within, batch: Batch, select: str, timeout_s: float) -> OwnExchange:

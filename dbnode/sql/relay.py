@@ -13,6 +13,7 @@ from dbnode.sql.backend import BackendAddress
 from dbnode.sql.binding import BindingRegistry
 from dbnode.sql.errors import AdminShutdown, BackendUnreachable, IdleTimeout, TooManyClients
 from dbnode.sql.handshake import ClientHandshake
+from dbnode.sql.hidden_calls import DATABASES_MAX, HiddenCalls
 from dbnode.sql.messages import Severity, error_response
 from dbnode.sql.passthrough import Passage
 from dbnode.sql.server_tls import ClientTls
@@ -33,6 +34,9 @@ HANDSHAKES_MAX = 1000
 CANCELS_AGAIN_MAX = 20
 CANCEL_AGAIN_S = 0.05
 """A cancel is repeated so often, in such intervals, while a statement runs that was held when it came."""
+LOOK_S = 0.05
+LOOKS_MAX = 100
+"""How often, and how many times, the statement of a client that is gone is looked for at the private listener."""
 _BACKLOG = 1024
 _IDLE_CHECKS = 4
 """Looks at the sessions within one idle timeout."""
@@ -75,6 +79,7 @@ class Relay:
         self._is_calling = is_calling
         self._sessions: set[Session] = set()
         self._by_key: dict[CancelKey, Session] = {}
+        self._calls: dict[str, HiddenCalls] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._numbers = count(1)
         self._server: asyncio.Server | None = None
@@ -268,14 +273,28 @@ class Relay:
         if not self.num_sessions:
             self._emptied.set()
 
+    def calls_of(self, packet: StartupPacket) -> HiddenCalls:
+        """What is known of the database that the packet asks for."""
+        database = packet.parameters.get("database") or packet.parameters.get("user", "")
+        if database not in self._calls and len(self._calls) >= DATABASES_MAX:
+            del self._calls[next(iter(self._calls))]
+        return self._calls.setdefault(database, HiddenCalls())
+
     def stop_inference(self, key: CancelKey) -> None:
-        """The client of a session is gone: cancel its statement, if that waits for the model."""
-        if self._is_calling(key.pid):
-            self.stop_statement(key)
+        """The client of a session is gone: cancel its statement as soon as that waits for the model."""
+        self._spawn(self._cancel_when_calling(key))
 
     def stop_statement(self, key: CancelKey) -> None:
         """Cancel what the backend of a session runs."""
         self._spawn(self._cancel(key))
+
+    async def _cancel_when_calling(self, key: CancelKey) -> None:
+        """It may be between two calls just now. PostgreSQL itself notices when it has rows to send."""
+        for _ in range(LOOKS_MAX):
+            if self._is_calling(key.pid):
+                await self._cancel(key)
+                return
+            await asyncio.sleep(LOOK_S)
 
     async def _cancel(self, key: CancelKey) -> None:
         try:

@@ -35,7 +35,7 @@ class InferCall:
     session: str
     """Names the gateway's session, or the connection if the call came from a session that is not the gateway's."""
     on_cost: Callable[[CallCost], None] | None = field(default=None, repr=False, compare=False)
-    """Told once, when the inference has ended."""
+    """Told when an inference has ended; infer_agg() may make several."""
 
 
 class NullAnswer(StrataError):

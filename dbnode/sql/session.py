@@ -6,7 +6,6 @@ After login only message boundaries are followed, to know when the session is id
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 from dbnode.sql.admin.console import AdminConsole
 from dbnode.sql.binding import SessionBinding
 from dbnode.sql.errors import AdminShutdown, BackendLost, StartupTimeout
+from dbnode.sql.hidden_calls import REFRESH_S, HiddenCalls, changes_views
 from dbnode.sql.login import Legs, Login
 from dbnode.sql.looking_ahead import Lookahead
 from dbnode.sql.messages import (
@@ -26,8 +26,9 @@ from dbnode.sql.messages import (
     ready_for_query,
 )
 from dbnode.sql.normalise import normalised
-from dbnode.sql.own_exchange import OwnExchange
-from dbnode.sql.own_statements import Within, bind_exchange
+from dbnode.sql.notice_filter import NoticeFilter
+from dbnode.sql.own_exchange import OwnExchange, text_columns
+from dbnode.sql.own_statements import Within, bind_exchange, learn_exchange
 from dbnode.sql.session_facts import Traffic
 from dbnode.sql.session_hints import SessionHints
 from dbnode.sql.sides import FOLLOWED, BackendSide, ClientSide, Phase
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 
 log = EventLogger(__name__)
 
-_INFER = re.compile(rb"infer", re.IGNORECASE)
 _CLIENT_WATCHED = frozenset({Kind.QUERY, Kind.SYNC, Kind.FUNCTION_CALL, Kind.TERMINATE})
 _BACKEND_WATCHED = frozenset({Kind.READY_FOR_QUERY, Kind.COPY_IN_RESPONSE, Kind.ERROR_RESPONSE})
 _SETTLED = frozenset({0, Kind.PASSWORD, Kind.QUERY, Kind.SYNC, Kind.FUNCTION_CALL})
@@ -70,9 +70,15 @@ class Session:
         """No attempt has been made yet."""
         self.exchange: OwnExchange | None = None
         """Statements of the gateway's own that the backend runs: what it sends is the answer to them."""
+        self.notices: NoticeFilter | None = None
+        """While a statement streams."""
         self.own_ended = asyncio.Event()
         """Clear while the backend runs a statement of the gateway's own, or may."""
         self.own_ended.set()
+        self.calls = HiddenCalls(is_stale=False)
+        """What is known of the database."""
+        self.has_changed_views = False
+        """By a statement of this session, since that was learned."""
         self.lookahead: Lookahead | None = None
         """Once there is a session to look ahead in."""
         self.console: AdminConsole | None = None
@@ -89,7 +95,8 @@ class Session:
         self._login = Login(trusted=relay.trusted_backend, user=user, verifier=relay.auth_file.get(user))
         self._num_expected = 0
         """ReadyForQuery that are still to come."""
-        self._timer = asyncio.get_running_loop().call_later(relay.settings.startup_timeout_s, self._on_timeout)
+        self._loop = asyncio.get_running_loop()
+        self._timer = self._loop.call_later(relay.settings.startup_timeout_s, self._on_timeout)
 
     @property
     def is_idle(self) -> bool:
@@ -161,6 +168,7 @@ class Session:
             self.may_bind = True
             if self.relay.settings.hints:
                 self.binding.hints = self.relay.make_hints(self.name)
+                self.calls = self.relay.calls_of(self.packet)
                 self.lookahead = Lookahead(self, self.binding.hints)
         self.relay.on_login(self)
         if rest:
@@ -178,13 +186,18 @@ class Session:
 
     def is_plain(self, data: bytes) -> bool:
         """Whether nothing in `data`, which starts a message, is for the gateway: then it is forwarded."""
-        if data[0] in _TEXT_BEARING and b"infer" in data.lower():
+        if self.calls.is_stale or self.has_changed_views:
+            return False
+        if data[0] in _TEXT_BEARING and self.calls.may_call(data):
             return False
         wants_bind = self._wants_bind and self.may_bind
         return not (wants_bind or (self.lookahead is not None and self.lookahead.remembers))
 
     def keeps(self, data: bytes) -> bool:
         """Whether `data`, which starts a message, waits here while the session is bound, or looked ahead in."""
+        if (self.calls.is_stale or self.has_changed_views) and self.must_learn(data):
+            self.start_learning(data)
+            return True
         if self.may_bind and self.must_bind(data):
             self.start_bind(data)
             return True
@@ -216,6 +229,8 @@ class Session:
                 self._statement_ends()
             if binding is not None and binding.caller is not None:
                 binding.caller.statement_ended()
+            if self.phase is Phase.PLANNING:
+                self._end_planning()
             if self.relay.draining and self.is_idle:
                 self.end(AdminShutdown("terminating connection: the DB node is shutting down"))
 
@@ -240,6 +255,28 @@ class Session:
         self._is_metered = False
         self.relay.book.end(self.name)
 
+    # What calls infer()
+
+    def must_learn(self, data: bytes) -> bool:
+        """Whether to learn which views call infer() before `data`, which starts a message, is forwarded."""
+        return self.lookahead is not None and data[0] in (Kind.QUERY, Kind.PARSE) and self.is_idle
+
+    def start_learning(self, data: bytes) -> None:
+        self.calls.is_stale = self.has_changed_views = False
+        self._hold_for_own(data)
+        exchange = learn_exchange()
+        self.run_own(exchange, lambda: self._end_learning(exchange))
+
+    def _end_learning(self, exchange: OwnExchange) -> None:
+        self.calls.learn(text_columns(exchange.row) if exchange.row is not None else [], self._loop.time())
+        self._end_own()
+
+    def note_calls(self, data: bytes) -> None:
+        """A statement that may call infer() begins."""
+        self.has_changed_views |= changes_views(data)
+        if self._loop.time() - self.calls.learned_s > REFRESH_S:
+            self.calls.is_stale = True
+
     # Binding
 
     def must_bind(self, data: bytes) -> bool:
@@ -247,23 +284,29 @@ class Session:
 
         Within a transaction only before the statement itself: binding takes a snapshot, as it is going to.
         """
-        is_for_infer = data[0] in (Kind.QUERY, Kind.PARSE) and _INFER.search(data) is not None
+        is_for_infer = data[0] in (Kind.QUERY, Kind.PARSE) and self.calls.may_call(data)
         self._wants_bind = self._wants_bind or is_for_infer
         return self._wants_bind and (self.is_between if is_for_infer else self.is_idle)
 
     def start_bind(self, data: bytes) -> None:
         assert self.binding is not None
         self.may_bind = False
-        self.own_ended.clear()
-        self.phase = Phase.BINDING
-        self.held = data
-        self.client.stop_reading()
+        self._hold_for_own(data)
         self._nonce = self.relay.registry.issue(self.binding)
         self.run_own(bind_exchange(self.within, self._nonce, self.relay.listener_name), self._end_bind)
 
     def _end_bind(self) -> None:
         self.relay.registry.revoke(self._nonce)
         log.debug("session_bound", session=self.name, failed=self.binding is None or self.binding.caller is None)
+        self._end_own()
+
+    def _hold_for_own(self, data: bytes) -> None:
+        self.own_ended.clear()
+        self.phase = Phase.BINDING
+        self.held = data
+        self.client.stop_reading()
+
+    def _end_own(self) -> None:
         self.own_ended.set()
         self.phase = Phase.OPEN
         self._feed_held()
@@ -300,6 +343,10 @@ class Session:
         self.phase = Phase.COLLECTING
         self.own_ended.clear()
 
+    def start_streaming(self) -> None:
+        """The statement that is held makes PostgreSQL send its rows by notices, which are not the client's."""
+        self.notices = NoticeFilter()
+
     def go_on(self, held: bytes) -> None:
         """Forward what was held. Raises ProtocolViolation."""
         self.phase = Phase.OPEN
@@ -327,6 +374,18 @@ class Session:
         """Whether the statement that runs was cancelled while it was held."""
         return self.binding is not None and self.binding.hints is not None and self.binding.hints.is_aborted
 
+    def hold_until_ready(self, rest: bytes) -> None:
+        """What the client sends next waits for the end of the statement; `rest` has come already."""
+        self.phase = Phase.PLANNING
+        self.held = rest
+        self.client.stop_reading()
+
+    def _end_planning(self) -> None:
+        self.phase = Phase.OPEN
+        self._feed_held()
+        if not self.backend.is_full:
+            self.client.read_on()
+
     def cancel_lookahead(self) -> None:
         """The client has sent a cancel."""
         if self.lookahead is not None:
@@ -349,7 +408,7 @@ class Session:
         """What the client asked for goes on as if it were connected directly, but no inference does."""
         if self.cancel_key is not None and self.exchange is not None:
             self.relay.stop_statement(self.cancel_key)
-        elif self.phase is Phase.OPEN and self._num_expected and self.cancel_key is not None:
+        elif self.phase in (Phase.OPEN, Phase.PLANNING) and not self.is_idle and self.cancel_key is not None:
             self.relay.stop_inference(self.cancel_key)
         self._close()
 

@@ -32,10 +32,13 @@ class Phase(enum.Enum):
     LOGIN = enum.auto()
     OPEN = enum.auto()
     BINDING = enum.auto()
+    """A statement of the gateway's own runs before the client's."""
     HOLDING = enum.auto()
     """A batch that is not whole yet is held."""
     COLLECTING = enum.auto()
     """It is whole, and still held."""
+    PLANNING = enum.auto()
+    """PostgreSQL plans a statement and does not run it; what the client sends after it is held."""
     REPLICATION = enum.auto()
     ADMIN = enum.auto()
     """In the admin database: PostgreSQL is not asked any more."""
@@ -43,7 +46,7 @@ class Phase(enum.Enum):
 
 
 _OPEN = Phase.OPEN  # a name of the module is found faster than a member of an enum
-FOLLOWED = frozenset({Phase.OPEN, Phase.HOLDING, Phase.COLLECTING})
+FOLLOWED = frozenset({Phase.OPEN, Phase.HOLDING, Phase.COLLECTING, Phase.PLANNING})
 """Phases in which both sides are an ordinary session's."""
 
 
@@ -151,6 +154,8 @@ class BackendSide(Side):
                 session.on_own_data(data)
             elif session.phase is _OPEN or session.phase in FOLLOWED:
                 found = self.walker.feed(data)
+                if session.notices is not None:
+                    data = session.notices.feed(data)
                 session.traffic.sent_bytes += len(data)
                 session.client.transport.write(data)  # type: ignore[union-attr]
                 if found:
@@ -168,7 +173,7 @@ class BackendSide(Side):
 
     def resume_writing(self) -> None:
         self.is_full = False
-        if self.session.phase is not Phase.BINDING:
+        if self.session.phase not in (Phase.BINDING, Phase.PLANNING):
             self.session.client.read_on()
 
     def connection_lost(self, error: Exception | None) -> None:

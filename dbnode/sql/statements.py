@@ -15,7 +15,7 @@ import sqlglot
 from sqlglot import Token, TokenType, exp
 from sqlglot.errors import SqlglotError
 
-from dbnode.sql.call_sites import CallSites, call_sites, marked, written_calls
+from dbnode.sql.call_sites import CallSites, call_sites, is_named, marked, written_calls
 from dbnode.sql.explained import explained
 from dbnode.sql.merged import merged
 from dbnode.sql.token_lists import clauses_of, split, top_level, written
@@ -54,14 +54,16 @@ class Collectable:
 
 
 @lru_cache(maxsize=_CACHED_MAX)
-def collectable(text: str) -> Collectable | None:
-    """What to run for a statement, or None if it goes without hints."""
+def collectable(text: str, views: frozenset[str] = frozenset()) -> Collectable | None:
+    """What to run for a statement, or None if it goes without hints. `views` are those that call infer()."""
     if (explain := explained(text)) is not None:
-        return collectable(explain.statement) if explain.is_run else None
-    if len(text) > TEXT_CHARS_MAX or "infer" not in text.lower():
+        return collectable(explain.statement, views) if explain.is_run else None
+    if len(text) > TEXT_CHARS_MAX:
         return None
     try:
         tokens = sqlglot.tokenize(text, dialect=_DIALECT)
+        if not any("infer" in token.text.lower() or is_named(token.text, views) for token in tokens):
+            return None
         select = _inner_select(text, tokens) if len(tokens) <= TOKENS_MAX else None
         if select is None:
             return None
@@ -73,7 +75,7 @@ def collectable(text: str) -> Collectable | None:
         if query.find(exp.From) is None:
             return None  # one row: there is nothing to batch
         is_bounded = query.find(*_BOUNDED) is not None
-        return Collectable(select, frozenset(_called(tokens)), is_bounded, call_sites(select, calls, query))
+        return Collectable(select, frozenset(_called(tokens)), is_bounded, call_sites(select, calls, query, views))
     except (SqlglotError, RecursionError):
         return None
     except Exception as error:  # the parser's own mistakes; its messages would show the statement

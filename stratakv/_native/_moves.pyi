@@ -62,6 +62,8 @@ def pack_headers(
 def fetch_pages(
     fd: int,
     opening: bytes,
+    frame_bytes: int,
+    frame_ranges: int,
     page_offsets: Int64s,
     layers: Sequence[LayerMove],
     rows: Int64s,
@@ -73,6 +75,8 @@ def fetch_pages(
 def push_pages(
     fd: int,
     opening: bytes,
+    frame_bytes: int,
+    frame_ranges: int,
     put_id: bytes,
     thanks: bytes,
     page_offsets: Int64s,

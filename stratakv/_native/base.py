@@ -170,6 +170,8 @@ class Wire(Protocol):
         self,
         fd: int,
         opening: bytes,
+        frame_bytes: int,
+        frame_ranges: int,
         page_offsets: Int64s,
         layers: Sequence[LayerMove],
         rows: Int64s,
@@ -178,15 +180,18 @@ class Wire(Protocol):
         deadline: float,
         /,
     ) -> tuple[int, int, int, bytes]:
-        """As `read_pages`, from the daemon at the other end; `opening` is how frames begin.
+        """As `read_pages`, from the daemon at the other end.
 
-        The fourth value is the frame that came instead, if one did: header and body.
+        `opening` is how frames begin, `frame_bytes` and `frame_ranges` are what one carries at most. The fourth value is the
+        frame that came instead of data, if one did: header and body.
         """
 
     def push_pages(
         self,
         fd: int,
         opening: bytes,
+        frame_bytes: int,
+        frame_ranges: int,
         put_id: bytes,
         thanks: bytes,
         page_offsets: Int64s,

@@ -17,8 +17,6 @@ namespace {
 
 constexpr size_t kCallBytes = 1024 * 1024;             // asked of one call, so that checksums find the bytes in the cache
 constexpr size_t kIovecsMax = 1024;                    // the kernel's IOV_MAX
-constexpr size_t kFrameBytes = 64 * 1024 * 1024;
-constexpr size_t kFrameRanges = 8192;
 constexpr size_t kFramesAhead = 2;                     // requests sent before their data is received
 constexpr size_t kReplyBytesMax = 64 * 1024;
 constexpr size_t kOpeningBytes = 6;                    // magic and version
@@ -108,6 +106,13 @@ class Items {
   const Batch& batch_;
 };
 
+// How every frame of a batch begins, and what one may carry at most.
+struct Framing {
+  std::string opening;
+  size_t bytes;
+  size_t ranges;
+};
+
 // Items `first` .. `stop - 1`, which travel in one frame.
 struct Frame {
   size_t first;
@@ -116,15 +121,15 @@ struct Frame {
   std::string ranges;
 
   // As many items as one frame may have, up to `limit`; neighbours in the segment become one range.
-  Frame(const Items& items, size_t start, size_t limit) : first(start), stop(start) {
+  Frame(const Items& items, const Framing& framing, size_t start, size_t limit) : first(start), stop(start) {
     std::vector<WireRange> found;
     for (; stop < limit; ++stop) {
       const size_t size = items.layer(stop).size;
       const uint64_t at = items.offset(stop);
-      if (stop > first && bytes + size > kFrameBytes) break;
+      if (stop > first && bytes + size > framing.bytes) break;
       if (!found.empty() && found.back().offset + found.back().size == at) {
         found.back().size += static_cast<uint32_t>(size);
-      } else if (found.size() == kFrameRanges) {
+      } else if (found.size() == framing.ranges) {
         break;
       } else {
         found.push_back({at, static_cast<uint32_t>(size)});
@@ -198,25 +203,25 @@ struct Answer {
   std::string said;  // a frame that is no data: its header, and its body if that is short
 };
 
-std::string header(const std::string& opening, Kind kind, size_t body_bytes, size_t payload_bytes) {
+std::string header(const Framing& framing, Kind kind, size_t body_bytes, size_t payload_bytes) {
   Header made{};
-  memcpy(made.opening, opening.data(), kOpeningBytes);
+  memcpy(made.opening, framing.opening.data(), kOpeningBytes);
   made.kind = kind;
   made.body_bytes = static_cast<uint32_t>(body_bytes);
   made.payload_bytes = payload_bytes;
   return {reinterpret_cast<const char*>(&made), sizeof made};
 }
 
-Ended request(const Wire& wire, const std::string& opening, const Frame& frame) {
-  return wire.send(header(opening, kRead, frame.ranges.size(), 0) + frame.ranges);
+Ended request(const Wire& wire, const Framing& framing, const Frame& frame) {
+  return wire.send(header(framing, kRead, frame.ranges.size(), 0) + frame.ranges);
 }
 
 // Reads a frame that ought to open with `kind`; what else comes is kept for the caller to read. Says whether it was `kind`.
-bool is_next(const Wire& wire, const std::string& opening, Kind kind, size_t payload_bytes, Answer& answer) {
+bool is_next(const Wire& wire, const Framing& framing, Kind kind, size_t payload_bytes, Answer& answer) {
   Header got;
   answer.ended = wire.receive(&got, sizeof got);
   if (answer.ended != Ended::kWhole) return false;
-  const bool is_ours = memcmp(got.opening, opening.data(), kOpeningBytes) == 0;
+  const bool is_ours = memcmp(got.opening, framing.opening.data(), kOpeningBytes) == 0;
   answer.said.assign(reinterpret_cast<const char*>(&got), sizeof got);
   if (is_ours && got.kind == kReply && got.payload_bytes == 0 && got.body_bytes <= kReplyBytesMax) {
     answer.said.resize(sizeof got + got.body_bytes);
@@ -252,28 +257,28 @@ Answer fetch_frame(const Wire& wire, const Items& items, const Frame& frame, con
   return answer;
 }
 
-Answer fetch_all(const Wire& wire, const std::string& opening, const Items& items, const uint64_t* checksums, Gate& done) {
+Answer fetch_all(const Wire& wire, const Framing& framing, const Items& items, const uint64_t* checksums, Gate& done) {
   Answer answer;
   std::vector<Frame> frames;
-  for (size_t at = 0; at < items.count(); at = frames.back().stop) frames.emplace_back(items, at, items.count());
+  for (size_t at = 0; at < items.count(); at = frames.back().stop) frames.emplace_back(items, framing, at, items.count());
   for (size_t i = 0; i < std::min(kFramesAhead, frames.size()); ++i) {
-    answer.ended = request(wire, opening, frames[i]);
+    answer.ended = request(wire, framing, frames[i]);
     if (answer.ended != Ended::kWhole) return answer;
   }
   for (size_t i = 0; i < frames.size(); ++i) {
-    if (!is_next(wire, opening, kData, frames[i].bytes, answer)) return answer;
+    if (!is_next(wire, framing, kData, frames[i].bytes, answer)) return answer;
     answer = fetch_frame(wire, items, frames[i], checksums, done);
     if (answer.ended == Ended::kWhole && i + kFramesAhead < frames.size()) {
-      answer.ended = request(wire, opening, frames[i + kFramesAhead]);
+      answer.ended = request(wire, framing, frames[i + kFramesAhead]);
     }
     if (answer.ended != Ended::kWhole) return answer;
   }
   return answer;
 }
 
-Ended push_frame(const Wire& wire, const std::string& opening, const std::string& put_id, const Items& items,
+Ended push_frame(const Wire& wire, const Framing& framing, const std::string& put_id, const Items& items,
                  const Frame& frame, uint64_t* checksums) {
-  Ended ended = wire.send(header(opening, kWrite, put_id.size() + frame.ranges.size(), frame.bytes) + put_id + frame.ranges);
+  Ended ended = wire.send(header(framing, kWrite, put_id.size() + frame.ranges.size(), frame.bytes) + put_id + frame.ranges);
   Parts parts(items, frame.first, frame.stop);
   for (std::vector<iovec> call = parts.next(); ended == Ended::kWhole && !call.empty(); call = parts.next()) {
     parts.checksum(call, [&](size_t item, uint64_t checksum) {
@@ -285,7 +290,7 @@ Ended push_frame(const Wire& wire, const std::string& opening, const std::string
   return ended;
 }
 
-Answer push_all(const Wire& wire, const std::string& opening, const std::string& put_id, const std::string& thanks,
+Answer push_all(const Wire& wire, const Framing& framing, const std::string& put_id, const std::string& thanks,
                 const Items& items, uint64_t* checksums, Gate& ready, double deadline_s) {
   Answer answer;
   size_t num_frames = 0;
@@ -294,17 +299,17 @@ Answer push_all(const Wire& wire, const std::string& opening, const std::string&
       answer.ended = ready.is_closed() ? Ended::kStopped : Ended::kLate;
       return answer;
     }
-    size_t limit = at;
+    size_t limit = at - items.page(at);
     while (limit < items.count() && items.layer(limit).number < ready.open_layers()) limit += items.batch().pages();
-    const Frame frame(items, at, limit);
-    answer.ended = push_frame(wire, opening, put_id, items, frame, checksums);
+    const Frame frame(items, framing, at, limit);
+    answer.ended = push_frame(wire, framing, put_id, items, frame, checksums);
     if (answer.ended != Ended::kWhole) return answer;
     at = frame.stop;
     ++num_frames;
   }
   // The answers to all frames wait in the socket: they are few and short.
   for (size_t i = 0; i < num_frames; ++i) {
-    if (!is_next(wire, opening, kReply, 0, answer)) return answer;
+    if (!is_next(wire, framing, kReply, 0, answer)) return answer;
     if (answer.said.compare(sizeof(Header), std::string::npos, thanks) != 0) {
       answer.ended = Ended::kAnswered;
       return answer;
@@ -318,6 +323,14 @@ std::string text(const Bytes& bytes, size_t size, const char* name) {
   return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
 }
 
+Framing framing_of(const Bytes& opening, Py_ssize_t bytes, Py_ssize_t ranges) {
+  if (bytes < 1 || bytes > UINT32_MAX || ranges < 1) {
+    PyErr_SetString(PyExc_ValueError, "a frame carries at least a byte and a range, and less than 4 GiB");
+    throw PythonError();
+  }
+  return {text(opening, kOpeningBytes, "opening"), static_cast<size_t>(bytes), static_cast<size_t>(ranges)};
+}
+
 PyObject* told(const Answer& answer, const Items& items) {
   const size_t pages = std::max<size_t>(items.batch().pages(), 1);
   return Py_BuildValue("(inny#)", static_cast<int>(answer.ended), static_cast<Py_ssize_t>(answer.item / pages),
@@ -326,9 +339,9 @@ PyObject* told(const Answer& answer, const Items& items) {
 }
 
 // Ranges travel with 32 bits of size and are never empty.
-bool fits_wire(const Batch& batch) {
+bool fits_wire(const Batch& batch, const Framing& framing) {
   return std::all_of(batch.layers().begin(), batch.layers().end(),
-                     [](const Layer& layer) { return layer.size > 0 && layer.size <= kFrameBytes; });
+                     [&](const Layer& layer) { return layer.size > 0 && layer.size <= framing.bytes; });
 }
 
 constexpr size_t kAnySegment = INT64_MAX;  // the daemon knows its size and checks every range
@@ -339,23 +352,24 @@ PyObject* fetch_pages(PyObject*, PyObject* args) {
   return guarded([&]() -> PyObject* {
     int fd;
     PyObject *opening_bytes, *page_offsets, *layers, *rows, *checksums, *done;
+    Py_ssize_t frame_bytes, frame_ranges;
     double deadline_s;
-    if (!PyArg_ParseTuple(args, "iOOOOOOd", &fd, &opening_bytes, &page_offsets, &layers, &rows, &checksums, &done,
+    if (!PyArg_ParseTuple(args, "iOnnOOOOOd", &fd, &opening_bytes, &frame_bytes, &frame_ranges, &page_offsets, &layers, &rows, &checksums, &done,
                           &deadline_s)) {
       return nullptr;
     }
     const Batch batch(page_offsets, layers, rows, true);
     const Bytes expected(checksums, false), start(opening_bytes, false);
     const auto* const sums = expected.numbers<uint64_t>(batch.pages() * batch.layers().size(), "checksums");
-    const std::string opening = text(start, kOpeningBytes, "opening");
+    const Framing framing = framing_of(start, frame_bytes, frame_ranges);
     Gate& gate = gate_of(done);
     const Items items(batch);
     Answer answer;
     {
       const WithoutInterpreter released;
       answer.ended = Ended::kOutOfBounds;
-      if (fits_wire(batch) && batch.is_within(kAnySegment)) {
-        answer = fetch_all(Wire(fd, deadline_s), opening, items, sums, gate);
+      if (fits_wire(batch, framing) && batch.is_within(kAnySegment)) {
+        answer = fetch_all(Wire(fd, deadline_s), framing, items, sums, gate);
       }
     }
     return told(answer, items);
@@ -366,24 +380,25 @@ PyObject* push_pages(PyObject*, PyObject* args) {
   return guarded([&]() -> PyObject* {
     int fd;
     PyObject *opening_bytes, *put, *thanks_bytes, *page_offsets, *layers, *rows, *checksums, *ready;
+    Py_ssize_t frame_bytes, frame_ranges;
     double deadline_s;
-    if (!PyArg_ParseTuple(args, "iOOOOOOOOd", &fd, &opening_bytes, &put, &thanks_bytes, &page_offsets, &layers, &rows,
+    if (!PyArg_ParseTuple(args, "iOnnOOOOOOOd", &fd, &opening_bytes, &frame_bytes, &frame_ranges, &put, &thanks_bytes, &page_offsets, &layers, &rows,
                           &checksums, &ready, &deadline_s)) {
       return nullptr;
     }
     const Batch batch(page_offsets, layers, rows, false);
     const Bytes sums_out(checksums, true), start(opening_bytes, false), id(put, false), end(thanks_bytes, false);
     auto* const sums = sums_out.numbers<uint64_t>(batch.pages() * batch.layers().size(), "checksums");
-    const std::string opening = text(start, kOpeningBytes, "opening"), put_id = text(id, kPutIdBytes, "put_id");
-    const std::string thanks = text(end, 0, "thanks");
+    const Framing framing = framing_of(start, frame_bytes, frame_ranges);
+    const std::string put_id = text(id, kPutIdBytes, "put_id"), thanks = text(end, 0, "thanks");
     Gate& gate = gate_of(ready);
     const Items items(batch);
     Answer answer;
     {
       const WithoutInterpreter released;
       answer.ended = Ended::kOutOfBounds;
-      if (fits_wire(batch) && batch.is_within(kAnySegment)) {
-        answer = push_all(Wire(fd, deadline_s), opening, put_id, thanks, items, sums, gate, deadline_s);
+      if (fits_wire(batch, framing) && batch.is_within(kAnySegment)) {
+        answer = push_all(Wire(fd, deadline_s), framing, put_id, thanks, items, sums, gate, deadline_s);
       }
     }
     return told(answer, items);

@@ -104,7 +104,7 @@ class TcpTransport:
             return
         with self._socket(deadline, cancellation) as sock:
             what = (batch.offsets, batch.layers, batch.rows, checksums, done, deadline)
-            _check(wire.fetch_pages(sock.fileno(), _OPENING, *what), batch)
+            _check(wire.fetch_pages(sock.fileno(), _OPENING, FRAME_BYTES, FRAME_RANGES, *what), batch)
 
     def write_pages(self, put_id: bytes, batch: PageBatch, checksums: UInt64s, *, deadline: float, ready: Gate) -> None:
         wire = _native.wire()
@@ -113,7 +113,7 @@ class TcpTransport:
             return
         with self._socket(deadline, None) as sock:
             what = (batch.offsets, batch.layers, batch.rows, checksums, ready, deadline)
-            _check(wire.push_pages(sock.fileno(), _OPENING, put_id, _THANKS, *what), batch)
+            _check(wire.push_pages(sock.fileno(), _OPENING, FRAME_BYTES, FRAME_RANGES, put_id, _THANKS, *what), batch)
 
     def mapping(self) -> memoryview | None:
         return None

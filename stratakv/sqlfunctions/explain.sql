@@ -63,6 +63,10 @@ RETURN ARRAY(
     WHERE own.pronamespace OPERATOR(pg_catalog.=) 'stratakv_probe'::pg_catalog.regnamespace AND (
         SELECT s.name OPERATOR(pg_catalog.=) 'stratakv'
                OR pg_catalog.strpos(p.prosrc, pg_catalog.format('stratakv.%s(', own.proname)) OPERATOR(pg_catalog.>) 0
+               OR EXISTS (
+                   SELECT FROM pg_catalog.pg_aggregate a
+                   WHERE a.aggfnoid::pg_catalog.oid OPERATOR(pg_catalog.=) p.oid AND a.aggfinalfn::pg_catalog.oid
+                       OPERATOR(pg_catalog.=) pg_catalog.to_regprocedure('stratakv.sql_fold(text[])')::pg_catalog.oid)
         FROM pg_catalog.unnest(pg_catalog.current_schemas(true)) WITH ORDINALITY AS s(name, number)
         JOIN pg_catalog.pg_namespace n ON n.nspname OPERATOR(pg_catalog.=) s.name
         JOIN pg_catalog.pg_proc p

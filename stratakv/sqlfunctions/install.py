@@ -13,6 +13,7 @@ from psycopg import sql
 
 from stratakv.errors import SetupError
 from stratakv.sqlfunctions.address import ListenerAddress
+from stratakv.sqlfunctions.aggregate import AGGREGATE, drop_aggregate, make_public_aggregate
 
 VERSION = 3
 DBLINK_SCHEMA = "stratakv_dblink"
@@ -30,6 +31,7 @@ _PUBLIC = (
     "infer_bool(text, text, jsonb)",
     "infer_tokens(text, text)",
     "infer_row(text, jsonb, text, jsonb)",
+    "infer_fold(text, text[], text, jsonb)",
     "infer(text, text, jsonb)",
 )
 """What users call; each gets a wrapper in public where its name is free."""
@@ -80,6 +82,8 @@ def install(url: str, listener: ListenerAddress) -> Installed:
             connection.execute(script.replace("@dblink@", sql.Identifier(dblink).as_string(connection)).encode())
         _write_tables(connection, listener)
         taken = [_name(function) for function in _PUBLIC if not _make_wrapper(connection, function)]
+        if not make_public_aggregate(connection):
+            taken.append(AGGREGATE)
         return Installed(VERSION, dblink, tuple(taken))
 
 
@@ -97,11 +101,12 @@ def uninstall(url: str, *, cascade: bool = False) -> None:
     """Take everything out; with `cascade` also views and others that use it. Idempotent. Raises SetupError."""
     last = "CASCADE" if cascade else "RESTRICT"
     with _transaction(url) as connection:
+        _drop_probes(connection, last)
+        drop_aggregate(connection, last)
         for function in _PUBLIC:
             if _is_our_wrapper(connection, function):
                 connection.execute(f"DROP FUNCTION public.{function} {last}".encode())
         connection.execute(f"DROP VIEW IF EXISTS stratakv.statement_stats {last}".encode())
-        _drop_probes(connection, last)
         for function in _FUNCTIONS:
             connection.execute(f"DROP FUNCTION IF EXISTS stratakv.{function} {last}".encode())
         connection.execute(sql.SQL("DROP SCHEMA IF EXISTS {}").format(sql.Identifier(PROBE_SCHEMA)))
@@ -116,7 +121,8 @@ def uninstall(url: str, *, cascade: bool = False) -> None:
 def _drop_probes(connection: Connection, last: str) -> None:
     """Those that call others come before those."""
     rows = connection.execute(
-        "SELECT oid::regprocedure::text FROM pg_proc WHERE pronamespace = to_regnamespace(%s) ORDER BY proname = 'infer'",
+        "SELECT oid::regprocedure::text FROM pg_proc WHERE pronamespace = to_regnamespace(%s)"
+        " ORDER BY prokind <> 'a', proname <> 'sql_fold', proname = 'infer'",
         (PROBE_SCHEMA,),
     ).fetchall()
     for row in rows:
@@ -126,7 +132,7 @@ def _drop_probes(connection: Connection, last: str) -> None:
 @contextmanager
 def _transaction(url: str) -> Iterator[Connection]:
     try:
-        with psycopg.connect(url, connect_timeout=_CONNECT_TIMEOUT_S) as connection:
+        with psycopg.connect(url, connect_timeout=_CONNECT_TIMEOUT_S, client_encoding="utf8") as connection:
             connection.execute("SET LOCAL search_path = pg_catalog, pg_temp")
             connection.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
             yield connection
@@ -147,9 +153,12 @@ def _scripts() -> Iterator[str]:
     """In the order in which they are run."""
     yield _resource("install.sql")
     yield _resource("typed.sql")
+    yield _resource("agg.sql")
     yield _resource("explain.sql")
     # the same wrappers around the stand-in
     yield _resource("typed.sql").replace("stratakv.infer", f"{PROBE_SCHEMA}.infer")
+    around_probe = _resource("agg.sql").replace("stratakv.infer", f"{PROBE_SCHEMA}.infer")
+    yield around_probe.replace("stratakv.sql_fold", f"{PROBE_SCHEMA}.sql_fold")
     yield _resource("observe.sql")
 
 

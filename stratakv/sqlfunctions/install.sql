@@ -129,7 +129,10 @@ BEGIN
                 USING ERRCODE = '55000', HINT = 'Run "stratakv install --database URL".';
         END IF;
         SELECT * INTO reply FROM stratakv.sql_ask(link, request);
-        WHILE reply.status = 'wait' LOOP
+        WHILE reply.status IN ('wait', 'flush') LOOP
+            IF reply.status = 'flush' THEN  -- PostgreSQL sends the rows that are ready with it; the gateway swallows it
+                RAISE INFO '' USING ERRCODE = 'SKV02';
+            END IF;
             SELECT * INTO reply FROM stratakv.sql_ask(link, 'poll');
         END LOOP;
         IF reply.status = 'ok' THEN
@@ -222,7 +225,10 @@ BEGIN
                 USING ERRCODE = '55000', HINT = 'Run "stratakv install --database URL".';
         END IF;
         SELECT * INTO reply FROM stratakv.sql_ask(link, request);
-        WHILE reply.status = 'wait' LOOP
+        WHILE reply.status IN ('wait', 'flush') LOOP
+            IF reply.status = 'flush' THEN  -- PostgreSQL sends the rows that are ready with it; the gateway swallows it
+                RAISE INFO '' USING ERRCODE = 'SKV02';
+            END IF;
             SELECT * INTO reply FROM stratakv.sql_ask(link, 'poll');
         END LOOP;
         IF reply.status = 'ok' THEN

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
 log = EventLogger(__name__)
 
-HELD_BYTES_MAX = 64 * 1024
-"""What a client sends before it is let in."""
-
 
 class AdminConsole:
     """Answers of one session."""
@@ -38,6 +35,7 @@ class AdminConsole:
 
     def start(self) -> None:
         """The login is done."""
+        self._session.client.stop_reading()
         exchange = viewer_exchange()
         self._session.run_own(exchange, lambda: self._open(viewer(exchange)))
 
@@ -50,6 +48,7 @@ class AdminConsole:
         self._protocol = AdminProtocol(Show(session.relay, who).run)
         session.backend.write(message(b"X"))
         session.backend.close()
+        session.client.read_on()
         held, self._held = self._held, b""
         if held:
             self.feed(held)
@@ -58,8 +57,6 @@ class AdminConsole:
         """From the client. Raises ProtocolViolation."""
         if self._protocol is None:
             self._held += data
-            if len(self._held) > HELD_BYTES_MAX:
-                self._session.end(GatewayFailed("too much was sent before the login was done"))
             return
         self._protocol.feed(data)
         self._go_on()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -16,6 +17,7 @@ from stratakv.errors import ContextTooLong, DeadlineExceeded, InvalidRequest, Mo
 from stratakv.text import decode, encode
 from tests.integration.dbnode.running_node import RunningNode, running_node
 from tests.stand_in_worker import MAX_MODEL_LEN, MODEL, StandInWorker, expected_tokens
+from tests.support import eventually_async
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
 SCHEMA = {"type": "object", "properties": {"b": {"type": "string"}, "a": {"type": "string"}}}
@@ -74,6 +76,38 @@ async def test_salt_reaches_the_worker_and_keeps_its_prompts_apart(node: Running
         decision.uncached_tokens for decision in node.node.inference.scheduler.decisions if decision.prompt_tokens > 64
     ]
     assert uncached[0] == uncached[1] > uncached[2]
+
+
+async def test_fold_asks_in_prompts_that_fit_until_one_answer_is_left(node: RunningNode, worker: StandInWorker) -> None:
+    pieces = [f"piece {i}: " + "some words about it " * 40 for i in range(120)]
+    prompt = json.dumps({"instruction": "Sum up.", "pieces": [*pieces, "one long piece " * 3000]})
+    await infer(node, prompt, max_tokens=50, at_fold=True)
+    lengths = [len(request["prompt"]) for request in worker.requests]
+    assert all(length + 50 <= MAX_MODEL_LEN for length in lengths)
+    assert max(lengths[:-1]) > MAX_MODEL_LEN * 0.75, "prompts are filled"
+    assert 7 <= len(lengths) <= 15
+    assert lengths[-1] < 50 * len(lengths) + 100, "the last one is about the answers"
+
+
+async def test_fold_that_is_given_up_stops_all_its_prompts(node: RunningNode, worker: StandInWorker) -> None:
+    worker.token_delay_s = 0.5
+    prompt = json.dumps({"instruction": "Sum up.", "pieces": ["some words about it " * 900] * 3})
+    running = asyncio.create_task(infer(node, prompt, max_tokens=100, at_fold=True))
+    await eventually_async(lambda: len(worker.requests) == 3)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await eventually_async(lambda: worker.cancelled == 3)
+
+
+async def test_fold_failures_are_told_as_those_of_one_row(node: RunningNode, worker: StandInWorker) -> None:
+    prompt = json.dumps({"instruction": "Sum up.", "pieces": ["some words about it " * 900] * 3})
+    with pytest.raises(ContextTooLong, match="infer_agg"):
+        await infer(node, prompt, max_tokens=1500, at_fold=True)
+    with pytest.raises(NullAnswer):
+        await infer(node, prompt, max_tokens=1500, at_fold=True, on_error="null")
+    with pytest.raises(InvalidRequest, match="@choices"):
+        await infer(node, prompt, at_fold=True, at_choices=["a"])
+    assert worker.requests == []
 
 
 async def test_answer_that_was_cut_is_an_error_that_names_max_tokens(node: RunningNode) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from stratakv._native import make_gate
 from stratakv.keys import KEY_BYTES, BlockKey
+from stratakv.pool import tcp
 from stratakv.pool.dmp_client import DmpConnection, TransportKind, connect
 from stratakv.pool.errors import OutOfBounds, PutRefused, TransferCancelled, TransportError, TransportTimeout
 from stratakv.pool.pages import PageMemory, PageWriter, WritePages
@@ -64,6 +65,18 @@ def test_pages_beyond_the_segment_are_refused_and_the_connection_lives(connectio
         pages.read_layers(ALL_LAYERS, memory, deadline=soon())
     assert layer_data(memory, 0) == layer_data(empty_memory(LAYOUT, 1), 0)
     assert read_headers(connection, write_pages(connection, 1)).failures == {}
+
+
+@pytest.mark.parametrize(("frame_bytes", "frame_ranges"), [(120, 8192), (300, 8192), (2**26, 1), (2**26, 3)])
+def test_batches_may_be_cut_into_frames_anywhere(
+    connection: DmpConnection, monkeypatch: pytest.MonkeyPatch, frame_bytes: int, frame_ranges: int
+) -> None:
+    monkeypatch.setattr(tcp, "FRAME_BYTES", frame_bytes)
+    monkeypatch.setattr(tcp, "FRAME_RANGES", frame_ranges)
+    written = write_pages(connection, 7)
+    memory = empty_memory(LAYOUT, 7)
+    read_headers(connection, written).read_layers(ALL_LAYERS, memory, deadline=soon())
+    assert [layer_data(memory, layer) for layer in ALL_LAYERS] == written.data
 
 
 def test_rows_outside_the_callers_memory_are_refused(connection: DmpConnection) -> None:

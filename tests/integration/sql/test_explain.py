@@ -328,3 +328,13 @@ def test_it_goes_with_the_functions(cluster: EmbeddedPostgres, database: str) ->
             sql.SQL("SELECT to_regnamespace('stratakv_probe'), to_regnamespace('stratakv')")
         ).fetchone()
     assert row == (None, None)
+
+
+@pytest.mark.parametrize("call", ["infer_agg('Sum up.', body)", "stratakv.infer_fold('Sum up.', array_agg(body))"])
+def test_folds_are_explained_by_their_texts(
+    connection: Connection, explainer: CountingExplainer, explaining: FrontThread, call: str
+) -> None:
+    connection.execute("SELECT stratakv.explain(%s)", (f"SELECT {call} FROM t GROUP BY i % 3",))
+    assert len(explainer.seen) == 3
+    assert all("text" in prompt for prompt in explainer.seen)
+    assert explaining.model.calls == []

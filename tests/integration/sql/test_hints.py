@@ -147,6 +147,56 @@ def test_an_explain_that_runs_its_statement_is_looked_ahead_in(connection: Conne
     assert model.most_running > MANY
 
 
+def test_an_explain_that_runs_nothing_asks_nothing(connection: Connection, model: ReversingModel) -> None:
+    connection.execute("SELECT infer('bind')")
+    model.calls.clear()
+    query = "SELECT i FROM t WHERE body = infer('planned')"
+    simple = psycopg.ClientCursor(connection)
+    for explain in ("EXPLAIN", "EXPLAIN VERBOSE", "explain (FORMAT json, ANALYZE off)", "EXPLAIN (GENERIC_PLAN)"):
+        if "GENERIC" in explain and connection.info.server_version < 160000:
+            continue
+        assert connection.execute(f"{explain} {query}").fetchall()
+        assert simple.execute(f"{explain} {query}").fetchall()
+    with connection.transaction():
+        assert connection.execute(f"EXPLAIN {query}").fetchall()
+    assert model.calls == []
+
+
+async def test_what_follows_an_explain_in_a_pipeline_is_answered(url: str, model: ReversingModel) -> None:
+    async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
+        await connection.execute("SELECT infer('bind')")
+        async with connection.pipeline() as pipeline:
+            cursors = []
+            for number in range(20):
+                cursors.append(await connection.execute("EXPLAIN SELECT 1 FROM pg_class WHERE relname = infer('x')"))
+                await pipeline.sync()
+                cursors.append(await connection.execute(f"SELECT infer('n{number}')"))
+                await pipeline.sync()
+            answers = [await cursor.fetchall() for cursor in cursors[1::2]]
+    assert answers == [[(f"n{number}"[::-1],)] for number in range(20)]
+    assert "x" not in {call.prompt for call in model.calls}
+
+
+def test_views_that_hide_a_call_are_looked_ahead_in(connection: Connection, url: str, model: ReversingModel) -> None:
+    connection.execute(f"CREATE VIEW answers AS SELECT i, infer(body, {SLOW}) AS answer FROM t")
+    connection.execute('CREATE VIEW "Best" AS SELECT answer FROM answers WHERE i <= 40')
+    connection.execute("CREATE MATERIALIZED VIEW kept AS SELECT count(answer) FROM answers")
+    with psycopg.connect(url, autocommit=True) as other:
+        for query in ("SELECT * FROM answers", 'SELECT * FROM "Best"', "INSERT INTO t (body) TABLE answers"):
+            model.most_running = 0
+            if "TABLE" in query:
+                query = "INSERT INTO t (body) SELECT answer FROM answers"
+            other.execute(query)
+            assert model.most_running > MANY
+        model.most_running = 0
+        other.execute("ALTER VIEW answers RENAME TO renamed")
+        other.execute("SELECT * FROM renamed WHERE i <= 120")
+        assert model.most_running > MANY
+        model.calls.clear()
+        assert other.execute("SELECT * FROM kept").fetchone() == (120,)
+        assert model.calls == []
+
+
 def test_one_row_of_constants_costs_no_pass(connection: Connection, stats: Callable[[], HintStats]) -> None:
     assert connection.execute("SELECT infer('ab')").fetchone() == ("ba",)
     assert stats() == HintStats()
@@ -160,6 +210,61 @@ def test_a_session_can_switch_it_off(connection: Connection, stats: Callable[[],
     connection.execute("SET stratakv.hints = on")
     connection.execute("SELECT count(infer(body)) FROM t")
     assert stats().passes == 2
+
+
+# Rows as soon as they are ready
+
+
+def _stream(connection: Connection, query: str) -> Iterator[tuple[object, ...]]:
+    connection.execute("SET stratakv.stream = on")
+    return connection.cursor().stream(query)
+
+
+def test_rows_stream_while_the_model_works(connection: Connection, model: ReversingModel) -> None:
+    query = (
+        "SELECT infer('p' || i, options => jsonb_build_object('delay_s', CASE WHEN i <= 10 THEN 0 ELSE 3 END))"
+        " FROM generate_series(1, 40) i"
+    )
+    seen = []
+    for (answer,) in _stream(connection, query):
+        if len(seen) < 10:
+            assert model.running == 30
+        seen.append(answer)
+    assert seen == [f"p{i}"[::-1] for i in range(1, 41)]
+    assert len(model.calls) == 40
+
+
+def test_streaming_shows_the_client_nothing_of_it(connection: Connection, model: ReversingModel) -> None:
+    notices: list[str | None] = []
+    connection.add_notice_handler(lambda diagnostic: notices.append(diagnostic.message_primary))
+    connection.execute(
+        "CREATE FUNCTION say(t text) RETURNS text LANGUAGE plpgsql STABLE AS $$BEGIN RAISE INFO '%', t; RETURN t; END$$"
+    )
+    connection.execute("SET stratakv.stream = on")
+    query = f"SELECT infer(body, {SLOW}), say('said') FROM t WHERE i <= 20"
+    for cursor in (connection.cursor(), psycopg.ClientCursor(connection), connection.cursor(binary=True)):
+        assert len(cursor.execute(query).fetchall()) == 20
+    assert notices == ["said"] * 60
+    assert model.most_running > 10
+    connection.execute("SET stratakv.stream = off")
+    assert len(connection.execute(query).fetchall()) == 20
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "SELECT coalesce({f}(body), {f}('x' || body)) FROM t ORDER BY i",
+        "SELECT {f}('<' || {f}(body)) FROM t ORDER BY i",
+        "SELECT i FROM t WHERE {f}(body) > '3' ORDER BY i LIMIT 20",
+        "SELECT i, {f}(body) FROM t WHERE {f}(maybe) IS NULL ORDER BY i",
+        "SELECT i / (i - 50), {f}(body) FROM t ORDER BY i",
+    ],
+)
+def test_streaming_changes_no_row(connection: Connection, model: ReversingModel, query: str) -> None:
+    expected = _outcome(connection.cursor(), query.format(f="pg_catalog.reverse"))
+    connection.execute("SET stratakv.stream = on")
+    assert _outcome(connection.cursor(), query.format(f="infer")) == expected
+    assert connection.execute("SELECT infer('ab')").fetchone() == ("ba",)
 
 
 # Nothing else changes

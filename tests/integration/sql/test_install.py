@@ -80,6 +80,41 @@ def test_version_1_is_brought_up_to_date_in_place(empty: str) -> None:
         assert connection.execute("SELECT infer_row(NULL, '{}')").fetchone() == (None,)
 
 
+def test_version_2_is_brought_up_to_date_in_place(empty: str) -> None:
+    install(empty, ADDRESS)
+    names = "'infer', 'infer_json', 'infer_choice', 'infer_bool', 'infer_tokens', 'infer_row', 'sql_fill_template'"
+    where = f"proname IN ({names}) AND pronamespace IN ('stratakv'::regnamespace, 'public'::regnamespace)"
+    kept = f"SELECT oid FROM pg_proc WHERE {where} ORDER BY oid".encode()
+    with psycopg.connect(empty) as connection:
+        connection.execute("DROP SCHEMA stratakv_probe CASCADE")
+        for schema in ("public", "stratakv"):
+            for types in ("text, text", "text, text, text", "text, text, text, jsonb"):
+                connection.execute(f"DROP AGGREGATE {schema}.infer_agg({types})".encode())
+        connection.execute(
+            "DROP FUNCTION stratakv.sql_fold, stratakv.infer_fold, public.infer_fold;"
+            "DROP FUNCTION stratakv.sql_gather(text[], text, text);"
+            "DROP FUNCTION stratakv.sql_gather(text[], text, text, text);"
+            "DROP FUNCTION stratakv.sql_gather(text[], text, text, text, jsonb);"
+            "CREATE OR REPLACE FUNCTION stratakv.sql_fill_template(template text, fields jsonb) RETURNS text"
+            " LANGUAGE sql IMMUTABLE AS 'SELECT template';"
+            "CREATE OR REPLACE FUNCTION stratakv.infer_row(template text, fields jsonb, model text DEFAULT NULL,"
+            " options jsonb DEFAULT NULL) RETURNS text LANGUAGE sql STABLE PARALLEL RESTRICTED COST 1000"
+            " RETURN stratakv.infer(stratakv.sql_fill_template(template, fields), model, options);"
+            "UPDATE stratakv.sql_install SET version = 2;"
+            "CREATE VIEW answers AS SELECT infer_row('{a}', '{\"a\": 1}') AS a"
+        )
+        before = connection.execute(kept).fetchall()
+    assert install(empty, ADDRESS).version == VERSION
+    with psycopg.connect(empty) as connection:
+        assert connection.execute(kept).fetchall() == before
+        assert connection.execute("SELECT version FROM stratakv.sql_install").fetchone() == (VERSION,)
+        prompt = connection.execute(
+            "SELECT stratakv.sql_fill_template('{a}!', '{\"a\": 1}')::jsonb->'before'"
+        ).fetchone()
+        assert prompt == ("1!",)
+        assert connection.execute("SELECT infer_agg('x', NULL) FROM answers WHERE false").fetchone() == (None,)
+
+
 def test_name_that_is_taken_in_public_is_left_alone(empty: str) -> None:
     with psycopg.connect(empty) as connection:
         connection.execute("CREATE FUNCTION public.infer(int) RETURNS int LANGUAGE sql AS 'SELECT 1'")

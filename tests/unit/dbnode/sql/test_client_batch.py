@@ -19,6 +19,7 @@ from dbnode.sql.client_batch import (
     Resumed,
     bound_statement,
 )
+from dbnode.sql.hidden_calls import HiddenCalls
 from dbnode.sql.messages import cstring, int16, int32, message
 
 QUERY = "SELECT infer($1) FROM t"
@@ -34,7 +35,7 @@ PREPARED = Prepared(QUERY.encode(), int16(1) + int32(25))
 def test_a_batch_is_the_same_however_it_is_cut(cuts: set[int], is_simple: bool) -> None:
     whole = message(b"Q", cstring(QUERY)) if is_simple else PARSE + DESCRIBE + BIND + EXECUTE + SYNC
     marks = [0, *sorted(cut for cut in cuts if cut < len(whole)), len(whole)]
-    reader = BatchReader(PreparedStatements())
+    reader = BatchReader(PreparedStatements(HiddenCalls().may_call))
     found = [reader.feed(whole[a:b]) for a, b in pairwise(marks)]
     assert found == [Readiness.INCOMPLETE] * (len(found) - 1) + [Readiness.COMPLETE]
     assert reader.batch == (Batch(Prepared(QUERY.encode())) if is_simple else Batch(PREPARED, VALUES))
@@ -42,7 +43,7 @@ def test_a_batch_is_the_same_however_it_is_cut(cuts: set[int], is_simple: bool) 
 
 
 def test_a_prepared_statement_is_remembered() -> None:
-    known = PreparedStatements()
+    known = PreparedStatements(HiddenCalls().may_call)
     assert BatchReader(known).feed(PARSE + DESCRIBE + SYNC) is Readiness.FORWARD
     reader = BatchReader(known)
     assert reader.feed(BIND + EXECUTE + SYNC) is Readiness.COMPLETE
@@ -50,7 +51,7 @@ def test_a_prepared_statement_is_remembered() -> None:
 
 
 def test_a_described_statement_may_be_bound_next() -> None:
-    known = PreparedStatements()
+    known = PreparedStatements(HiddenCalls().may_call)
     assert BatchReader(known).feed(PARSE + DESCRIBE + FLUSH) is Readiness.DESCRIBED
     assert bound_statement(BIND) == b"s"
     assert b"s" in known
@@ -77,25 +78,25 @@ def test_a_described_statement_may_be_bound_next() -> None:
     ],
 )
 def test_everything_else_is_forwarded(data: bytes) -> None:
-    reader = BatchReader(PreparedStatements())
+    reader = BatchReader(PreparedStatements(HiddenCalls().may_call))
     assert reader.feed(data) is Readiness.FORWARD
     assert reader.held == data
 
 
 def test_a_portal_read_in_parts_is_told() -> None:
-    reader = BatchReader(PreparedStatements())
+    reader = BatchReader(PreparedStatements(HiddenCalls().may_call))
     reader.feed(PARSE + BIND + message(b"E", cstring("") + int32(10)) + SYNC)
     assert reader.batch == Batch(PREPARED, VALUES, num_rows=10)
 
 
 def test_a_portal_read_on_is_told() -> None:
-    reader = BatchReader(PreparedStatements())
+    reader = BatchReader(PreparedStatements(HiddenCalls().may_call))
     assert reader.feed(message(b"E", cstring("p") + int32(10)) + SYNC) is Readiness.COMPLETE
     assert reader.batch == Resumed(b"p", 10)
 
 
 def test_only_so_many_statements_are_remembered() -> None:
-    known = PreparedStatements()
+    known = PreparedStatements(HiddenCalls().may_call)
     for number in range(PREPARED_MAX + 1):
         known.put(b"%d" % number, PREPARED)
     assert b"0" not in known
@@ -106,5 +107,5 @@ def test_only_so_many_statements_are_remembered() -> None:
 
 @given(st.binary(max_size=60))
 def test_no_bytes_raise(data: bytes) -> None:
-    BatchReader(PreparedStatements()).feed(PARSE + data)
+    BatchReader(PreparedStatements(HiddenCalls().may_call)).feed(PARSE + data)
     bound_statement(data)

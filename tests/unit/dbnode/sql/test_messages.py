@@ -34,7 +34,12 @@ def test_walker_finds_the_same_messages_wherever_the_stream_is_cut(
 ) -> None:
     data = _bytes_of(parsed)
     walker = MessageWalker(WATCHED)
-    found = [kind for chunk in _chunks(data, cuts) for kind in walker.feed(chunk)]
+    ends = {0, *itertools.accumulate(len(_bytes_of([one])) for one in parsed)}
+    found, position = [], 0
+    for chunk in _chunks(data, cuts):
+        found += walker.feed(chunk)
+        position += len(chunk)
+        assert walker.at_boundary == (position in ends)
     assert found == [kind for kind, _ in parsed if kind in WATCHED]
     assert walker.at_boundary
     statuses = [(payload or b"I")[0] for kind, payload in parsed if kind == Kind.READY_FOR_QUERY]
