@@ -34,6 +34,9 @@ HANDSHAKES_MAX = 1000
 CANCELS_AGAIN_MAX = 20
 CANCEL_AGAIN_S = 0.05
 """A cancel is repeated so often, in such intervals, while a statement runs that was held when it came."""
+LOOK_S = 0.05
+LOOKS_MAX = 100
+"""How often, and how many times, the statement of a client that is gone is looked for at the private listener."""
 _BACKLOG = 1024
 _IDLE_CHECKS = 4
 """Looks at the sessions within one idle timeout."""
@@ -278,13 +281,20 @@ class Relay:
         return self._calls.setdefault(database, HiddenCalls())
 
     def stop_inference(self, key: CancelKey) -> None:
-        """The client of a session is gone: cancel its statement, if that waits for the model."""
-        if self._is_calling(key.pid):
-            self.stop_statement(key)
+        """The client of a session is gone: cancel its statement as soon as that waits for the model."""
+        self._spawn(self._cancel_when_calling(key))
 
     def stop_statement(self, key: CancelKey) -> None:
         """Cancel what the backend of a session runs."""
         self._spawn(self._cancel(key))
+
+    async def _cancel_when_calling(self, key: CancelKey) -> None:
+        """It may be between two calls just now. PostgreSQL itself notices when it has rows to send."""
+        for _ in range(LOOKS_MAX):
+            if self._is_calling(key.pid):
+                await self._cancel(key)
+                return
+            await asyncio.sleep(LOOK_S)
 
     async def _cancel(self, key: CancelKey) -> None:
         try:

@@ -408,7 +408,7 @@ class Session:
         """What the client asked for goes on as if it were connected directly, but no inference does."""
         if self.cancel_key is not None and self.exchange is not None:
             self.relay.stop_statement(self.cancel_key)
-        elif self.phase in (Phase.OPEN, Phase.PLANNING) and self._num_expected and self.cancel_key is not None:
+        elif self.phase in (Phase.OPEN, Phase.PLANNING) and not self.is_idle and self.cancel_key is not None:
             self.relay.stop_inference(self.cancel_key)
         self._close()
 

@@ -132,7 +132,7 @@ def _drop_probes(connection: Connection, last: str) -> None:
 @contextmanager
 def _transaction(url: str) -> Iterator[Connection]:
     try:
-        with psycopg.connect(url, connect_timeout=_CONNECT_TIMEOUT_S) as connection:
+        with psycopg.connect(url, connect_timeout=_CONNECT_TIMEOUT_S, client_encoding="utf8") as connection:
             connection.execute("SET LOCAL search_path = pg_catalog, pg_temp")
             connection.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
             yield connection

@@ -188,3 +188,31 @@ def test_latin1_database_gets_what_it_can_hold_and_a_clear_error_for_the_rest(la
             connection.execute("""SELECT infer('a', options => '{"answer": "\\u6f22"}')""")
         connection.execute("SET client_encoding = 'LATIN1'")
         assert connection.execute("SELECT infer('äb')").fetchone() == ("bä",)
+
+
+@pytest.fixture
+def ascii_url(cluster: EmbeddedPostgres, front: FrontThread) -> Iterator[str]:
+    """A database that takes any bytes."""
+    with psycopg.connect(cluster.database_url("postgres"), autocommit=True) as connection:
+        connection.execute(
+            "CREATE DATABASE bytes ENCODING 'SQL_ASCII' LOCALE 'C' LOCALE_PROVIDER libc TEMPLATE template0"
+        )
+        install(cluster.database_url("bytes"), front.front.address)
+        yield front.url("bytes")
+        connection.execute("DROP DATABASE bytes WITH (FORCE)")
+
+
+def test_bytes_that_are_no_utf8_are_refused_and_the_session_goes_on(ascii_url: str, model: ReversingModel) -> None:
+    with psycopg.connect(ascii_url, autocommit=True, client_encoding="SQL_ASCII") as connection:
+        assert connection.execute("SELECT infer('ab')").fetchone() == (b"ba",)
+        with pytest.raises(errors.CharacterNotInRepertoire, match="invalid byte sequence"):
+            connection.execute(b"SELECT infer('x\xe4')")
+        connection.execute(b'CREATE ROLE "r\xe4"; GRANT USAGE ON SCHEMA stratakv TO "r\xe4"; SET ROLE "r\xe4"')
+        model.calls.clear()
+        try:
+            with pytest.raises(errors.CharacterNotInRepertoire, match="invalid byte sequence"):
+                connection.execute("SELECT infer('a')")
+            assert model.calls == []
+        finally:
+            connection.execute(b'RESET ROLE; DROP OWNED BY "r\xe4"; DROP ROLE "r\xe4"')
+        assert connection.execute("SELECT infer('ab')").fetchone() == (b"ba",)
