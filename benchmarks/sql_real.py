@@ -28,7 +28,7 @@ QUESTION = "Is this good or bad? Answer with one word."
 SETTLE_S_MAX = 30.0
 WARM_UP = "SELECT infer('Say yes.', options => '{\"max_tokens\": 1}')"
 USAGE = (
-    "SELECT count(*), sum(prompt_tokens), sum(cached_l1_tokens + cached_l2_tokens + cached_pool_tokens)"
+    "SELECT count(*), sum(prompt_tokens), sum(cached_l1_tokens), sum(cached_l2_tokens), sum(cached_pool_tokens)"
     " FROM stratakv.usage_events WHERE source = 'sql'"
 )
 
@@ -40,7 +40,8 @@ class Measured:
     seconds: float
     num_rows: int
     prompt_tokens: int
-    cached_tokens: int
+    cached_tokens: tuple[int, int, int]
+    """In L1, L2 and the pool."""
 
     @property
     def rows_per_s(self) -> float:
@@ -48,7 +49,7 @@ class Measured:
 
     @property
     def hit_share(self) -> float:
-        return self.cached_tokens / self.prompt_tokens
+        return sum(self.cached_tokens) / self.prompt_tokens
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -56,6 +57,7 @@ class Measured:
             "hit_share": round(self.hit_share, 4),
             "seconds": round(self.seconds, 2),
             "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": dict(zip(("l1", "l2", "pool"), self.cached_tokens, strict=True)),
         }
 
 
@@ -68,14 +70,14 @@ def load(connection: psycopg.Connection[Any], table: Table) -> None:
             copy.write_row(list(row.values()))
 
 
-def used(connection: psycopg.Connection[Any], num_calls: int) -> tuple[int, int]:
-    """Prompt tokens and cached ones, once the events of so many calls are written."""
+def used(connection: psycopg.Connection[Any], num_calls: int) -> list[int]:
+    """Prompt tokens, and cached ones by tier, once the events of so many calls are written."""
     deadline_s = time.monotonic() + SETTLE_S_MAX
     while True:
         row = connection.execute(USAGE).fetchone()
         assert row is not None
         if row[0] >= num_calls:
-            return int(row[1]), int(row[2])
+            return [int(value) for value in row[1:]]
         if time.monotonic() > deadline_s:
             raise SystemExit(f"only {row[0]} of {num_calls} usage events were written")
         time.sleep(0.1)
@@ -99,7 +101,8 @@ def measure(table: Table, template: str, settings: Sequence[str], *, quiet: bool
         after = used(connection, 1 + len(table))
     if len(rows) != len(table):
         raise SystemExit(f"{len(rows)} answers for {len(table)} rows")
-    return Measured(seconds, len(rows), after[0] - before[0], after[1] - before[1])
+    prompt, l1, l2, pool = (now - then for now, then in zip(after, before, strict=True))
+    return Measured(seconds, len(rows), prompt, (l1, l2, pool))
 
 
 def main() -> int:

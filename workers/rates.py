@@ -78,6 +78,10 @@ class Rates:
         known = self._valid_load_rates().get(tier, 0.0)
         self._load_rates[tier] = _LoadRate(_mean(known, size_bytes / seconds), self._clock())
 
+    def prefill_s(self, num_tokens: int) -> float:
+        """Expected time to compute so many tokens; 0 while not measured."""
+        return num_tokens / self.prefill_tokens_per_s if self.prefill_tokens_per_s else 0.0
+
     def load_bytes_per_s(self) -> dict[str, float]:
         """By tier, the last that was measured."""
         return {tier.value: rate.bytes_per_s for tier, rate in self._load_rates.items()}
