@@ -88,9 +88,8 @@ class Rates:
 
     def pages_worth_loading(self, stretches: Sequence[Stretch], page_bytes: int, page_tokens: int) -> int:
         """The choice for these pages, by the rates as they are now."""
-        compute_page_s = page_tokens / self.prefill_tokens_per_s if self.prefill_tokens_per_s else 0.0
         load_page_s = {tier: page_bytes / rate for tier, rate in self._valid_load_rates().items()}
-        return pages_worth_loading(stretches, load_page_s, compute_page_s)
+        return pages_worth_loading(stretches, load_page_s, self.prefill_s(page_tokens))
 
     def _valid_load_rates(self) -> dict[Tier, float]:
         oldest = self._clock() - LOAD_RATE_VALID_S
