@@ -109,6 +109,11 @@ class Catalog:
             if held is not None and node is not None:
                 node.order_free(held.removal_id, [held.extent], [held.page_bytes])
 
+    def leaving(self, node: Node) -> set[Extent]:
+        """Places of pages that have left the index and that the daemon must keep until it is told otherwise."""
+        held = (held.extent for held in self._held_back.values() if held.segment == node.index)
+        return {*node.freeing, *held}
+
     def freed(self, node: Node, extents: Iterable[Extent]) -> None:
         """The daemon reports that it has these back."""
         for removal_id in node.freed(extents):

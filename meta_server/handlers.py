@@ -18,13 +18,23 @@ from meta_server.journal import Journal
 from meta_server.leases import LeaseTable
 from meta_server.moves import Moves
 from meta_server.nodes import Node, NodeTable
+from meta_server.policies import make_policy
 from meta_server.presence import Clock
 from meta_server.puts import PutTable
 from meta_server.reclaim import Reclaimer
 from meta_server.records import Snapshot
+from meta_server.rules import Rules
 from meta_server.slots import SlotArray
 from meta_server.store import STATEMENT_TIMEOUT_S, Store
-from meta_server.validate import check_keys, check_moves, check_put, check_put_id, check_segment, check_worker
+from meta_server.validate import (
+    check_keys,
+    check_moves,
+    check_put,
+    check_put_id,
+    check_rule,
+    check_segment,
+    check_worker,
+)
 from meta_server.workers import WorkerTable
 from stratakv import wire
 from stratakv.errors import InvalidRequest, Unavailable
@@ -34,6 +44,7 @@ from stratakv.settings import MetaSettings
 from stratakv.version import version
 
 Answer = wire.Message | Awaitable[wire.Message]
+PIN_S_MAX = 30 * 24 * 3600.0
 UNDECIDED_MAX = 4096
 """Puts looked up for one heartbeat; the daemon asks for the others again."""
 
@@ -47,9 +58,13 @@ class Handlers:
         self.journal = Journal(store)
         self._nodes = NodeTable(clock, settings.heartbeat_s, snapshot.dead_epochs)
         self._workers = WorkerTable(clock, settings.heartbeat_s)
-        self._catalog = Catalog(BlockIndex(), self._nodes, self.journal, snapshot.last_removal_id)
+        self._catalog = Catalog(
+            BlockIndex(make_policy(settings.policy)), self._nodes, self.journal, snapshot.last_removal_id
+        )
         self._index = self._catalog.index
         self._leases = LeaseTable(self._index, clock, leases_max=settings.leases_max, lease_s_max=settings.lease_s_max)
+        self._pins = LeaseTable(self._index, clock, leases_max=settings.pins_max, lease_s_max=PIN_S_MAX)
+        self._rules = Rules(self._catalog, self.journal, clock, snapshot.rules)
         self._reclaimer = Reclaimer(self._catalog, clock, high=settings.reclaim_high, low=settings.reclaim_low)
         self._moves = Moves(self._catalog, self.journal, clock, settings)
         self._puts = PutTable(self._catalog, self.journal, store, clock, settings, self._reclaimer.make_room)
@@ -73,12 +88,18 @@ class Handlers:
             wire.PutRevoke: self.put_revoke,
             wire.ReportCorrupt: self.report_corrupt,
             wire.Flush: self.flush,
+            wire.SetCacheRule: self.set_cache_rule,
+            wire.ListNamespaces: self.list_namespaces,
+            wire.PinPrefix: self.pin_prefix,
+            wire.Unpin: self.unpin,
             wire.GetStats: self.stats,
         }
 
     def tick(self) -> None:
         """Time has passed: leases and puts end, the silent are gone, full segments are reclaimed."""
         self._catalog.unpinned(self._leases.expire())
+        self._catalog.unpinned(self._pins.expire())
+        self._rules.apply()
         self._puts.expire()
         for node in self._nodes:
             if node.reachable and not node.pulse.alive:
@@ -187,6 +208,41 @@ class Handlers:
         slots = [self._index.unpinned(node.index, request.namespace) for node in self._nodes]
         num_blocks = self._catalog.remove(np.concatenate(slots), "flushed") if slots else 0
         return self._written(self.journal.all_written(), lambda: wire.Flushed(num_blocks=num_blocks))
+
+    def set_cache_rule(self, request: wire.SetCacheRule) -> Answer:
+        check_rule(request.rule)
+        self._rules.set(request.rule)
+        return self._written(self.journal.all_written(), wire.Done)
+
+    def list_namespaces(self, _: wire.ListNamespaces) -> wire.Namespaces:
+        names = {node.index: node.segment.node for node in self._nodes}
+        usage = self._index.usage()
+        by_namespace: dict[bytes, list[wire.WorkerInfo]] = {}
+        for worker in self._workers.states():
+            by_namespace.setdefault(worker.info.namespace, []).append(worker.info)
+        found = []
+        for namespace in sorted({*usage, *self._rules.namespaces()}):
+            segments, workers = usage.get(namespace, {}), by_namespace.get(namespace, [])
+            found.append(
+                wire.NamespaceState(
+                    namespace,
+                    sorted({info.model for info in workers}),
+                    workers[0].block_size if workers else 0,
+                    sum(blocks for blocks, _ in segments.values()),
+                    {names[segment]: size for segment, (_, size) in segments.items()},
+                    self._rules.get(namespace),
+                )
+            )
+        return wire.Namespaces(found)
+
+    def pin_prefix(self, request: wire.PinPrefix) -> wire.Pinned:
+        check_keys(request.namespace, request.keys)
+        slots = self._index.match(request.namespace, request.keys)
+        return wire.Pinned(len(slots), self._pins.grant(slots, request.pin_s) if len(slots) else 0)
+
+    def unpin(self, request: wire.Unpin) -> wire.Done:
+        self._catalog.unpinned(self._pins.release(request.pin_id))
+        return wire.Done()
 
     def stats(self, _: wire.GetStats) -> wire.Stats:
         return wire.Stats(

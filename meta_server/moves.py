@@ -75,10 +75,14 @@ class Moves:
             raise StaleEpoch("one of the two segments is not what it was")
         for extent in (*request.failed, *(page.source for page in request.pages)):
             source.moving.pop(extent, None)
-        slots = [self._slot(source, page.namespace, page.key, page.source) for page in request.pages]
-        wanted = [page for page, slot in zip(request.pages, slots, strict=True) if slot is not None]
-        if wanted:
-            await self._take(source, target, wanted)
+        by_slot: dict[int, MovedPage] = {}
+        for page in request.pages:
+            slot = self._slot(source, page.namespace, page.key, page.source)
+            if slot is not None:
+                # Orders of an earlier start of this server may have had it copied twice.
+                by_slot.setdefault(slot, page)
+        if by_slot:
+            await self._take(source, target, list(by_slot.values()))
         # A report that is repeated finds its pages at their targets.
         there = [self._slot(target, page.namespace, page.key, page.target) for page in request.pages]
         return MovesTaken([i for i, slot in enumerate(there) if slot is None])
@@ -94,7 +98,9 @@ class Moves:
         node.found.update(e for e, is_known in zip(request.extents, known, strict=True) if is_known)
         if request.is_last:
             self._drop_lost(node)
-        return Reconciled([e for e, is_known in zip(request.extents, known, strict=True) if not is_known])
+        leaving = self._catalog.leaving(node)
+        unknown = (e for e, is_known in zip(request.extents, known, strict=True) if not is_known)
+        return Reconciled([extent for extent in unknown if extent not in leaving])
 
     def _demote(self, node: Node) -> None:
         disk = next((n for n in self._catalog.nodes if n.segment.disk_of == node.segment.node), None)

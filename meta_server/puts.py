@@ -48,6 +48,7 @@ class _Put:
     node: Node
     keys: list[BlockKey]
     deadline: float
+    cost_us: int = 0
     state: PutState = PutState.PENDING
     extents: bytes = b""
     """As the writer sent them; kept while the outcome is open."""
@@ -120,7 +121,7 @@ class PutTable:
             keys=b"".join(keys[i] for i in wanted),
             left_s=min(request.timeout_s, self._settings.put_timeout_s_max),
         )
-        self._add(row, node)
+        self._add(row, node, request.cost_us)
         self._journal.start_put(row)
         return PutGrant(wanted=wanted, segment=node.segment)
 
@@ -267,6 +268,8 @@ class PutTable:
             self._remove(put, _COMMITTED)
             extents = unpack_extents(put.extents)
             self._catalog.insert(put.node, put.row.namespace, put.row.keys, extents, put.row.page_bytes)
+            if put.cost_us > 0:
+                self._catalog.index.learn_cost(put.row.namespace, put.cost_us / put.row.page_bytes)
 
     def _raise_unless_committed(self, put: _Put, state: str) -> None:
         if state != _COMMITTED:
@@ -277,8 +280,8 @@ class PutTable:
     def _is_current(self, put: _Put) -> bool:
         return self._catalog.nodes.at(put.node.index) is put.node
 
-    def _add(self, row: StartedPut, node: Node) -> None:
-        put = _Put(row, node, unpack_keys(row.keys), self._clock() + row.left_s)
+    def _add(self, row: StartedPut, node: Node, cost_us: int = 0) -> None:
+        put = _Put(row, node, unpack_keys(row.keys), self._clock() + row.left_s, cost_us)
         self._puts[row.put_id] = put
         self._pending_keys.setdefault(row.namespace, set()).update(put.keys)
         node.pending_bytes += put.size_bytes

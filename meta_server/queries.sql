@@ -120,6 +120,17 @@ SELECT * FROM unnest($1::bigint[], $2::bytea[], $3::bytea[], $4::bytea[], $5::te
 -- The daemon has all pages of these removals back.
 UPDATE stratakv.removals SET freed = true WHERE id = ANY($1::bigint[])
 
+-- name: cache_rules
+-- What operators have said of namespaces.
+SELECT namespace, ttl_s, memory_bytes_max, disk_bytes_max, is_kept FROM stratakv.cache_rules
+
+-- name: set_cache_rule
+-- An operator has changed a namespace's rule.
+INSERT INTO stratakv.cache_rules (namespace, ttl_s, memory_bytes_max, disk_bytes_max, is_kept)
+VALUES ($1, $2, $3, $4, $5)
+ON CONFLICT (namespace) DO UPDATE SET ttl_s = excluded.ttl_s, memory_bytes_max = excluded.memory_bytes_max,
+    disk_bytes_max = excluded.disk_bytes_max, is_kept = excluded.is_kept, changed_at = now()
+
 -- name: removals_to_apply
 -- Removals whose pages may still be in replicas. Read before the puts are filled, so that all their pages are there.
 SELECT id FROM stratakv.removals WHERE NOT applied ORDER BY id LIMIT $1

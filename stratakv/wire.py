@@ -294,6 +294,8 @@ class PutStart(Message, frozen=True):
     prefer_node: str | None = None
     worker: str = ""
     timeout_s: float = 30.0
+    cost_us: int = 0
+    """To compute one page again, in microseconds; 0 while that is not known. What a page is worth depends on it."""
 
 
 class PutGrant(Message, frozen=True):
@@ -342,6 +344,67 @@ class Flushed(Message, frozen=True):
     num_blocks: int
 
 
+class CacheRule(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What an operator says of a namespace; 0 is no limit."""
+
+    namespace: bytes
+    ttl_s: float = 0.0
+    """Pages that nobody has asked for in so long are dropped."""
+    memory_bytes_max: int = 0
+    """In the memory of all daemons together."""
+    disk_bytes_max: int = 0
+    is_kept: bool = False
+    """Pages stay when room is needed, as long as there is any other page."""
+
+
+class SetCacheRule(Message, frozen=True):
+    """Takes the place of the namespace's rule before."""
+
+    rule: CacheRule
+
+
+class ListNamespaces(Message, frozen=True):
+    """Namespaces with pages or with a rule."""
+
+
+class NamespaceState(msgspec.Struct, frozen=True):
+    namespace: bytes
+    models: list[str]
+    """Of the workers that use it and are alive."""
+    block_size: int
+    """0 while no such worker is known."""
+    blocks: int
+    bytes_by_node: dict[str, int]
+    rule: CacheRule
+
+
+class Namespaces(Message, frozen=True):
+    namespaces: list[NamespaceState]
+
+
+class PinPrefix(Message, frozen=True):
+    """Keep the leading blocks of `keys` that are in the pool where they are, whatever room is needed for.
+
+    In the meta server's memory only: its restart ends all pins.
+    """
+
+    namespace: bytes
+    keys: bytes
+    pin_s: float
+
+
+class Pinned(Message, frozen=True):
+    num_blocks: int
+    pin_id: int
+    """0 if there was nothing to pin."""
+
+
+class Unpin(Message, frozen=True):
+    """End one pin; one that is over already is fine."""
+
+    pin_id: int
+
+
 class GetStats(Message, frozen=True):
     pass
 
@@ -375,6 +438,10 @@ Request = (
     | PutRevoke
     | ReportCorrupt
     | Flush
+    | SetCacheRule
+    | ListNamespaces
+    | PinPrefix
+    | Unpin
     | GetStats
 )
 Reply = (
@@ -391,6 +458,8 @@ Reply = (
     | Match
     | PutGrant
     | Flushed
+    | Namespaces
+    | Pinned
     | Stats
 )
 ReplyT = TypeVar("ReplyT", bound=Message)

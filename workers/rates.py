@@ -38,6 +38,10 @@ class Rates:
         if seconds > 0:
             self._load_bytes_per_s[tier] = _mean(self._load_bytes_per_s.get(tier, 0.0), size_bytes / seconds)
 
+    def prefill_s(self, num_tokens: int) -> float:
+        """Expected time to compute so many tokens; 0 while not measured."""
+        return num_tokens / self.prefill_tokens_per_s if self.prefill_tokens_per_s else 0.0
+
     def load_bytes_per_s(self) -> dict[str, float]:
         return {tier.value: rate for tier, rate in self._load_bytes_per_s.items()}
 

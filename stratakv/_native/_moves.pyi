@@ -60,7 +60,7 @@ def pack_headers(
     /,
 ) -> bytes: ...
 def fetch_pages(
-    fd: int,
+    sockets: tuple[int, ...],
     opening: bytes,
     frame_bytes: int,
     frame_ranges: int,
@@ -73,7 +73,7 @@ def fetch_pages(
     /,
 ) -> tuple[int, int, int, bytes]: ...
 def push_pages(
-    fd: int,
+    sockets: tuple[int, ...],
     opening: bytes,
     frame_bytes: int,
     frame_ranges: int,

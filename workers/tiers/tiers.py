@@ -105,6 +105,7 @@ class Tiers:
             worker=info.worker,
             prefer_node=info.node,
             saves_max=SAVES_WAITING_MAX,
+            page_cost_s=lambda: rates.prefill_s(layout.page_tokens),
             on_written=lambda written: self._on_loop(self._remember, written),
             on_failed=metrics.pool_error,
         )
