@@ -18,7 +18,6 @@ from stratakv.errors import StrataError
 from stratakv.keys import BlockKey, Namespace, pack_keys
 from stratakv.layout import KVLayout
 from stratakv.log import EventLogger
-from stratakv.pool.auth import PoolCredentials
 from stratakv.pool.dmp_client import ConnectionCache
 from stratakv.pool.meta_client import MetaClient
 from stratakv.pool.pages import PageReader
@@ -73,7 +72,7 @@ class Tiers:
         layout: KVLayout,
         settings: WorkerSettings,
         meta: MetaClient,
-        credentials: PoolCredentials | None,
+        connections: ConnectionCache,
         l1: KVCache,
         rates: Rates,
         metrics: WorkerMetrics,
@@ -93,7 +92,7 @@ class Tiers:
         if not is_built():
             log.info("native_module_missing", effect="pages are moved by Python, slower")
         self._l2 = L2Table(L2_ENTRIES_MAX)
-        self._connections = ConnectionCache(credentials=credentials)
+        self._connections = connections
         self._reader = PageReader(layout, self._namespace)
         self._load_threads = ThreadPoolExecutor(LOAD_THREADS, thread_name_prefix="kv-load")
         self._in_flight: dict[BlockKey, Future[None]] = {}
