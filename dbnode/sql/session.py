@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from dbnode.sql.admin.console import AdminConsole
 from dbnode.sql.binding import SessionBinding
+from dbnode.sql.client_batch import HELD_BYTES_MAX, may_prepare_opening
 from dbnode.sql.errors import AdminShutdown, BackendLost, StartupTimeout
 from dbnode.sql.hidden_calls import REFRESH_S, HiddenCalls, changes_views
 from dbnode.sql.login import Legs, Login
@@ -46,7 +47,9 @@ _CLIENT_WATCHED = frozenset({Kind.QUERY, Kind.SYNC, Kind.FUNCTION_CALL, Kind.TER
 _BACKEND_WATCHED = frozenset({Kind.READY_FOR_QUERY, Kind.COPY_IN_RESPONSE, Kind.ERROR_RESPONSE})
 _SETTLED = frozenset({0, Kind.PASSWORD, Kind.QUERY, Kind.SYNC, Kind.FUNCTION_CALL})
 """Kinds of a client's last message after which nothing is half said."""
-_TEXT_BEARING = frozenset({int(Kind.QUERY), int(Kind.PARSE)})
+_TEXT_BEARING = frozenset({int(Kind.QUERY), int(Kind.PARSE), int(Kind.CLOSE)})
+"""Kinds of first messages that are worth a search: drivers send Close ahead of the next Parse."""
+_STARTING = _TEXT_BEARING | {int(Kind.BIND)}
 # Plain numbers: what every message is compared with must not be looked up in an enum.
 _READY_FOR_QUERY, _TERMINATE = int(Kind.READY_FOR_QUERY), int(Kind.TERMINATE)
 _DESCRIBED = frozenset({Kind.ROW_DESCRIPTION, Kind.NO_DATA})
@@ -114,6 +117,21 @@ class Session:
     def is_between(self) -> bool:
         """Nothing is under way, and the transaction, if there is one, has not failed."""
         return self._is_quiet and self.client.walker.last_kind in _SETTLED
+
+    @property
+    def is_behind(self) -> bool:
+        """What the client sends next stands in a pipeline behind what PostgreSQL still does."""
+        return (
+            self.phase is Phase.OPEN
+            and self._num_expected > 0
+            and self.client.walker.at_boundary
+            and self.client.walker.last_kind in _SETTLED
+        )
+
+    @property
+    def is_bound(self) -> bool:
+        """PostgreSQL's calls are known to be of this session."""
+        return self.binding is not None and self.binding.caller is not None
 
     @property
     def is_described(self) -> bool:
@@ -188,7 +206,7 @@ class Session:
         """Whether nothing in `data`, which starts a message, is for the gateway: then it is forwarded."""
         if self.calls.is_stale or self.has_changed_views:
             return False
-        if data[0] in _TEXT_BEARING and self.calls.may_call(data):
+        if data[0] in _TEXT_BEARING and (self.calls.may_call(data) or may_prepare_opening(data)):
             return False
         wants_bind = self._wants_bind and self.may_bind
         return not (wants_bind or (self.lookahead is not None and self.lookahead.remembers))
@@ -202,6 +220,9 @@ class Session:
             self.start_bind(data)
             return True
         if self.lookahead is not None and self.lookahead.wants(data):
+            if self.is_behind:
+                self.hold_until_ready(data)
+                return True
             self.phase = Phase.HOLDING
             self.lookahead.hold(data)
             return True
@@ -224,13 +245,15 @@ class Session:
         if self._num_expected < 0:
             # An order of messages we do not know: never take the session for idle again.
             self._num_expected = 1 << 62
+        if self.phase is Phase.WAITING and Kind.COPY_IN_RESPONSE in kinds:
+            self._end_waiting()  # the data may be among what is held
         if self._num_expected == 0:
             if self._is_metered:
                 self._statement_ends()
             if binding is not None and binding.caller is not None:
                 binding.caller.statement_ended()
-            if self.phase is Phase.PLANNING:
-                self._end_planning()
+            if self.phase is Phase.WAITING:
+                self._end_waiting()
             if self.relay.draining and self.is_idle:
                 self.end(AdminShutdown("terminating connection: the DB node is shutting down"))
 
@@ -284,7 +307,7 @@ class Session:
 
         Within a transaction only before the statement itself: binding takes a snapshot, as it is going to.
         """
-        is_for_infer = data[0] in (Kind.QUERY, Kind.PARSE) and self.calls.may_call(data)
+        is_for_infer = data[0] in _STARTING and self.calls.may_call(data)
         self._wants_bind = self._wants_bind or is_for_infer
         return self._wants_bind and (self.is_between if is_for_infer else self.is_idle)
 
@@ -297,7 +320,7 @@ class Session:
 
     def _end_bind(self) -> None:
         self.relay.registry.revoke(self._nonce)
-        log.debug("session_bound", session=self.name, failed=self.binding is None or self.binding.caller is None)
+        log.debug("session_bound", session=self.name, failed=not self.is_bound)
         self._end_own()
 
     def _hold_for_own(self, data: bytes) -> None:
@@ -335,6 +358,19 @@ class Session:
             self._on_own_done()
             if rest := exchange.take_rest():
                 self.backend.data_received(rest)
+
+    def run_of_client(self, first: bytes, held: bytes, rest: bytes) -> None:
+        """Run what a batch of the client's begins with by itself; `held` is what is left of it, and `rest` follows the batch."""
+        self._hold_for_own(held + rest)
+        exchange = OwnExchange.of_client(first)
+        self.run_own(exchange, lambda: self._end_of_client(exchange, rest))
+
+    def _end_of_client(self, exchange: OwnExchange, rest: bytes) -> None:
+        self.backend.walker.transaction_status = exchange.transaction_status
+        if exchange.first_error:  # the batch fails
+            self.client.write(ready_for_query(exchange.transaction_status))
+            self.held = rest
+        self._end_own()
 
     # Looking ahead
 
@@ -375,12 +411,17 @@ class Session:
         return self.binding is not None and self.binding.hints is not None and self.binding.hints.is_aborted
 
     def hold_until_ready(self, rest: bytes) -> None:
-        """What the client sends next waits for the end of the statement; `rest` has come already."""
-        self.phase = Phase.PLANNING
+        """What the client sends next waits for the end of what was sent; `rest` has come already."""
+        self.phase = Phase.WAITING
         self.held = rest
-        self.client.stop_reading()
 
-    def _end_planning(self) -> None:
+    def hold_more(self, data: bytes) -> None:
+        """What the client sends while it waits."""
+        self.held += data
+        if len(self.held) > HELD_BYTES_MAX:
+            self.client.stop_reading()
+
+    def _end_waiting(self) -> None:
         self.phase = Phase.OPEN
         self._feed_held()
         if not self.backend.is_full:
@@ -408,7 +449,7 @@ class Session:
         """What the client asked for goes on as if it were connected directly, but no inference does."""
         if self.cancel_key is not None and self.exchange is not None:
             self.relay.stop_statement(self.cancel_key)
-        elif self.phase in (Phase.OPEN, Phase.PLANNING) and not self.is_idle and self.cancel_key is not None:
+        elif self.phase in (Phase.OPEN, Phase.WAITING) and not self.is_idle and self.cancel_key is not None:
             self.relay.stop_inference(self.cancel_key)
         self._close()
 
