@@ -2,6 +2,7 @@
 #include "gate.h"
 #include "headers.h"
 #include "moves.h"
+#include "walker.h"
 #include "wire.h"
 #include "xxh3.h"
 
@@ -44,9 +45,12 @@ PyMODINIT_FUNC PyInit__moves() {
   PyObject* const module = PyModule_Create(&definition);
   if (module == nullptr) return nullptr;
   PyObject* const gate_type = strata::make_gate_type();
+  PyObject* const walker_type = strata::make_walker_type();
   const bool is_whole = gate_type != nullptr && PyModule_AddObjectRef(module, "Gate", gate_type) == 0 &&
+                        walker_type != nullptr && PyModule_AddObjectRef(module, "MessageWalker", walker_type) == 0 &&
                         PyModule_AddStringConstant(module, "KERNEL", strata::kernel_name()) == 0;
   Py_XDECREF(gate_type);
+  Py_XDECREF(walker_type);
   if (is_whole) return module;
   Py_DECREF(module);
   return nullptr;
