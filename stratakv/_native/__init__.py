@@ -30,14 +30,19 @@ __all__ = [
 ]
 
 
+INTERFACE = 2
+"""Counted up with every change of what the C++ module offers: one that was built from older sources is not used."""
+
+
 def _load() -> Moves:
-    """The C++ module, or the Python one if it is asked for or the other was not built."""
+    """The C++ module, or the Python one if it is asked for or the other was not built from these sources."""
     if os.environ.get(NATIVE_ENV) != "0":
         try:
             from stratakv._native import _moves
         except ImportError:
             return fallback
-        return cast(Moves, _moves)
+        if getattr(_moves, "INTERFACE", 0) == INTERFACE:
+            return cast(Moves, _moves)
     return fallback
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from stratakv._native.base import Buffer, Int64s, LayerMove, UInt64s
 
+INTERFACE: int
 KERNEL: str
 
 class Gate:

@@ -8,6 +8,9 @@
 
 namespace {
 
+// As in __init__.py: a module that was built from older sources is not used.
+constexpr long kInterface = 2;
+
 PyObject* xxh3_64(PyObject*, PyObject* args) {
   return strata::guarded([&]() -> PyObject* {
     PyObject* data;
@@ -48,6 +51,7 @@ PyMODINIT_FUNC PyInit__moves() {
   PyObject* const walker_type = strata::make_walker_type();
   const bool is_whole = gate_type != nullptr && PyModule_AddObjectRef(module, "Gate", gate_type) == 0 &&
                         walker_type != nullptr && PyModule_AddObjectRef(module, "MessageWalker", walker_type) == 0 &&
+                        PyModule_AddIntConstant(module, "INTERFACE", kInterface) == 0 &&
                         PyModule_AddStringConstant(module, "KERNEL", strata::kernel_name()) == 0;
   Py_XDECREF(gate_type);
   Py_XDECREF(walker_type);
