@@ -19,6 +19,7 @@ from stratakv.errors import SetupError
 from stratakv.log import EventLogger
 from stratakv.pool.auth import PoolCredentials, require_credentials
 from stratakv.pool.meta_client import MetaClient
+from stratakv.pool.mooncake import transfer_engine
 from stratakv.process import advertised_host
 from stratakv.settings import DmpSettings, Settings
 from stratakv.wire import Segment
@@ -37,7 +38,10 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     memory = MemorySegment(dmp.segment_bytes)
     puts = PutTable(ExtentAllocator(memory.size_bytes), time.monotonic)
     store = _open_disk(dmp)
-    server = DaemonServer(dmp, memory, puts, credentials, store)
+    engine = transfer_engine(public_host, settings.pool.transfer_engine)
+    if engine is not None:
+        engine.register(memory.address, memory.size_bytes)
+    server = DaemonServer(dmp, memory, puts, credentials, store, engine.name if engine is not None else "")
     segment = Segment(
         node=dmp.node,
         epoch=memory.epoch,

@@ -192,6 +192,12 @@ class BlockIndex:
         """All pages of a segment."""
         return self._table.live_in(segment)
 
+    def identify(self, slots: SlotArray) -> list[tuple[bytes, bytes]]:
+        """Namespace and key of each slot."""
+        table = self._table
+        namespaces = [self._names_by_id[names_id].namespace for names_id in table.namespace[slots].tolist()]
+        return list(zip(namespaces, (row.tobytes() for row in table.key[slots]), strict=True))
+
     def unpinned(self, segment: int, namespace: bytes = b"") -> SlotArray:
         """Pages of a segment (of one namespace or of all) that nobody holds a lease on."""
         table = self._table

@@ -136,4 +136,4 @@ class NodeTable:
 
     def states(self) -> list[NodeState]:
         """The nodes whose heartbeats arrive."""
-        return [NodeState(n.segment, n.used_bytes, n.free_bytes) for n in self if n.reachable]
+        return [NodeState(n.segment, n.used_bytes, n.free_bytes, n.read_only) for n in self if n.reachable]

@@ -244,10 +244,12 @@ class ListNodes(Message, frozen=True):
     """Segments whose daemons' heartbeats arrive."""
 
 
-class NodeState(msgspec.Struct, frozen=True):
+class NodeState(msgspec.Struct, frozen=True, omit_defaults=True):
     segment: Segment
     used_bytes: int
     free_bytes: int
+    read_only: bool = False
+    """A disk that takes no more pages."""
 
 
 class Nodes(Message, frozen=True):
@@ -364,7 +366,7 @@ class SetCacheRule(Message, frozen=True):
 
 
 class ListNamespaces(Message, frozen=True):
-    """Namespaces with pages or with a rule."""
+    """Namespaces with pages, with workers or with a rule."""
 
 
 class NamespaceState(msgspec.Struct, frozen=True):
@@ -376,10 +378,34 @@ class NamespaceState(msgspec.Struct, frozen=True):
     blocks: int
     bytes_by_node: dict[str, int]
     rule: CacheRule
+    blocks_by_node: dict[str, int] = {}
 
 
 class Namespaces(Message, frozen=True):
     namespaces: list[NamespaceState]
+
+
+class PageAt(msgspec.Struct, frozen=True, array_like=True):
+    """One page of a node, as the index has it."""
+
+    namespace: bytes
+    key: bytes
+    extent: Extent
+    page_bytes: int
+
+
+class ListPages(Message, frozen=True):
+    """The pages of a node, part by part; pages that come or go meanwhile may be left out."""
+
+    node: str
+    after: int = -1
+    """`Pages.last` of the part before."""
+
+
+class Pages(Message, frozen=True):
+    pages: list[PageAt]
+    """Empty behind the last part."""
+    last: int = -1
 
 
 class PinPrefix(Message, frozen=True):
@@ -419,6 +445,11 @@ class Stats(Message, frozen=True):
     lookups: int
     lookup_hits: int
     evictions: int
+    demoted: int = 0
+    """Pages that went to disk."""
+    promoted: int = 0
+    """Pages that came back from disk."""
+    pins: int = 0
 
 
 Request = (
@@ -440,6 +471,7 @@ Request = (
     | Flush
     | SetCacheRule
     | ListNamespaces
+    | ListPages
     | PinPrefix
     | Unpin
     | GetStats
@@ -459,6 +491,7 @@ Reply = (
     | PutGrant
     | Flushed
     | Namespaces
+    | Pages
     | Pinned
     | Stats
 )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 from dbnode.sql.client_batch import HELD_BYTES_MAX
 from dbnode.sql.errors import ProtocolViolation
-from dbnode.sql.messages import MessageWalker
+from dbnode.sql.walker import make_walker
 from stratakv.errors import PermissionDenied
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Side(asyncio.Protocol):
 
     def __init__(self, session: Session, watched: frozenset[int]) -> None:
         self.session = session
-        self.walker = MessageWalker(watched)
+        self.walker = make_walker(watched)
         self.transport: asyncio.Transport | None = None
         self.is_full = False
         self._linger: asyncio.TimerHandle | None = None
