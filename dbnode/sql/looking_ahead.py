@@ -118,7 +118,7 @@ class Lookahead:
             return False
         if session.is_behind:
             return session.is_bound
-        session.note_calls(data)
+        session.preparation.note_calls(data)
         session.statement_begins(None if kind in (Kind.EXECUTE, Kind.CLOSE) else statement_text(data, self._prepared))
         if not session.is_bound:
             return False
@@ -187,7 +187,7 @@ class Lookahead:
             self._session.go_on(reader.held)  # PostgreSQL only warns of another BEGIN
         else:
             size_bytes = reader.opening_bytes
-            self._session.run_of_client(reader.whole[:size_bytes], reader.whole[size_bytes:], reader.rest)
+            self._session.preparation.run_first(reader.whole[:size_bytes], reader.whole[size_bytes:], reader.rest)
 
     def _open(self, name: str, batch: Batch, target: Collectable, window: int) -> OpenCursor:
         cursor = OpenCursor(batch, target, window)
