@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from dbnode.sql.admin.console import AdminConsole
@@ -207,10 +207,10 @@ class Session:
             return True
         return False
 
-    def on_client_messages(self, kinds: list[int]) -> None:
+    def on_client_messages(self, kinds: Sequence[int]) -> None:
         self._num_expected += len(kinds) - kinds.count(_TERMINATE)
 
-    def on_backend_messages(self, kinds: list[int]) -> None:
+    def on_backend_messages(self, kinds: Sequence[int]) -> None:
         binding = self.binding
         if binding is not None and binding.hints is not None and binding.hints.is_used:
             self._end_hints(binding.hints, kinds)
@@ -234,7 +234,7 @@ class Session:
             if self.relay.draining and self.is_idle:
                 self.end(AdminShutdown("terminating connection: the DB node is shutting down"))
 
-    def _end_hints(self, hints: SessionHints, kinds: list[int]) -> None:
+    def _end_hints(self, hints: SessionHints, kinds: Sequence[int]) -> None:
         if Kind.ERROR_RESPONSE in kinds:
             hints.note_failure()
         if Kind.READY_FOR_QUERY in kinds:

@@ -13,7 +13,7 @@ import enum
 from typing import TYPE_CHECKING, cast
 
 from dbnode.sql.errors import ProtocolViolation
-from dbnode.sql.messages import MessageWalker
+from dbnode.sql.walker import make_walker
 from stratakv.errors import PermissionDenied
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Side(asyncio.Protocol):
 
     def __init__(self, session: Session, watched: frozenset[int]) -> None:
         self.session = session
-        self.walker = MessageWalker(watched)
+        self.walker = make_walker(watched)
         self.transport: asyncio.Transport | None = None
         self.is_full = False
         self._linger: asyncio.TimerHandle | None = None
