@@ -53,6 +53,10 @@ ROLLBACKS_MAX = 3
 """Attempts to leave a pass that something interrupts."""
 _REFUSED = b"\0C42"
 """In an ErrorResponse: PostgreSQL could not make sense of a statement."""
+_CANCELLED = b"\0C57014\0"
+"""PostgreSQL has cancelled a statement, or its time is over."""
+TIMER_MARGIN_S = 0.002
+"""PostgreSQL's timer is not earlier than so much before its time."""
 IDLE_MARGIN_S = 0.2
 """The batch goes on so long before PostgreSQL would end the session as idle."""
 
@@ -322,13 +326,25 @@ class Lookahead:
         sites = None if hints.is_unnumbered else target.sites
         hints.start_pass(limits, sites.governors if sites is not None else None)
         if sites is not None:
-            exchange = await self._run(pass_exchange(within, batch, sites.select, budget_s))
-            await self._leave(within, exchange)
+            exchange = await self._run_select(within, batch, sites.select, budget_s)
             if _REFUSED not in exchange.first_error:
                 return
             # A function of these names that is not ours, or an expression that no longer equals another one.
             hints.is_unnumbered = True
-        await self._leave(within, await self._run(pass_exchange(within, batch, target.select, budget_s)))
+        await self._run_select(within, batch, target.select, budget_s)
+
+    async def _run_select(self, within: Within, batch: Batch, select: str, budget_s: float) -> OwnExchange:
+        """Raises TransactionLost, GatewayFailed."""
+        loop = asyncio.get_running_loop()
+        started_s = loop.time()
+        exchange = await self._run(pass_exchange(within, batch, select, budget_s))
+        is_in_time = loop.time() - started_s < budget_s - TIMER_MARGIN_S
+        await self._leave(within, exchange)
+        if _CANCELLED in exchange.first_error and is_in_time and not self._session.is_cancelled:
+            # Somebody's pg_cancel_backend: it is the client's statement that is meant.
+            self._hints.abort(Cancelled("canceling statement due to user request"))
+            self._session.relay.repeat_cancel(self._session)
+        return exchange
 
     async def _leave(self, within: Within, exchange: OwnExchange) -> None:
         """Make sure that the session is again where it was before an exchange that is done."""
