@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from meta_server.administration import PIN_S_MAX, Administration
+from meta_server.ages import Ages
 from meta_server.catalog import Catalog
 from meta_server.draining import Draining
 from meta_server.index import BlockIndex
@@ -61,8 +62,9 @@ class Handlers:
         self._leases = LeaseTable(self._index, clock, leases_max=settings.leases_max, lease_s_max=settings.lease_s_max)
         self._pins = LeaseTable(self._index, clock, leases_max=settings.pins_max, lease_s_max=PIN_S_MAX)
         self._catalog = Catalog(self._index, self._nodes, self.journal, self._pins, snapshot.last_removal_id)
-        self._rules = Rules(self._catalog, self.journal, clock, snapshot.rules)
-        self._reclaimer = Reclaimer(self._catalog, clock, high=settings.reclaim_high, low=settings.reclaim_low)
+        ages = Ages(clock)
+        self._rules = Rules(self._catalog, self.journal, clock, ages, snapshot.rules)
+        self._reclaimer = Reclaimer(self._catalog, clock, ages, high=settings.reclaim_high, low=settings.reclaim_low)
         self._moves = Moves(self._catalog, self.journal, clock, settings)
         placement = Placement(self._nodes, self._reclaimer.make_room, high=settings.reclaim_high)
         self._puts = PutTable(self._catalog, self.journal, store, clock, settings, placement)
@@ -210,6 +212,7 @@ class Handlers:
             lookups=self._lookups,
             lookup_hits=self._lookup_hits,
             evictions=self._reclaimer.evictions,
+            evicted_age_s=self._reclaimer.evicted_age_s,
             demoted=self._moves.demoted,
             promoted=self._moves.promoted,
             pins=len(self._pins),

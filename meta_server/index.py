@@ -135,6 +135,11 @@ class BlockIndex:
         ticks: NDArray[np.int64] = np.where(slots == _ABSENT, _ABSENT, self._table.tick[slots])
         return ticks
 
+    def slot_ticks(self, slots: SlotArray) -> NDArray[np.int64]:
+        """When the page of each slot was last asked for."""
+        ticks: NDArray[np.int64] = self._table.tick[slots]
+        return ticks
+
     def set_ticks(self, namespace: bytes, keys: bytes, ticks: NDArray[np.int64]) -> None:
         """Pages that have moved stay as cold as they were."""
         slots = self._find(namespace, keys, reachable_only=False)

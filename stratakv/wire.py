@@ -477,6 +477,8 @@ class Stats(Message, frozen=True):
     promoted: int = 0
     """Pages that came back from disk."""
     pins: int = 0
+    evicted_age_s: float = 0.0
+    """Median time since the pages that were evicted last had been asked for."""
 
 
 Request = (

@@ -102,7 +102,8 @@ def _print(nodes: Nodes, namespaces: Namespaces, counters: Stats) -> None:
         )
     console.print(table, markup=False)
     console.print(
-        f"lookups {counters.lookups}, hits {counters.lookup_hits}, removed for room {counters.evictions},"
+        f"lookups {counters.lookups}, hits {counters.lookup_hits}, removed for room {counters.evictions}"
+        f" (the last of them not asked for since {counters.evicted_age_s:.0f} s),"
         f" to disk {counters.demoted}, back from disk {counters.promoted}, pins {counters.pins},"
         f" leases {counters.leases}, writes in progress {counters.puts_pending}",
         markup=False,
