@@ -2,17 +2,20 @@
 
 Per namespace, a key's 60-bit fingerprint leads to a slot, whose full key is compared on every hit; keys whose fingerprints
 collide go to a small table of their own. Recency is exact: each touch stamps pages with a growing tick, a prefix's later
-blocks just colder than its earlier ones, so that reclaiming takes leaves before what they hang on.
+blocks just colder than its earlier ones, so that reclaiming takes leaves before what they hang on. A policy
+(`meta_server.policies`) chooses among them.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from meta_server.policies import Candidates, Lru, Policy
 from meta_server.slots import KEY_WORDS, NO_SEGMENT, SlotArray, SlotTable
 from stratakv.keys import KEY_BYTES
 
@@ -32,6 +35,7 @@ class _Names:
     namespace: bytes
     by_fingerprint: dict[int, int] = field(default_factory=dict)
     collided: dict[bytes, int] = field(default_factory=dict)
+    cost_per_byte: float = math.nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +52,26 @@ class Removed:
         return len(self.slots)
 
 
+@dataclass(frozen=True, slots=True)
+class History:
+    """How pages were used, one array element each."""
+
+    ticks: NDArray[np.int64]
+    reads: NDArray[np.uint8]
+
+
 class BlockIndex:
     """Every committed page of every live segment; one place per key."""
 
-    def __init__(self) -> None:
+    def __init__(self, policy: Policy | None = None) -> None:
+        """`policy` chooses what goes first; by default the least recently used."""
         self._table = SlotTable()
+        self._policy = policy or Lru()
         self._names: dict[bytes, _Names] = {}
         self._names_by_id: dict[int, _Names] = {}
         self._next_names_id = 0
         self._tick = 0
+        self._kept: set[int] = set()
         self._available = np.zeros(16, np.bool_)
         self.num_blocks = 0
         self.bytes_committed = 0
@@ -88,10 +103,41 @@ class BlockIndex:
         self._tick += len(slots)
         self._table.tick[slots] = self._tick - np.arange(len(slots))
 
+    def lying_in(self, namespace: bytes, keys: bytes, segment: int) -> tuple[NDArray[np.int64], SlotArray]:
+        """Positions of the keys whose pages lie in a segment, and their slots."""
+        slots = self._find(namespace, keys, reachable_only=False)
+        there = np.flatnonzero((slots != _ABSENT) & (self._table.segment[slots] == segment))
+        return there, slots[there]
+
+    def worth_keeping(self, segment: int) -> SlotArray:
+        """Pages of a segment that somebody has read there, or wants to stay."""
+        table, slots = self._table, self._table.live_in(segment)
+        kept = np.isin(table.namespace[slots], list(self._kept))
+        worthy: SlotArray = slots[(table.reads[slots] > 0) | (table.pins[slots] > 0) | kept]
+        return worthy
+
+    def hottest_first(self, slots: SlotArray) -> SlotArray:
+        return slots[np.argsort(-self._table.tick[slots])]
+
+    def history(self, slots: SlotArray) -> History:
+        """What is known of how the pages were used."""
+        return History(self._table.tick[slots], self._table.reads[slots])
+
+    def set_history(self, namespace: bytes, keys: bytes, history: History) -> None:
+        """Pages that have moved to another daemon are worth what they were."""
+        slots = self._find(namespace, keys, reachable_only=False)
+        known = slots != _ABSENT
+        self._table.tick[slots[known]], self._table.reads[slots[known]] = history.ticks[known], history.reads[known]
+
     def ticks(self, namespace: bytes, keys: bytes) -> NDArray[np.int64]:
         """When each page was last asked for; -1 for those that are not there."""
         slots = self._find(namespace, keys, reachable_only=False)
         ticks: NDArray[np.int64] = np.where(slots == _ABSENT, _ABSENT, self._table.tick[slots])
+        return ticks
+
+    def slot_ticks(self, slots: SlotArray) -> NDArray[np.int64]:
+        """When the page of each slot was last asked for."""
+        ticks: NDArray[np.int64] = self._table.tick[slots]
         return ticks
 
     def set_ticks(self, namespace: bytes, keys: bytes, ticks: NDArray[np.int64]) -> None:
@@ -107,6 +153,11 @@ class BlockIndex:
     def unpin(self, slots: SlotArray) -> SlotArray:
         """Undo one `pin`; the slots whose pages left the index meanwhile and that nobody reads any more."""
         return self._table.unpin(slots)
+
+    def are_pinned(self, slots: SlotArray) -> NDArray[np.bool_]:
+        """Whether anybody holds a lease or a pin on each."""
+        pinned: NDArray[np.bool_] = self._table.pins[slots] > 0
+        return pinned
 
     def places(self, slots: SlotArray) -> tuple[list[int], list[int], list[int]]:
         """Segment, offset and generation of each slot."""
@@ -127,6 +178,7 @@ class BlockIndex:
         table.offset[slots], table.generation[slots] = extents[new, 0], extents[new, 1]
         table.page_bytes[slots], table.segment[slots], table.namespace[slots] = page_bytes, segment, names.id
         table.reads[slots] = 0
+        table.enter(slots)
         fingerprints = _fingerprints(rows)
         doubles: list[int] = []
         for i, slot in zip(new.tolist(), slots.tolist(), strict=True):
@@ -135,6 +187,7 @@ class BlockIndex:
                 table.release(np.array([slot], np.int64))
         kept = slots[table.segment[slots] != NO_SEGMENT]
         self.touch(kept)
+        self._policy.inserted(table, kept)
         self.num_blocks += len(kept)
         self.bytes_committed += page_bytes * len(kept)
         surplus = np.concatenate([np.flatnonzero(found != _ABSENT), np.array(doubles, np.int64)])
@@ -183,6 +236,12 @@ class BlockIndex:
         """All pages of a segment."""
         return self._table.live_in(segment)
 
+    def identify(self, slots: SlotArray) -> list[tuple[bytes, bytes]]:
+        """Namespace and key of each slot."""
+        table = self._table
+        namespaces = [self._names_by_id[names_id].namespace for names_id in table.namespace[slots].tolist()]
+        return list(zip(namespaces, (row.tobytes() for row in table.key[slots]), strict=True))
+
     def unpinned(self, segment: int, namespace: bytes = b"") -> SlotArray:
         """Pages of a segment (of one namespace or of all) that nobody holds a lease on."""
         table = self._table
@@ -193,12 +252,63 @@ class BlockIndex:
             slots = slots[table.namespace[slots] == names.id] if names else slots[:0]
         return slots
 
-    def coldest(self, segment: int, size_bytes: int) -> SlotArray:
-        """The least recently used unpinned pages of a segment that together free `size_bytes`, or all there are."""
-        slots = self.unpinned(segment)
-        slots = slots[np.argsort(self._table.tick[slots])]
-        enough = int(np.searchsorted(np.cumsum(self._table.page_bytes[slots]), size_bytes)) + 1
-        return slots[:enough] if size_bytes > 0 else slots[:0]
+    def coldest(self, segment: int, size_bytes: int, namespace: bytes = b"") -> SlotArray:
+        """The unpinned pages of a segment that go first, and together free `size_bytes`; all there are, if too few.
+
+        Of one namespace, or of all that are not kept.
+        """
+        slots = self.unpinned(segment, namespace)
+        if not namespace and self._kept:
+            slots = slots[~np.isin(self._table.namespace[slots], list(self._kept))]
+        costs = np.full(self._next_names_id, np.nan)
+        for names in self._names.values():
+            costs[names.id] = names.cost_per_byte
+        return self._policy.victims(Candidates(self._table, slots, costs[self._table.namespace[slots]]), size_bytes)
+
+    def keep(self, namespace: bytes, is_kept: bool) -> None:
+        """Whether pages of the namespace stay when room is needed."""
+        names_id = self._names_of(namespace).id
+        (self._kept.add if is_kept else self._kept.discard)(names_id)
+        self._forget_if_empty(self._names_of(namespace))
+
+    def learn_cost(self, namespace: bytes, cost_per_byte: float) -> None:
+        """How long a byte of the namespace takes to compute again, in any unit."""
+        if (names := self._names.get(namespace)) is not None:
+            names.cost_per_byte = cost_per_byte
+
+    def size_of(self, namespace: bytes, segment: int) -> int:
+        """Bytes of a namespace's pages on a segment."""
+        names, table = self._names.get(namespace), self._table
+        if names is None:
+            return 0
+        slots = table.live_in(segment)
+        return int(table.page_bytes[slots[table.namespace[slots] == names.id]].sum())
+
+    def read_before(self, namespace: bytes, tick: int) -> SlotArray:
+        """Unpinned pages of a namespace that were last asked for before the tick."""
+        names, table = self._names.get(namespace), self._table
+        if names is None:
+            return np.empty(0, np.int64)
+        old = (table.namespace == names.id) & (table.segment != NO_SEGMENT) & (table.tick < tick) & (table.pins == 0)
+        return np.flatnonzero(old)
+
+    @property
+    def tick(self) -> int:
+        """Of the page that was asked for last."""
+        return self._tick
+
+    def usage(self) -> dict[bytes, dict[int, tuple[int, int]]]:
+        """Namespace → segment → pages and bytes. Takes time with the number of pages."""
+        table = self._table
+        live = np.flatnonzero(table.segment != NO_SEGMENT)
+        found: dict[bytes, dict[int, tuple[int, int]]] = {}
+        for names in self._names.values():
+            mine = live[table.namespace[live] == names.id]
+            by_segment = found[names.namespace] = {}
+            for segment in np.unique(table.segment[mine]).tolist():
+                sizes = table.page_bytes[mine[table.segment[mine] == segment]]
+                by_segment[segment] = len(sizes), int(sizes.sum())
+        return found
 
     def remove(self, slots: SlotArray) -> Removed:
         """Take pages out; nothing finds them from here on."""
@@ -260,7 +370,7 @@ class BlockIndex:
         return names
 
     def _forget_if_empty(self, names: _Names) -> None:
-        if not names.by_fingerprint and not names.collided:
+        if not names.by_fingerprint and not names.collided and names.id not in self._kept:
             del self._names[names.namespace], self._names_by_id[names.id]
 
 

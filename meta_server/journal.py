@@ -11,9 +11,9 @@ import random
 from collections.abc import Callable
 
 from meta_server.records import CommittedRun, Removal, StartedPut, WriteBatch
-from meta_server.store import Store
+from meta_server.store import STATEMENT_TIMEOUT_S, Store
 from stratakv.errors import Overloaded, Unavailable
-from stratakv.wire import Segment, WorkerInfo
+from stratakv.wire import CacheRule, Segment, WorkerInfo
 
 JOURNAL_OPS_MAX = 100_000
 RETRY_S_MIN = 0.05
@@ -79,6 +79,10 @@ class Journal:
         self._next.removals.append(removal)
         self.when_written(written)
 
+    def set_rule(self, rule: CacheRule) -> None:
+        self._next.rules.append(rule)
+        self._wake.set()
+
     def finish_removal(self, removal_id: int) -> None:
         self._next.freed.append(removal_id)
         self._wake.set()
@@ -133,7 +137,7 @@ class Journal:
     def _retain(self, batch: WriteBatch, callbacks: list[Callable[[], None]]) -> None:
         later, self._next = self._next, batch
         batch.ends = later.ends
-        for name in ("segments", "workers", "starts", "voids", "pages", "removals", "freed"):
+        for name in ("segments", "workers", "starts", "voids", "pages", "removals", "freed", "rules"):
             getattr(batch, name).extend(getattr(later, name))
         self._callbacks = callbacks + self._callbacks
         self._wake.set()
@@ -144,6 +148,14 @@ class Journal:
         self._deciding[put_id] = decided
         self._wake.set()
         return decided
+
+
+async def confirmed(written: asyncio.Future[None]) -> None:
+    """Wait for `Journal.all_written`. Raises Unavailable if that takes too long; it is written sooner or later."""
+    try:
+        await asyncio.wait_for(written, STATEMENT_TIMEOUT_S)
+    except TimeoutError:
+        raise Unavailable("the metadata database does not answer; try again") from None
 
 
 def _settle(decided: Decided, outcome: str | Unavailable) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meta_server.index import ExtentArray
-from stratakv.wire import Extent, Segment, WorkerInfo
+from stratakv.wire import CacheRule, Extent, Segment, WorkerInfo
 
 EXTENT_BYTES = 16
 _PACKED = np.dtype(">i8")
@@ -100,6 +100,7 @@ class Snapshot:
     """put_id → state, oldest first."""
     removals: list[OpenRemoval]
     last_removal_id: int = 0
+    rules: list[CacheRule] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -117,8 +118,9 @@ class WriteBatch:
     removals: list[Removal] = field(default_factory=list)
     freed: list[int] = field(default_factory=list)
     """Removals whose pages the daemon has back."""
+    rules: list[CacheRule] = field(default_factory=list)
 
     def __len__(self) -> int:
         return sum(len(ops) for ops in (self.segments, self.workers, self.starts, self.voids, self.ends)) + sum(
-            len(ops) for ops in (self.pages, self.removals, self.freed)
+            len(ops) for ops in (self.pages, self.removals, self.freed, self.rules)
         )

@@ -1,4 +1,4 @@
-"""Columns of the block index: one row (slot) per committed page, in numpy arrays of about 70 bytes a row.
+"""Columns of the block index: one row (slot) per committed page, in numpy arrays of about 80 bytes a row.
 
 A slot that readers hold a lease on is pinned; if its page leaves the index meanwhile, the slot is reused only after the
 last unpin, so that a lease never speaks of a page it was not given for. Used by `index` only.
@@ -29,8 +29,12 @@ class SlotTable:
         self.segment = np.full(_ROWS_AT_START, NO_SEGMENT, np.int32)
         self.namespace = np.zeros(_ROWS_AT_START, np.int32)
         self.reads = np.zeros(_ROWS_AT_START, np.uint8)
+        self.entered = np.zeros(_ROWS_AT_START, np.int64)
+        """Place in its queue, for policies that keep one."""
+        self.in_main = np.zeros(_ROWS_AT_START, np.bool_)
         self.pins = np.zeros(_ROWS_AT_START, np.int32)
         self._num_used = 0
+        self._num_entered = 0
         self._free: list[int] = []
 
     @property
@@ -45,6 +49,17 @@ class SlotTable:
         self._num_used = fresh.stop
         self._grow_to(self._num_used)
         return np.array([*reused, *fresh], np.int64)
+
+    def enter(self, slots: SlotArray) -> None:
+        """To the ends of their queues, the last slot first."""
+        self._num_entered += len(slots)
+        self.entered[slots] = self._num_entered - np.arange(len(slots))
+        self.in_main[slots] = False
+
+    def next_entry(self) -> int:
+        """The end of a queue."""
+        self._num_entered += 1
+        return self._num_entered
 
     def release(self, slots: SlotArray) -> None:
         """The rows are live no longer; unpinned ones are reused from now on, pinned ones after their last unpin."""

@@ -18,7 +18,7 @@ from stratakv.errors import SetupError, Unavailable
 from stratakv.log import EventLogger
 from stratakv.queries import load_queries
 from stratakv.settings import DatabaseSettings
-from stratakv.wire import Segment
+from stratakv.wire import CacheRule, Segment
 
 QUERIES = load_queries("meta_server")
 LEADER_LOCK = 0x5354_5241_4D45_5441
@@ -88,6 +88,7 @@ class Store:
                 decided=dict(await connection.fetch(QUERIES["decided_puts"], DECIDED_MAX)),
                 removals=[OpenRemoval(**row) for row in await connection.fetch(QUERIES["open_removals"])],
                 last_removal_id=await connection.fetchval(QUERIES["last_removal"]),
+                rules=[CacheRule(**row) for row in await connection.fetch(QUERIES["cache_rules"])],
             )
 
     async def put_states(self, put_ids: Iterable[bytes]) -> dict[bytes, str]:
@@ -141,6 +142,10 @@ class Store:
             await durable.execute(QUERIES["add_removals"], *map(list, zip(*removals, strict=True)))
         if batch.freed:
             await lazy.execute(QUERIES["finish_removals"], batch.freed)
+        for r in batch.rules:
+            await durable.execute(
+                QUERIES["set_cache_rule"], r.namespace, r.ttl_s, r.memory_bytes_max, r.disk_bytes_max, r.is_kept
+            )
         decided = [*batch.voids, *(end[0] for end in batch.ends)]
         if not decided:
             return {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from stratakv.errors import InvalidRequest
 from stratakv.keys import KEY_BYTES, NAMESPACE_BYTES
-from stratakv.wire import EPOCH_BYTES, PUT_ID_BYTES, PutStart, ReportMoves, Segment, WorkerInfo
+from stratakv.wire import EPOCH_BYTES, PUT_ID_BYTES, CacheRule, PutStart, ReportMoves, Segment, WorkerInfo
 
 KEYS_MAX = 131_072
 """In one request: two million tokens of 16-token blocks."""
@@ -12,6 +12,7 @@ NAME_CHARS_MAX = 200
 PAGE_BYTES_MAX = 1 << 40
 SIZE_BYTES_MAX = 1 << 60
 INT32_MAX = (1 << 31) - 1
+TTL_S_MAX = 7 * 24 * 3600.0
 INT64_MAX = (1 << 63) - 1
 
 
@@ -51,13 +52,24 @@ def check_put(request: PutStart) -> None:
     check_put_id(request.put_id)
     check_keys(request.namespace, request.keys)
     _check_range("page_bytes", request.page_bytes, 1, PAGE_BYTES_MAX)
-    _check_range("block_size", request.block_size, 1, INT32_MAX)
+    _check_range("block_size", request.block_size, 0 if request.copies_from else 1, INT32_MAX)
     _check_name("worker", request.worker, empty=True)
+    _check_name("copies_from", request.copies_from, empty=True)
+    _check_range("cost_us", request.cost_us, 0, INT64_MAX)
 
 
 def check_put_id(put_id: bytes) -> None:
     """Raises InvalidRequest."""
     _check_length("put_id", put_id, PUT_ID_BYTES)
+
+
+def check_rule(rule: CacheRule) -> None:
+    """Raises InvalidRequest."""
+    check_keys(rule.namespace, b"")
+    if not 0 <= rule.ttl_s <= TTL_S_MAX:
+        raise InvalidRequest(f"ttl_s must be between 0 and {TTL_S_MAX:g}, got {rule.ttl_s}", param="ttl_s")
+    _check_range("memory_bytes_max", rule.memory_bytes_max, 0, SIZE_BYTES_MAX)
+    _check_range("disk_bytes_max", rule.disk_bytes_max, 0, SIZE_BYTES_MAX)
 
 
 def check_moves(request: ReportMoves) -> None:

@@ -19,6 +19,15 @@ Bytes = NewType("Bytes", int)
 """A size; may be written as 512MiB or 2GiB."""
 
 
+class EvictionPolicy(enum.StrEnum):
+    """Which pages of a full segment go first (`meta_server.policies`)."""
+
+    COST = "cost"
+    LRU = "lru"
+    LFU = "lfu"
+    S3FIFO = "s3fifo"
+
+
 class TlsMode(enum.StrEnum):
     """What the DB node does when a PostgreSQL client asks for TLS."""
 
@@ -75,11 +84,21 @@ class MetaSettings:
     put_timeout_s_max: float = setting(120.0, "longest time a put may stay unfinished")
     puts_pending_max: int = setting(10_000, "puts in progress at once")
     leases_max: int = setting(100_000, "read leases at once")
+    pins_max: int = setting(10_000, "pinned prefixes at once")
     request_timeout_s: float = setting(2.0, "clients give up on one request after so long")
     reclaim_high: float = setting(0.95, "share of a segment in use at which the coldest pages are reclaimed")
     reclaim_low: float = setting(0.85, "share of a segment in use at which reclaiming stops")
+    policy: EvictionPolicy = setting(EvictionPolicy.COST, "which pages go first: cost, lru, lfu or s3fifo")
     demote_high: float = setting(0.80, "share of a memory segment in use at which its coldest pages go to its disk")
     demote_low: float = setting(0.70, "share of a memory segment in use down to which they go")
+
+
+class TransferProtocol(enum.StrEnum):
+    """What Mooncake's Transfer Engine moves bytes by."""
+
+    OFF = "off"
+    TCP = "tcp"
+    RDMA = "rdma"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +107,9 @@ class PoolSettings:
 
     secret: Secret | None = setting(
         None, "shows meta server, daemons, workers and DB nodes that they belong together; needed beyond this machine"
+    )
+    transfer_engine: TransferProtocol = setting(
+        TransferProtocol.OFF, "let Mooncake's Transfer Engine move pages between hosts: off, tcp or rdma"
     )
 
 

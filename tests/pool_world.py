@@ -17,6 +17,7 @@ from meta_server.handlers import Handlers
 from meta_server.records import CommittedRun, OpenRemoval, Snapshot, StartedPut, WriteBatch
 from stratakv import wire
 from stratakv.errors import Unavailable
+from stratakv.pool.meta_errors import StaleEpoch
 from stratakv.settings import MetaSettings
 
 PAGE_BYTES = 4096
@@ -49,6 +50,7 @@ class MemoryStore:
         self.dead: list[bytes] = []
         self.puts: OrderedDict[bytes, _Row] = OrderedDict()
         self.removals: dict[int, OpenRemoval] = {}
+        self.rules: dict[bytes, wire.CacheRule] = {}
 
     async def write(self, batch: WriteBatch) -> dict[bytes, str]:
         fault, self.fault = self.fault, Fault.NONE
@@ -67,6 +69,11 @@ class MemoryStore:
                 row.state, row.extents = "committed", extents
         for m in batch.removals:
             self.removals.setdefault(m.id, OpenRemoval(m.id, m.epoch, m.extents, m.page_bytes, freed=False))
+        for put_id, run in batch.pages:
+            put = StartedPut(put_id, run.namespace, run.epoch, "", run.page_bytes, 16, run.keys, 0.0)
+            self.puts.setdefault(put_id, _Row(put, "committed", run.extents))
+        for rule in batch.rules:
+            self.rules[rule.namespace] = rule
         for removal_id in batch.freed:
             self.removals[removal_id] = replace(self.removals[removal_id], freed=True)
         if fault is Fault.AFTER:
@@ -90,6 +97,7 @@ class MemoryStore:
             decided={put_id: row.state for put_id, row in self.puts.items() if row.state != "pending"},
             removals=[m for m in self.removals.values() if m.epoch in self.segments],
             last_removal_id=max(self.removals, default=0),
+            rules=list(self.rules.values()),
         )
 
     def _register(self, segment: wire.Segment) -> None:
@@ -112,6 +120,14 @@ class Daemon:
     undecided: set[bytes] = field(default_factory=set)
     freed: list[wire.Extent] = field(default_factory=list)
     allocations: int = 0
+    keys: dict[wire.Extent, bytes] = field(default_factory=dict)
+    """What the headers of its pages say."""
+    moves: list[wire.Move] = field(default_factory=list)
+    """Ordered, and not carried out yet."""
+    moves_away: list[wire.Move] = field(default_factory=list)
+    """The same, to other daemons."""
+    report: wire.ReportMoves | None = None
+    """Carried out, and not answered yet."""
 
     @property
     def used_bytes(self) -> int:
@@ -127,6 +143,20 @@ class Daemon:
         self.undecided.add(put_id)
         return extents
 
+    def copy_to(self, other: Daemon) -> None:
+        """Carry out the orders to move pages."""
+        found = [move for move in self.moves if move.extent in self.held]
+        failed = [move.extent for move in self.moves if move.extent not in self.held]
+        targets = other.allocate(b"", len(found))
+        other.undecided.discard(b"")
+        pages = []
+        for move, target in zip(found, targets, strict=True):
+            other.keys[target] = self.keys[move.extent]
+            pages.append(wire.MovedPage(NAMESPACE, self.keys[move.extent], move.extent, target, move.page_bytes))
+        ours, theirs = self.segment, other.segment
+        self.report = wire.ReportMoves(ours.node, ours.epoch, theirs.node, theirs.epoch, pages, failed)
+        self.moves = []
+
     def obey(self, orders: wire.NodeOrders) -> None:
         for put_id in orders.committed_puts:
             self.undecided.discard(put_id)
@@ -136,6 +166,8 @@ class Daemon:
                 del self.held[extent]
         for extent in orders.free:
             self.held.pop(extent, None)
+        self.moves += orders.moves
+        self.moves_away += orders.moves_away
         self.freed = list(orders.free)
 
 
@@ -198,6 +230,39 @@ class World:
         self.call(wire.RegisterNode(segment), wire.Registered)
         return self.daemons[name]
 
+    def start_disk(self, name: str, pages: int) -> Daemon:
+        """The disk of a daemon, for the first time."""
+        memory = self.daemons[name].segment
+        segment = wire.Segment(f"{name}/disk", b"disk" + memory.epoch[4:], "127.0.0.1", 1, "", pages * PAGE_BYTES, name)
+        self.daemons[segment.node] = Daemon(segment)
+        self.register_disk(self.daemons[segment.node])
+        return self.daemons[segment.node]
+
+    def register_disk(self, disk: Daemon) -> None:
+        """As a daemon does at its start, and when the meta server has forgotten it."""
+        segment = disk.segment
+        self.call(wire.RegisterNode(segment), wire.Registered)
+        found = wire.ReconcilePages(segment.node, segment.epoch, list(disk.held), is_first=True, is_last=True)
+        for extent in self.call(found, wire.Reconciled).unknown:
+            del disk.held[extent]
+
+    def report_moves(self, source: Daemon) -> None:
+        """Tell what was copied, again until there is an answer."""
+        report = source.report
+        if report is None:
+            return
+        try:
+            refused = self.call(report, wire.MovesTaken).refused
+        except Unavailable:
+            return
+        except StaleEpoch:
+            refused = list(range(len(report.pages)))
+        source.report = None
+        target = self.daemons[report.target_node]
+        for i in refused:
+            if target.segment.epoch == report.target_epoch:
+                target.held.pop(report.pages[i].target, None)
+
     def heartbeat(self, daemon: Daemon) -> wire.NodeOrders:
         orders = self.call(
             wire.HeartbeatNode(
@@ -210,7 +275,10 @@ class World:
             ),
             wire.NodeOrders,
         )
-        daemon.obey(orders)
+        if not orders.known and daemon.segment.is_disk:
+            self.register_disk(daemon)
+        else:
+            daemon.obey(orders)
         return orders
 
     def tick(self, seconds: float) -> None:
@@ -229,7 +297,31 @@ class World:
     def settle(self) -> None:
         """All deadlines pass and every order is carried out."""
         for _ in range(8):
+            self.carry_out_moves()
             self.tick(self.settings.put_timeout_s_max + self.settings.lease_s_max)
+
+    def carry_out_moves(self) -> None:
+        """All orders to move pages, and their reports."""
+        for daemon in self.daemons.values():
+            other = self.daemons.get(daemon.segment.disk_of or f"{daemon.segment.node}/disk")
+            if other is None:
+                continue
+            self.report_moves(daemon)
+            room = (other.segment.size_bytes - other.used_bytes) // PAGE_BYTES
+            if daemon.report is None and daemon.moves and len(daemon.moves) <= room:
+                daemon.copy_to(other)
+                self.report_moves(daemon)
+
+    def start_copies(self, source: Daemon, put_id: bytes) -> tuple[list[bytes], wire.PutGrant]:
+        """What a daemon does with orders to move pages away, up to where bytes would be written: keys and grant."""
+        pages, source.moves_away = source.moves_away, []
+        keys = [source.keys[move.extent] for move in pages if move.extent in source.held]
+        node = source.segment.node
+        request = wire.PutStart(put_id, NAMESPACE, b"".join(keys), PAGE_BYTES, 0, timeout_s=20.0, copies_from=node)
+        return keys, self.call(request, wire.PutGrant)
+
+    def drain(self, name: str, *, is_draining: bool = True, is_whole: bool = True) -> wire.DrainProgress:
+        return self.call(wire.SetDraining(name, is_draining, is_whole), wire.DrainProgress)
 
     def stats(self) -> wire.Stats:
         return self.handlers.stats(wire.GetStats())

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from stratakv._native.base import Buffer, Int64s, LayerMove, UInt64s
 
+INTERFACE: int
 KERNEL: str
 
 class Gate:
@@ -14,6 +15,14 @@ class Gate:
     def open(self, layers: int, /) -> None: ...
     def close(self) -> None: ...
     def wait(self, layers: int, deadline: float, /) -> bool: ...
+
+class MessageWalker:
+    at_boundary: bool
+    last_kind: int
+    transaction_status: int
+    was_idle: bool
+    def __new__(cls, watched: bytes, violation: type[Exception], /) -> MessageWalker: ...
+    def feed(self, data: Buffer, /) -> Sequence[int]: ...
 
 def use_kernel(name: str, /) -> bool: ...
 def xxh3_64(data: Buffer, seed: int = 0, /) -> int: ...
@@ -60,7 +69,7 @@ def pack_headers(
     /,
 ) -> bytes: ...
 def fetch_pages(
-    fd: int,
+    sockets: tuple[int, ...],
     opening: bytes,
     frame_bytes: int,
     frame_ranges: int,
@@ -73,7 +82,7 @@ def fetch_pages(
     /,
 ) -> tuple[int, int, int, bytes]: ...
 def push_pages(
-    fd: int,
+    sockets: tuple[int, ...],
     opening: bytes,
     frame_bytes: int,
     frame_ranges: int,

@@ -164,11 +164,14 @@ class Moves(Protocol):
 
 
 class Wire(Protocol):
-    """Moves over a blocking socket that speaks the pool protocol: only the C++ module has them."""
+    """Moves over blocking sockets that speak the pool protocol: only the C++ module has them.
+
+    Each socket carries a share of the pages, on a thread of its own. When one fails, all of them are shut down.
+    """
 
     def fetch_pages(
         self,
-        fd: int,
+        sockets: tuple[int, ...],
         opening: bytes,
         frame_bytes: int,
         frame_ranges: int,
@@ -188,7 +191,7 @@ class Wire(Protocol):
 
     def push_pages(
         self,
-        fd: int,
+        sockets: tuple[int, ...],
         opening: bytes,
         frame_bytes: int,
         frame_ranges: int,

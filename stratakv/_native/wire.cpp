@@ -9,13 +9,15 @@
 #include <cmath>
 #include <cstring>
 #include <string>
+#include <system_error>
+#include <thread>
 
 #include "xxh3.h"
 
 namespace strata {
 namespace {
 
-constexpr size_t kCallBytes = 1024 * 1024;             // asked of one call, so that checksums find the bytes in the cache
+constexpr size_t kCallBytes = 256 * 1024;             // asked of one call, so that checksums find the bytes in the cache
 constexpr size_t kIovecsMax = 1024;                    // the kernel's IOV_MAX
 constexpr size_t kFramesAhead = 2;                     // requests sent before their data is received
 constexpr size_t kReplyBytesMax = 64 * 1024;
@@ -89,14 +91,20 @@ class Wire {
   double deadline_s_;
 };
 
-// One layer of one page is an item; a batch's items are numbered layer by layer.
+// One layer of one page is an item; those of some consecutive pages are numbered layer by layer.
 class Items {
  public:
-  explicit Items(const Batch& batch) : batch_(batch) {}
+  Items(const Batch& batch, size_t first_page, size_t stop_page)
+      : batch_(batch), first_page_(first_page), pages_(stop_page - first_page) {}
 
-  size_t count() const { return batch_.layers().size() * batch_.pages(); }
-  const Layer& layer(size_t item) const { return batch_.layers()[item / batch_.pages()]; }
-  size_t page(size_t item) const { return item % batch_.pages(); }
+  size_t count() const { return batch_.layers().size() * pages_; }
+  size_t pages() const { return pages_; }
+  size_t layer_index(size_t item) const { return item / pages_; }
+  const Layer& layer(size_t item) const { return batch_.layers()[layer_index(item)]; }
+  size_t page(size_t item) const { return first_page_ + item % pages_; }
+  bool ends_layer(size_t item) const { return item % pages_ + 1 == pages_; }
+  // Where the item's checksum is in a table [layer][page] of the batch.
+  size_t checksum_at(size_t item) const { return layer_index(item) * batch_.pages() + page(item); }
   uint64_t offset(size_t item) const {
     return static_cast<uint64_t>(batch_.page_offset(page(item)) + layer(item).page_start);
   }
@@ -104,6 +112,8 @@ class Items {
 
  private:
   const Batch& batch_;
+  size_t first_page_;
+  size_t pages_;
 };
 
 // How every frame of a batch begins, and what one may carry at most.
@@ -199,7 +209,8 @@ class Parts {
 
 struct Answer {
   Ended ended = Ended::kWhole;
-  size_t item = 0;
+  size_t layer = 0;
+  size_t page = 0;
   std::string said;  // a frame that is no data: its header, and its body if that is short
 };
 
@@ -235,18 +246,36 @@ bool is_next(const Wire& wire, const Framing& framing, Kind kind, size_t payload
   return false;
 }
 
-Answer fetch_frame(const Wire& wire, const Items& items, const Frame& frame, const uint64_t* checksums, Gate& done) {
+// Lets a layer through when all lanes have it.
+class Arrivals {
+ public:
+  Arrivals(const Batch& batch, size_t lanes, Gate& done) : missing_(batch.layers().size()), done_(done) {
+    for (auto& lanes_left : missing_) lanes_left.store(lanes, std::memory_order_relaxed);
+  }
+  void arrived(const Items& items, size_t item) {
+    if (missing_[items.layer_index(item)].fetch_sub(1) == 1) done_.open(items.layer(item).number + 1);
+  }
+  bool is_stopped() const { return done_.is_closed(); }
+
+ private:
+  std::vector<std::atomic<size_t>> missing_;
+  Gate& done_;
+};
+
+Answer fetch_frame(const Wire& wire, const Items& items, const Frame& frame, const uint64_t* checksums,
+                   Arrivals& arrivals) {
   Answer answer;
   Parts parts(items, frame.first, frame.stop);
   for (std::vector<iovec> call = parts.next(); !call.empty(); call = parts.next()) {
     std::vector<iovec> filled = call;
     answer.ended = wire.receive(filled);
-    if (answer.ended == Ended::kWhole && done.is_closed()) answer.ended = Ended::kStopped;
+    if (answer.ended == Ended::kWhole && arrivals.is_stopped()) answer.ended = Ended::kStopped;
     if (answer.ended != Ended::kWhole) return answer;
     const bool is_good = parts.checksum(call, [&](size_t item, uint64_t checksum) {
-      answer.item = item;
-      if (checksum != checksums[item]) return false;
-      if (items.page(item) + 1 == items.batch().pages()) done.open(items.layer(item).number + 1);
+      answer.layer = items.layer_index(item);
+      answer.page = items.page(item);
+      if (checksum != checksums[items.checksum_at(item)]) return false;
+      if (items.ends_layer(item)) arrivals.arrived(items, item);
       return true;
     });
     if (!is_good) {
@@ -257,7 +286,8 @@ Answer fetch_frame(const Wire& wire, const Items& items, const Frame& frame, con
   return answer;
 }
 
-Answer fetch_all(const Wire& wire, const Framing& framing, const Items& items, const uint64_t* checksums, Gate& done) {
+Answer fetch_all(const Wire& wire, const Framing& framing, const Items& items, const uint64_t* checksums,
+                 Arrivals& arrivals) {
   Answer answer;
   std::vector<Frame> frames;
   for (size_t at = 0; at < items.count(); at = frames.back().stop) frames.emplace_back(items, framing, at, items.count());
@@ -267,7 +297,7 @@ Answer fetch_all(const Wire& wire, const Framing& framing, const Items& items, c
   }
   for (size_t i = 0; i < frames.size(); ++i) {
     if (!is_next(wire, framing, kData, frames[i].bytes, answer)) return answer;
-    answer = fetch_frame(wire, items, frames[i], checksums, done);
+    answer = fetch_frame(wire, items, frames[i], checksums, arrivals);
     if (answer.ended == Ended::kWhole && i + kFramesAhead < frames.size()) {
       answer.ended = request(wire, framing, frames[i + kFramesAhead]);
     }
@@ -282,7 +312,7 @@ Ended push_frame(const Wire& wire, const Framing& framing, const std::string& pu
   Parts parts(items, frame.first, frame.stop);
   for (std::vector<iovec> call = parts.next(); ended == Ended::kWhole && !call.empty(); call = parts.next()) {
     parts.checksum(call, [&](size_t item, uint64_t checksum) {
-      checksums[item] = checksum;
+      checksums[items.checksum_at(item)] = checksum;
       return true;
     });
     ended = wire.send(call);
@@ -299,8 +329,8 @@ Answer push_all(const Wire& wire, const Framing& framing, const std::string& put
       answer.ended = ready.is_closed() ? Ended::kStopped : Ended::kLate;
       return answer;
     }
-    size_t limit = at - items.page(at);
-    while (limit < items.count() && items.layer(limit).number < ready.open_layers()) limit += items.batch().pages();
+    size_t limit = items.layer_index(at) * items.pages();
+    while (limit < items.count() && items.layer(limit).number < ready.open_layers()) limit += items.pages();
     const Frame frame(items, framing, at, limit);
     answer.ended = push_frame(wire, framing, put_id, items, frame, checksums);
     if (answer.ended != Ended::kWhole) return answer;
@@ -331,11 +361,59 @@ Framing framing_of(const Bytes& opening, Py_ssize_t bytes, Py_ssize_t ranges) {
   return {text(opening, kOpeningBytes, "opening"), static_cast<size_t>(bytes), static_cast<size_t>(ranges)};
 }
 
-PyObject* told(const Answer& answer, const Items& items) {
-  const size_t pages = std::max<size_t>(items.batch().pages(), 1);
-  return Py_BuildValue("(inny#)", static_cast<int>(answer.ended), static_cast<Py_ssize_t>(answer.item / pages),
-                       static_cast<Py_ssize_t>(answer.item % pages), answer.said.data(),
+PyObject* told(const Answer& answer) {
+  return Py_BuildValue("(inny#)", static_cast<int>(answer.ended), static_cast<Py_ssize_t>(answer.layer),
+                       static_cast<Py_ssize_t>(answer.page), answer.said.data(),
                        static_cast<Py_ssize_t>(answer.said.size()));
+}
+
+// Moves a share of the pages over each socket, on a thread of its own; the first that fails ends the others.
+template <typename Move>
+Answer in_lanes(const std::vector<int>& fds, const Batch& batch, Move move) {
+  std::mutex mutex;
+  Answer first;
+  const auto run = [&](size_t lane) {
+    Answer answer;
+    try {
+      const size_t pages = batch.pages();
+      answer = move(fds[lane], Items(batch, pages * lane / fds.size(), pages * (lane + 1) / fds.size()));
+    } catch (const std::bad_alloc&) {
+      answer.ended = Ended::kGone;
+    }
+    if (answer.ended == Ended::kWhole) return;
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (first.ended != Ended::kWhole) return;
+    first = answer;
+    for (size_t other = 0; other < fds.size(); ++other) {
+      if (other != lane) ::shutdown(fds[other], SHUT_RDWR);
+    }
+  };
+  std::vector<std::thread> lanes;
+  lanes.reserve(fds.size());
+  for (size_t lane = 1; lane < fds.size(); ++lane) {
+    try {
+      lanes.emplace_back(run, lane);
+    } catch (const std::system_error&) {
+      run(lane);  // there are too many threads already
+    }
+  }
+  run(0);
+  for (std::thread& lane : lanes) lane.join();
+  return first;
+}
+
+std::vector<int> sockets_of(PyObject* tuple, const Batch& batch) {
+  std::vector<int> fds;
+  for (Py_ssize_t i = 0; i < PyTuple_Size(tuple); ++i) {
+    const long fd = PyLong_AsLong(PyTuple_GetItem(tuple, i));
+    if (fd == -1 && PyErr_Occurred() != nullptr) throw PythonError();
+    fds.push_back(static_cast<int>(fd));
+  }
+  if (fds.empty() || fds.size() > std::max<size_t>(batch.pages(), 1)) {
+    PyErr_SetString(PyExc_ValueError, "a batch takes at least one socket, and no more than it has pages");
+    throw PythonError();
+  }
+  return fds;
 }
 
 // Ranges travel with 32 bits of size and are never empty.
@@ -350,11 +428,10 @@ constexpr size_t kAnySegment = INT64_MAX;  // the daemon knows its size and chec
 
 PyObject* fetch_pages(PyObject*, PyObject* args) {
   return guarded([&]() -> PyObject* {
-    int fd;
-    PyObject *opening_bytes, *page_offsets, *layers, *rows, *checksums, *done;
+    PyObject *sockets, *opening_bytes, *page_offsets, *layers, *rows, *checksums, *done;
     Py_ssize_t frame_bytes, frame_ranges;
     double deadline_s;
-    if (!PyArg_ParseTuple(args, "iOnnOOOOOd", &fd, &opening_bytes, &frame_bytes, &frame_ranges, &page_offsets, &layers, &rows, &checksums, &done,
+    if (!PyArg_ParseTuple(args, "O!OnnOOOOOd", &PyTuple_Type, &sockets, &opening_bytes, &frame_bytes, &frame_ranges, &page_offsets, &layers, &rows, &checksums, &done,
                           &deadline_s)) {
       return nullptr;
     }
@@ -363,26 +440,28 @@ PyObject* fetch_pages(PyObject*, PyObject* args) {
     const auto* const sums = expected.numbers<uint64_t>(batch.pages() * batch.layers().size(), "checksums");
     const Framing framing = framing_of(start, frame_bytes, frame_ranges);
     Gate& gate = gate_of(done);
-    const Items items(batch);
+    const std::vector<int> fds = sockets_of(sockets, batch);
     Answer answer;
     {
       const WithoutInterpreter released;
       answer.ended = Ended::kOutOfBounds;
       if (fits_wire(batch, framing) && batch.is_within(kAnySegment)) {
-        answer = fetch_all(Wire(fd, deadline_s), framing, items, sums, gate);
+        Arrivals arrivals(batch, fds.size(), gate);
+        answer = in_lanes(fds, batch, [&](int fd, const Items& items) {
+          return fetch_all(Wire(fd, deadline_s), framing, items, sums, arrivals);
+        });
       }
     }
-    return told(answer, items);
+    return told(answer);
   });
 }
 
 PyObject* push_pages(PyObject*, PyObject* args) {
   return guarded([&]() -> PyObject* {
-    int fd;
-    PyObject *opening_bytes, *put, *thanks_bytes, *page_offsets, *layers, *rows, *checksums, *ready;
+    PyObject *sockets, *opening_bytes, *put, *thanks_bytes, *page_offsets, *layers, *rows, *checksums, *ready;
     Py_ssize_t frame_bytes, frame_ranges;
     double deadline_s;
-    if (!PyArg_ParseTuple(args, "iOnnOOOOOOOd", &fd, &opening_bytes, &frame_bytes, &frame_ranges, &put, &thanks_bytes, &page_offsets, &layers, &rows,
+    if (!PyArg_ParseTuple(args, "O!OnnOOOOOOOd", &PyTuple_Type, &sockets, &opening_bytes, &frame_bytes, &frame_ranges, &put, &thanks_bytes, &page_offsets, &layers, &rows,
                           &checksums, &ready, &deadline_s)) {
       return nullptr;
     }
@@ -392,16 +471,18 @@ PyObject* push_pages(PyObject*, PyObject* args) {
     const Framing framing = framing_of(start, frame_bytes, frame_ranges);
     const std::string put_id = text(id, kPutIdBytes, "put_id"), thanks = text(end, 0, "thanks");
     Gate& gate = gate_of(ready);
-    const Items items(batch);
+    const std::vector<int> fds = sockets_of(sockets, batch);
     Answer answer;
     {
       const WithoutInterpreter released;
       answer.ended = Ended::kOutOfBounds;
       if (fits_wire(batch, framing) && batch.is_within(kAnySegment)) {
-        answer = push_all(Wire(fd, deadline_s), framing, put_id, thanks, items, sums, gate, deadline_s);
+        answer = in_lanes(fds, batch, [&](int fd, const Items& items) {
+          return push_all(Wire(fd, deadline_s), framing, put_id, thanks, items, sums, gate, deadline_s);
+        });
       }
     }
-    return told(answer, items);
+    return told(answer);
   });
 }
 

@@ -1,4 +1,4 @@
-// Layers of many pages over one socket that speaks the pool protocol (`stratakv/pool/messages.py` says how).
+// Layers of many pages over sockets that speak the pool protocol (`stratakv/pool/messages.py` says how).
 #pragma once
 
 #include "moves.h"

@@ -10,7 +10,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,11 @@ from stratakv.pool.page_ranges import read_by_ranges, write_by_ranges
 from stratakv.pool.transport import Buffer, Cancellation, PageBatch
 
 SOCKETS_MAX = 4
-"""Batches in progress at once; further ones wait for a socket."""
+"""Sockets in use at once; further batches wait for one."""
+LANES_MAX = 2
+"""Sockets that share one batch."""
+LANE_BYTES = 4 * 1024 * 1024
+"""Each of them gets so much at least: a second thread for less costs more than it saves."""
 FRAME_RANGES = 8192
 FRAME_BYTES = 64 * 1024 * 1024
 FRAMES_AHEAD = 2
@@ -102,18 +106,18 @@ class TcpTransport:
         if wire is None:
             read_by_ranges(self.read_batch, batch, checksums, deadline=deadline, done=done, cancellation=cancellation)
             return
-        with self._socket(deadline, cancellation) as sock:
+        with self._lanes(batch, deadline, cancellation) as lanes:
             what = (batch.offsets, batch.layers, batch.rows, checksums, done, deadline)
-            _check(wire.fetch_pages(sock.fileno(), _OPENING, FRAME_BYTES, FRAME_RANGES, *what), batch)
+            _check(wire.fetch_pages(lanes, _OPENING, FRAME_BYTES, FRAME_RANGES, *what), batch)
 
     def write_pages(self, put_id: bytes, batch: PageBatch, checksums: UInt64s, *, deadline: float, ready: Gate) -> None:
         wire = _native.wire()
         if wire is None:
             write_by_ranges(self.write_batch, put_id, batch, checksums, deadline=deadline, ready=ready)
             return
-        with self._socket(deadline, None) as sock:
+        with self._lanes(batch, deadline, None) as lanes:
             what = (batch.offsets, batch.layers, batch.rows, checksums, ready, deadline)
-            _check(wire.push_pages(sock.fileno(), _OPENING, FRAME_BYTES, FRAME_RANGES, put_id, _THANKS, *what), batch)
+            _check(wire.push_pages(lanes, _OPENING, FRAME_BYTES, FRAME_RANGES, put_id, _THANKS, *what), batch)
 
     def mapping(self) -> memoryview | None:
         return None
@@ -150,9 +154,22 @@ class TcpTransport:
         receive_all(sock, views[frame.start : frame.stop], deadline, progress)
 
     @contextmanager
-    def _socket(self, deadline: float, cancellation: Cancellation | None) -> Iterator[socket.socket]:
+    def _lanes(self, batch: PageBatch, deadline: float, cancellation: Cancellation | None) -> Iterator[tuple[int, ...]]:
+        """Sockets for one batch: a large one takes several, as many as are free; the first it waits for."""
+        size_bytes = len(batch.rows) * sum(r.size for layer in batch.layers for r in layer.ranges)
+        wanted = max(1, min(LANES_MAX, size_bytes // LANE_BYTES, len(batch.rows)))
+        with ExitStack() as stack:
+            sockets = [stack.enter_context(self._socket(deadline, cancellation))]
+            while len(sockets) < wanted and self._slots.acquire(blocking=False):
+                sockets.append(stack.enter_context(self._socket(deadline, cancellation, has_slot=True)))
+            yield tuple(sock.fileno() for sock in sockets)
+
+    @contextmanager
+    def _socket(
+        self, deadline: float, cancellation: Cancellation | None, *, has_slot: bool = False
+    ) -> Iterator[socket.socket]:
         """A socket for one batch; closed instead of reused unless the batch ends well."""
-        if not self._slots.acquire(timeout=remaining_s(deadline)):
+        if not has_slot and not self._slots.acquire(timeout=remaining_s(deadline)):
             raise TransportTimeout("all sockets to the daemon are busy")
         try:
             sock = self._take(deadline)

@@ -83,6 +83,7 @@ class Saver:
         worker: str,
         prefer_node: str | None,
         saves_max: int,
+        page_cost_s: Callable[[], float],
         on_written: Callable[[Written], None],
         on_failed: Callable[[str], None],
     ) -> None:
@@ -93,6 +94,7 @@ class Saver:
         self._connections = connections
         self._loop = loop
         self._worker = worker
+        self._page_cost_s = page_cost_s
         self._prefer_node = prefer_node
         self._room = threading.BoundedSemaphore(saves_max)
         self._on_written = on_written
@@ -139,6 +141,7 @@ class Saver:
             prefer_node=self._prefer_node,
             worker=self._worker,
             timeout_s=PUT_TIMEOUT_S,
+            cost_us=round(self._page_cost_s() * 1e6),
         )
         grant = self._wait(self._meta.call(request, PutGrant))
         if grant.segment is None or not grant.wanted:

@@ -14,7 +14,14 @@ from stratakv._native import make_gate
 from stratakv.keys import KEY_BYTES, BlockKey
 from stratakv.pool import tcp
 from stratakv.pool.dmp_client import DmpConnection, TransportKind, connect
-from stratakv.pool.errors import OutOfBounds, PutRefused, TransferCancelled, TransportError, TransportTimeout
+from stratakv.pool.errors import (
+    DamagedPage,
+    OutOfBounds,
+    PutRefused,
+    TransferCancelled,
+    TransportError,
+    TransportTimeout,
+)
 from stratakv.pool.pages import PageMemory, PageWriter, WritePages
 from stratakv.pool.transport import Cancellation
 from stratakv.wire import PUT_ID_BYTES, Extent
@@ -33,6 +40,12 @@ from tests.integration.pool.pages import (
 
 pytestmark = pytest.mark.usefixtures("moves")
 ALL_LAYERS = range(len(LAYOUT.layers))
+
+
+@pytest.fixture(autouse=True)
+def _several_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches are spread over sockets here, however small they are."""
+    monkeypatch.setattr(tcp, "LANE_BYTES", 1)
 
 
 def begin(connection: DmpConnection, put_id: bytes, extents: list[Extent]) -> WritePages:
@@ -77,6 +90,26 @@ def test_batches_may_be_cut_into_frames_anywhere(
     memory = empty_memory(LAYOUT, 7)
     read_headers(connection, written).read_layers(ALL_LAYERS, memory, deadline=soon())
     assert [layer_data(memory, layer) for layer in ALL_LAYERS] == written.data
+
+
+def test_a_damaged_page_is_named_whichever_socket_it_came_by(daemon: DaemonProcess, connection: DmpConnection) -> None:
+    written = write_pages(connection, 6)
+    neighbour = connect(daemon.segment, deadline=soon(), force=TransportKind.SHM)
+    memory = neighbour.transport.mapping()
+    assert memory is not None
+    for page in range(6):
+        at = written.extents[page].offset + LAYOUT.layer_offsets()[1]
+        memory[at] ^= 1
+        done = make_gate()
+        with pytest.raises(DamagedPage) as caught:
+            read_headers(connection, written).read_layers(
+                ALL_LAYERS, empty_memory(LAYOUT, 6), done=done, deadline=soon()
+            )
+        assert (caught.value.index, caught.value.layer) == (page, 1)
+        assert done.open_layers <= 1
+        memory[at] ^= 1
+    memory.release()
+    neighbour.close()
 
 
 def test_rows_outside_the_callers_memory_are_refused(connection: DmpConnection) -> None:

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from stratakv import wire
-from stratakv.errors import Overloaded, StrataError, Unavailable
+from stratakv.errors import InvalidRequest, Overloaded, StrataError, Unavailable
 from tests.pool_world import NAMESPACE, PAGE_BYTES, Daemon, Fault, World
 
 CHAINS, CHAIN_BLOCKS = 3, 6
 DAEMON_PAGES = 8
+DISK_PAGES = 12
 
 
 def chain_key(chain: int, block: int) -> bytes:
@@ -23,6 +24,7 @@ def chain_key(chain: int, block: int) -> bytes:
 
 
 KEYS = [[chain_key(chain, block) for block in range(CHAIN_BLOCKS)] for chain in range(CHAINS)]
+DEMOTE = {"demote_high": 0.3, "demote_low": 0.1}
 chains, lengths, indexes = st.integers(0, CHAINS - 1), st.integers(1, CHAIN_BLOCKS), st.integers(0, 1000)
 
 
@@ -35,6 +37,7 @@ class Writer:
         self.keys = [keys[i] for i in grant.wanted]
         self.epoch = grant.segment.epoch
         self.extents = daemon.allocate(put_id, len(self.keys))
+        daemon.keys.update(zip(self.extents, self.keys, strict=True))
         self.end_sent = False
 
 
@@ -43,7 +46,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.world = World(lease_s_max=10.0, put_timeout_s_max=30.0, reclaim_high=0.8, reclaim_low=0.5)
+        self.world = World(lease_s_max=10.0, put_timeout_s_max=30.0, reclaim_high=0.8, reclaim_low=0.5, **DEMOTE)
         self.writers: list[Writer] = []
         self.num_puts = 0
         self.leases: dict[int, tuple[float, list[wire.Place]]] = {}
@@ -67,6 +70,7 @@ class PoolMachine(RuleBasedStateMachine):
     def start_daemons(self) -> None:
         for name in ("a", "b"):
             self.world.start_daemon(name, pages=DAEMON_PAGES)
+        self.world.start_disk("a", pages=DISK_PAGES)
 
     @rule(chain=chains, length=lengths)
     def write_whole(self, chain: int, length: int) -> None:
@@ -174,6 +178,59 @@ class PoolMachine(RuleBasedStateMachine):
     def restart_meta_server(self) -> None:
         self.world.restart()
 
+    @rule(chain=chains, length=lengths)
+    def write_to_a_and_demote(self, chain: int, length: int) -> None:
+        before = len(self.writers)
+        self.put_start(chain, length, "a")
+        if len(self.writers) > before:
+            self.put_end(before)
+        self.move_pages()
+
+    @rule()
+    def move_pages(self) -> None:
+        for name in ("a", "a/disk"):
+            with contextlib.suppress(Unavailable):
+                self.world.heartbeat(self.world.daemons[name])
+        self.world.carry_out_moves()
+
+    @rule(name=st.sampled_from(["a", "b"]), is_draining=st.booleans(), is_whole=st.booleans())
+    def drain(self, name: str, is_draining: bool, is_whole: bool) -> None:
+        with contextlib.suppress(InvalidRequest):  # not alive just now
+            self.world.drain(name, is_draining=is_draining, is_whole=is_whole)
+
+    @rule(name=st.sampled_from(["a", "b", "a/disk"]), is_finished=st.booleans())
+    def copy_away(self, name: str, is_finished: bool) -> None:
+        """A draining daemon begins to copy pages to another; what becomes of the put is as open as for any writer's."""
+        source = self.world.daemons[name]
+        with contextlib.suppress(Unavailable):
+            self.world.heartbeat(source)
+        self.num_puts += 1
+        put_id = self.num_puts.to_bytes(16, "big")
+        try:
+            keys, grant = self.world.start_copies(source, put_id)
+        except (Overloaded, Unavailable):
+            return
+        if grant.segment is not None:
+            assert grant.segment.node in {"a", "b"} - {name}
+            self.writers.append(Writer(put_id, keys, grant, self.world.daemons[grant.segment.node]))
+            if is_finished:
+                self.put_end(len(self.writers) - 1)
+
+    @rule(lost=indexes)
+    def restart_disk(self, lost: int) -> None:
+        """Its daemon has ended and come back, and has found one page damaged."""
+        disk = self.world.daemons["a/disk"]
+        if self.world.store.fault is Fault.NONE and disk.held and disk.report is None:
+            gone = list(disk.held)[lost % len(disk.held)]
+            del disk.held[gone]
+            disk.moves = [move for move in disk.moves if move.extent != gone]
+            self.leases = {
+                i: lease
+                for i, lease in self.leases.items()
+                if all((p.node, p.offset, p.generation) != ("a/disk", gone.offset, gone.generation) for p in lease[1])
+            }
+            self.world.register_disk(disk)
+
     @rule(fault=st.sampled_from([Fault.BEFORE, Fault.AFTER]))
     def break_next_write(self, fault: Fault) -> None:
         self.world.store.fault = fault
@@ -187,4 +244,4 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPool = PoolMachine.TestCase
-TestPool.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestPool.settings = settings(max_examples=60, stateful_step_count=40)
