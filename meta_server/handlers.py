@@ -13,11 +13,13 @@ from typing import Any
 from meta_server.administration import PIN_S_MAX, Administration
 from meta_server.ages import Ages
 from meta_server.catalog import Catalog
+from meta_server.draining import Draining
 from meta_server.index import BlockIndex
 from meta_server.journal import Journal, confirmed
 from meta_server.leases import LeaseTable
 from meta_server.moves import Moves
 from meta_server.nodes import Node, NodeTable
+from meta_server.placement import Placement
 from meta_server.policies import make_policy
 from meta_server.presence import Clock
 from meta_server.puts import PutTable
@@ -56,17 +58,17 @@ class Handlers:
         self.journal = Journal(store)
         self._nodes = NodeTable(clock, settings.heartbeat_s, snapshot.dead_epochs)
         self._workers = WorkerTable(clock, settings.heartbeat_s)
-        self._catalog = Catalog(
-            BlockIndex(make_policy(settings.policy)), self._nodes, self.journal, snapshot.last_removal_id
-        )
-        self._index = self._catalog.index
+        self._index = BlockIndex(make_policy(settings.policy))
         self._leases = LeaseTable(self._index, clock, leases_max=settings.leases_max, lease_s_max=settings.lease_s_max)
         self._pins = LeaseTable(self._index, clock, leases_max=settings.pins_max, lease_s_max=PIN_S_MAX)
+        self._catalog = Catalog(self._index, self._nodes, self.journal, self._pins, snapshot.last_removal_id)
         ages = Ages(clock)
         self._rules = Rules(self._catalog, self.journal, clock, ages, snapshot.rules)
         self._reclaimer = Reclaimer(self._catalog, clock, ages, high=settings.reclaim_high, low=settings.reclaim_low)
         self._moves = Moves(self._catalog, self.journal, clock, settings)
-        self._puts = PutTable(self._catalog, self.journal, store, clock, settings, self._reclaimer.make_room)
+        placement = Placement(self._nodes, self._reclaimer.make_room, high=settings.reclaim_high)
+        self._puts = PutTable(self._catalog, self.journal, store, clock, settings, placement)
+        self._draining = Draining(self._catalog, self._moves, placement)
         self.administration = Administration(self._catalog, self.journal, self._workers, self._pins, self._rules)
         self._epoch = secrets.token_bytes(wire.EPOCH_BYTES)
         self._lookups = self._lookup_hits = 0
@@ -88,6 +90,7 @@ class Handlers:
             wire.PutRevoke: self.put_revoke,
             wire.ReportCorrupt: self.report_corrupt,
             **self.administration.by_message,
+            wire.SetDraining: self._draining.set,
             wire.GetStats: self.stats,
         }
 
@@ -243,6 +246,7 @@ class Handlers:
         return wire.NodeOrders(
             known=True,
             free=self._reclaimer.orders(node),
+            moves_away=self._draining.orders(node),
             moves=self._moves.orders(node),
             committed_puts=list(committed),
             void_puts=list(void),

@@ -128,6 +128,8 @@ class NodeOrders(Message, frozen=True):
     """No longer in any index; to be freed (sent until reported in `freed`)."""
     moves: list[Move] = []
     """To be copied and reported with `ReportMoves`; not repeated until that, or a minute later."""
+    moves_away: list[Move] = []
+    """To be copied to another daemon, by puts with `copies_from`; those that fail are reported with `ReportMoves`."""
     committed_puts: list[bytes] = []
     void_puts: list[bytes] = []
     """Those of `undecided_puts` that were finished, and those that never will be."""
@@ -250,6 +252,7 @@ class NodeState(msgspec.Struct, frozen=True, omit_defaults=True):
     free_bytes: int
     read_only: bool = False
     """A disk that takes no more pages."""
+    is_draining: bool = False
 
 
 class Nodes(Message, frozen=True):
@@ -298,6 +301,8 @@ class PutStart(Message, frozen=True):
     timeout_s: float = 30.0
     cost_us: int = 0
     """To compute one page again, in microseconds; 0 while that is not known. What a page is worth depends on it."""
+    copies_from: str = ""
+    """The pages are copied from this node, which gives them up: wanted are those that lie there. `block_size` may be 0."""
 
 
 class PutGrant(Message, frozen=True):
@@ -431,6 +436,28 @@ class Unpin(Message, frozen=True):
     pin_id: int
 
 
+class SetDraining(Message, frozen=True):
+    """Have a daemon's pages moved to others, and give it no new ones; asked again, it tells how far that is.
+
+    In the meta server's memory only, and until the daemon's next start.
+    """
+
+    node: str
+    """Of the daemon's memory; its disk is drained with it."""
+    is_draining: bool
+    is_whole: bool = False
+    """Also what was never read since it was written."""
+
+
+class DrainProgress(Message, frozen=True):
+    is_done: bool
+    """Nothing more moves: the daemon may be stopped."""
+    pages_moved: int
+    pages_left: int
+    """Worth keeping and still there; when it is done, those that nobody else has room for."""
+    bytes_left: int
+
+
 class GetStats(Message, frozen=True):
     pass
 
@@ -476,6 +503,7 @@ Request = (
     | ListPages
     | PinPrefix
     | Unpin
+    | SetDraining
     | GetStats
 )
 Reply = (
@@ -495,6 +523,7 @@ Reply = (
     | Namespaces
     | Pages
     | Pinned
+    | DrainProgress
     | Stats
 )
 ReplyT = TypeVar("ReplyT", bound=Message)

@@ -35,7 +35,7 @@ def stats(
     if as_json:
         rows = [_node_row(nodes, namespaces, index) for index in range(len(nodes.nodes))]
         shown = [namespace_json(state) for state in namespaces.namespaces]
-        print_json({"nodes": rows, "namespaces": shown, "counters": msgspec.to_builtins(counters)})
+        print_json({"nodes": rows, "namespaces": shown, "counters": msgspec.structs.asdict(counters)})
     else:
         _print(nodes, namespaces, counters)
 
@@ -63,6 +63,7 @@ def _node_row(nodes: Nodes, namespaces: Namespaces, index: int) -> dict[str, Any
         "free_bytes": state.free_bytes,
         "size_bytes": segment.size_bytes,
         "read_only": state.read_only,
+        "draining": state.is_draining,
     }
 
 
@@ -111,4 +112,4 @@ def _print(nodes: Nodes, namespaces: Namespaces, counters: Stats) -> None:
 
 def state_text(row: dict[str, Any]) -> str:
     """What is special about a segment now."""
-    return "read-only" if row["read_only"] else ""
+    return ", ".join(text for text, name in (("read-only", "read_only"), ("draining", "draining")) if row[name])

@@ -28,7 +28,7 @@ FROM generate_series(1, 120) i
 """
 
 
-@pytest.fixture(scope="session", params=["embedded", "debian"])
+@pytest.fixture(scope="session", params=["embedded", pytest.param("debian", marks=pytest.mark.debian)])
 def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedPostgres]:
     if request.param == "embedded":
         yield request.getfixturevalue("postgres")

@@ -58,6 +58,31 @@ def test_inference_stops_when_the_client_is_gone_meanwhile(url: str, model: Reve
     eventually(lambda: model.running == 0)
 
 
+@pytest.mark.parametrize("within", ["", "BEGIN"])
+def test_a_cancel_from_elsewhere_that_hits_a_pass_is_the_statements_own(
+    url: str, direct_url: str, model: ReversingModel, within: str
+) -> None:
+    nap = "CREATE FUNCTION nap(i int) RETURNS text LANGUAGE plpgsql STABLE AS $$BEGIN PERFORM pg_sleep(0.5); RETURN i; END$$"
+    with (
+        psycopg.connect(direct_url, autocommit=True) as other,
+        psycopg.connect(url, autocommit=True) as connection,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        other.execute(nap.encode())
+        connection.execute("SELECT infer('bind')")
+        connection.execute(within.encode())
+        running = pool.submit(connection.execute, "SELECT infer(nap(i)) FROM generate_series(1, 60) i")
+        pid = connection.info.backend_pid
+        is_in_pass = "SELECT query LIKE 'SELECT infer(nap%%' FROM pg_stat_activity WHERE pid = %s AND state = 'active'"
+        eventually(lambda: other.execute(is_in_pass, (pid,)).fetchone() == (True,))
+        other.execute("SELECT pg_cancel_backend(%s)", (pid,))
+        with pytest.raises(errors.QueryCanceled, match="user request"):
+            running.result()
+        assert [call.prompt for call in model.calls] == ["bind"]
+        connection.execute("ROLLBACK")
+        assert connection.execute("SELECT infer('ab')").fetchone() == ("ba",)
+
+
 def test_a_long_pass_ends_with_its_budget(front: FrontThread, url: str, model: ReversingModel) -> None:
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute(
