@@ -18,6 +18,7 @@ from meta_server.journal import Journal
 from meta_server.leases import LeaseTable
 from meta_server.moves import Moves
 from meta_server.nodes import Node, NodeTable
+from meta_server.own_blocks import OwnBlocks
 from meta_server.policies import make_policy
 from meta_server.presence import Clock
 from meta_server.puts import PutTable
@@ -62,6 +63,7 @@ class Handlers:
             BlockIndex(make_policy(settings.policy)), self._nodes, self.journal, snapshot.last_removal_id
         )
         self._index = self._catalog.index
+        self.own_blocks = OwnBlocks(self._index, self._nodes, self._workers)
         self._leases = LeaseTable(self._index, clock, leases_max=settings.leases_max, lease_s_max=settings.lease_s_max)
         self._pins = LeaseTable(self._index, clock, leases_max=settings.pins_max, lease_s_max=PIN_S_MAX)
         self._rules = Rules(self._catalog, self.journal, clock, snapshot.rules)
