@@ -9,6 +9,8 @@ from typing import Any
 
 import msgspec
 
+from dbnode.charge import Charge
+
 
 class Source(enum.StrEnum):
     """The face a request came in by; admission is fair between them."""
@@ -84,6 +86,8 @@ class GenerateRequest:
     """The client's name for the request, for logs."""
     on_settled: Callable[[Settled], None] | None = field(default=None, repr=False, compare=False)
     """Told once, when the request has ended, whatever the end."""
+    charge: Charge | None = field(default=None, repr=False, compare=False)
+    """Decides later whether its usage counts; without it, it does."""
 
 
 class PromptTiers(msgspec.Struct, frozen=True):
@@ -126,6 +130,8 @@ class Outcome(enum.StrEnum):
     COMPLETED = "completed"
     CANCELLED = "cancelled"
     FAILED = "failed"
+    UNUSED = "unused"
+    """Made ahead of a statement that did not ask for it after all: not charged."""
 
 
 @dataclass(frozen=True, slots=True)

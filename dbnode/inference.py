@@ -184,6 +184,11 @@ class InferenceService:
 
         return await asyncio.get_running_loop().run_in_executor(self._tokenize, make)
 
+    async def keys_of(self, request: GenerateRequest) -> PromptKeys:
+        """Of a request that is not made. Raises ModelNotFound, InvalidRequest."""
+        self.check_model(request.model)
+        return await self._keys(await self._token_ids(request), request)
+
     async def drained(self, timeout_s: float) -> bool:
         """Take nothing new, and wait until what is in flight has ended."""
         self.draining = True
@@ -219,8 +224,7 @@ class InferenceService:
         deadline_s = request.arrived_s + self._request_timeout_s
         if request.deadline_s is not None:
             deadline_s = min(deadline_s, request.deadline_s)
-        keys = PromptKeys(token_ids, request.cache_salt)
-        await self._hash(keys)
+        keys = await self._keys(token_ids, request)
         return Job(
             request_id=request.request_id,
             model=self.model,
@@ -261,12 +265,14 @@ class InferenceService:
             raise InvalidRequest(f"prompt: token ids go from 0 to {self._vocab_size - 1}", param="prompt")
         return list(token_ids)
 
-    async def _hash(self, keys: PromptKeys) -> None:
-        """Compute long prompts' keys where they do not hold up other requests."""
+    async def _keys(self, token_ids: list[int], request: GenerateRequest) -> PromptKeys:
+        """Those of long prompts are computed where they do not hold up other requests."""
+        keys = PromptKeys(token_ids, request.cache_salt)
         sizes = {r.facts.block_size for r in self.scheduler.directory.usable(self.model) if r.facts}
         if len(keys.token_ids) > HASH_INLINE_TOKENS_MAX:
             for size in sizes:
                 await asyncio.get_running_loop().run_in_executor(self._tokenize, keys.of_size, size)
+        return keys
 
     async def _answer(self, job: Job, progress: _Progress) -> AsyncGenerator[Chunk, None]:
         """Tokens to text; ends at a stop string or when the worker ends."""

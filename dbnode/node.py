@@ -39,6 +39,7 @@ class Node:
         pool = PoolView(meta)
         self.client = WorkerClient(PoolCredentials.from_settings(settings.pool))
         self.metrics = NodeMetrics(self.model)
+        self._pool = pool
         self.usage = UsageWriter(settings.database, self.metrics.usage_dropped.inc)
         self.statements = StatementStats(settings.database, self.metrics.statements_dropped.inc)
         self.directory = WorkerDirectory(settings.router, self.client, pool, self._on_workers_changed)
@@ -57,7 +58,9 @@ class Node:
 
     def rest_app(self) -> Guard:
         """The REST face over this node."""
-        return RestFace(self._rest, self.inference, self.client, self.metrics.registry, self.not_ready).app()
+        return RestFace(
+            self._rest, self.inference, self.client, self.metrics.registry, self.not_ready, self._pool
+        ).app()
 
     def not_ready(self) -> list[str]:
         """Why no request should be sent here; empty when ready."""

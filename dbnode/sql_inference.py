@@ -108,6 +108,7 @@ def request_of(
         deadline_s=deadline_s,
         caller=Caller(role=call.role, database=call.database, session=call.session),
         on_settled=_reporter(call),
+        charge=call.charge,
     )
 
 

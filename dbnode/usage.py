@@ -11,10 +11,11 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 import asyncpg
 
-from dbnode.generate import Settled, Source
+from dbnode.generate import Outcome, Settled, Source
 from stratakv.log import EventLogger
 from stratakv.queries import load_queries
 from stratakv.settings import DatabaseSettings
@@ -51,6 +52,13 @@ class UsageWriter:
     def settled(self, settled: Settled) -> None:
         if self._settings.url is None:
             return
+        charge = settled.request.charge
+        if charge is None:
+            self._take(settled)
+        else:
+            charge.settle(lambda is_due: self._take(settled if is_due else replace(settled, outcome=Outcome.UNUSED)))
+
+    def _take(self, settled: Settled) -> None:
         if len(self._events) >= EVENTS_WAITING_MAX:
             self._events.popleft()
             self._on_dropped()
@@ -119,7 +127,7 @@ def _row(settled: Settled) -> tuple[object, ...]:
         usage.tiers.pool,
         usage.tiers.disk,
         usage.completion_tokens,
-        settled.error_code or settled.outcome.value,
+        settled.outcome.value if settled.outcome is Outcome.UNUSED else settled.error_code or settled.outcome.value,
         usage.timings.queue_ms,
         usage.timings.ttft_ms or None,
         generation_ms,

@@ -11,6 +11,7 @@ import bisect
 from collections.abc import Iterator
 
 from dmp.errors import ExtentNotLive
+from dmp.live_extents import EXTENT_BYTES_MAX, LiveExtents
 from stratakv.layout import ALIGNMENT_BYTES
 from stratakv.pool.errors import SegmentFull
 from stratakv.wire import Extent
@@ -25,8 +26,7 @@ class ExtentAllocator:
         self.size_bytes = size_bytes
         self.used_bytes = 0
         self._generation = 0
-        self._live: dict[int, tuple[int, int]] = {}
-        """Offset → (generation, size)."""
+        self._live = LiveExtents(size_bytes)
         self._free_by_start: dict[int, int] = {}
         self._free_by_end: dict[int, int] = {}
         self._free_by_size: dict[int, dict[int, None]] = {}
@@ -41,7 +41,7 @@ class ExtentAllocator:
 
     def allocate(self, count: int, page_bytes: int) -> list[Extent]:
         """`count` extents, consecutive where possible. Raises SegmentFull without any change."""
-        if count <= 0 or page_bytes <= 0 or page_bytes % ALIGNMENT_BYTES:
+        if count <= 0 or not 0 < page_bytes < EXTENT_BYTES_MAX or page_bytes % ALIGNMENT_BYTES:
             raise ValueError(f"pages are counted from 1 and are multiples of {ALIGNMENT_BYTES} bytes")
         if count * page_bytes > self.size_bytes - self.used_bytes:
             raise SegmentFull(f"{count} pages of {page_bytes} bytes do not fit into what is free")
@@ -62,16 +62,23 @@ class ExtentAllocator:
 
     def free(self, extent: Extent) -> None:
         """Give one extent back. Raises ExtentNotLive for a second free, or for an allocation that is history."""
-        if not self.is_live(extent):
+        live = self._live.get(extent.offset)
+        if live is None or live[0] != extent.generation:
             raise ExtentNotLive(f"no extent of generation {extent.generation} is in use at {extent.offset}")
-        _, size = self._live.pop(extent.offset)
+        size = live[1]
+        self._live.remove(extent.offset)
         self.used_bytes -= size
         self._add_free(extent.offset, size)
 
     def live(self) -> Iterator[tuple[Extent, int]]:
         """Extents in use and their sizes."""
-        for offset, (generation, size) in self._live.items():
+        for offset, generation, size in self._live:
             yield Extent(offset, generation), size
+
+    @property
+    def metadata_bytes(self) -> int:
+        """Memory of the bookkeeping of extents, but not of free runs."""
+        return self._live.size_bytes
 
     def free_runs(self) -> dict[int, int]:
         """Maximal free runs: start → size."""
@@ -94,7 +101,7 @@ class ExtentAllocator:
 
     def _make_live(self, offset: int, size: int) -> Extent:
         self._generation += 1
-        self._live[offset] = (self._generation, size)
+        self._live.add(offset, self._generation, size)
         self.used_bytes += size
         return Extent(offset, self._generation)
 

@@ -61,6 +61,8 @@ class Served:
     credentials: PoolCredentials | None
     disk: DiskStore | None = None
     """Attached to by its own epoch, and only read."""
+    engine: str = ""
+    """Name of the transfer engine that reaches the segment too, if there is one."""
 
 
 class Connection:
@@ -179,8 +181,11 @@ class Connection:
 
     @property
     def _attached(self) -> messages.Attached:
-        segment = self._disk or self._served.segment
-        return messages.Attached(self._served.node, segment.epoch, segment.size_bytes)
+        served = self._served
+        if self._disk is not None:
+            return messages.Attached(served.node, self._disk.epoch, self._disk.size_bytes)
+        memory = served.segment
+        return messages.Attached(served.node, memory.epoch, memory.size_bytes, served.engine, memory.address)
 
     def _hand_over_memory(self) -> None:
         self._is_attached = True

@@ -33,14 +33,16 @@ class Heartbeat:
         segment: Segment,
         puts: PutTable,
         random_source: random.Random,
+        on_moves_away: Callable[[Sequence[Move]], None],
         on_moves: Callable[[Sequence[Move]], None] | None = None,
     ) -> None:
-        """`on_moves` takes pages that shall go to the disk."""
+        """`on_moves` takes pages that shall go to the disk, `on_moves_away` those for other daemons."""
         self._client = client
         self._segment = segment
         self._puts = puts
         self._random = random_source
         self._on_moves = on_moves
+        self._on_moves_away = on_moves_away
         self._retry_s = RETRY_S_MIN
 
     async def run(self) -> None:
@@ -99,4 +101,5 @@ class Heartbeat:
         self._puts.order_free(orders.free)
         if self._on_moves is not None:
             self._on_moves(orders.moves)
+        self._on_moves_away(orders.moves_away)
         return True

@@ -13,6 +13,7 @@ import secrets
 from collections.abc import Callable
 
 from stratakv.errors import SetupError
+from stratakv.pool.mooncake import address_of
 from stratakv.pool.populate import populate
 from stratakv.wire import EPOCH_BYTES
 
@@ -36,6 +37,11 @@ class MemorySegment:
     def populate(self, should_stop: Callable[[], bool]) -> None:
         """Bring all of it in; blocks."""
         populate(self._map, should_stop)
+
+    @property
+    def address(self) -> int:
+        """Where the segment lies in this process."""
+        return address_of(self._map)
 
     @property
     def socket_name(self) -> str:

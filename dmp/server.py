@@ -47,6 +47,7 @@ class DaemonServer:
         puts: PutTable,
         credentials: PoolCredentials | None,
         disk: DiskStore | None = None,
+        engine: str = "",
     ) -> None:
         self._settings = settings
         self._segment = segment
@@ -55,7 +56,9 @@ class DaemonServer:
         self._connections: dict[socket.socket, tuple[Connection, threading.Thread]] = {}
         self._past_read = 0
         self._past_written = 0
-        self._served = Served(settings.node, segment, puts, settings.idle_timeout_s, self.stats, credentials, disk)
+        self._served = Served(
+            settings.node, segment, puts, settings.idle_timeout_s, self.stats, credentials, disk, engine
+        )
         self._tcp = self._listen_tcp()
         self._unix = self._listen_unix()
 

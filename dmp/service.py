@@ -6,19 +6,24 @@ import asyncio
 import random
 import time
 from collections.abc import Coroutine
+from functools import partial
 
 from dmp.allocator import ExtentAllocator
 from dmp.disk.mover import Mover
 from dmp.disk.node import DiskNode
 from dmp.disk.store import DiskStore
+from dmp.drain import Drainer
 from dmp.heartbeat import Heartbeat
+from dmp.pages import read_page
 from dmp.puts import PutTable
 from dmp.segment import MemorySegment
 from dmp.server import DaemonServer
 from stratakv.errors import SetupError
 from stratakv.log import EventLogger
 from stratakv.pool.auth import PoolCredentials, require_credentials
+from stratakv.pool.dmp_client import ConnectionCache
 from stratakv.pool.meta_client import MetaClient
+from stratakv.pool.mooncake import transfer_engine
 from stratakv.process import advertised_host
 from stratakv.settings import DmpSettings, Settings
 from stratakv.wire import Segment
@@ -37,7 +42,11 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     memory = MemorySegment(dmp.segment_bytes)
     puts = PutTable(ExtentAllocator(memory.size_bytes), time.monotonic)
     store = _open_disk(dmp)
-    server = DaemonServer(dmp, memory, puts, credentials, store)
+    engine = transfer_engine(public_host, settings.pool.transfer_engine)
+    if engine is not None:
+        engine.register(memory.address, memory.size_bytes)
+    server = DaemonServer(dmp, memory, puts, credentials, store, engine.name if engine is not None else "")
+    connections = ConnectionCache(credentials=credentials)
     segment = Segment(
         node=dmp.node,
         epoch=memory.epoch,
@@ -57,16 +66,19 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     )
     try:
         async with MetaClient(settings.meta, role="dmp", name=segment.node, credentials=credentials) as client:
-            parts = [server.accept(), _populate(memory, stop)]
+            drainer = Drainer(client, connections)
+            parts = [server.accept(), _populate(memory, stop), drainer.run()]
             on_moves = None
             if store is not None:
                 disk = _disk_segment(segment, store)
                 mover = Mover(client, memory, puts, store, (segment, disk))
-                parts.append(DiskNode(client, disk, store, mover, dmp.disk_scrub_bytes_per_s).run())
+                parts.append(DiskNode(client, disk, store, mover, drainer, dmp.disk_scrub_bytes_per_s).run())
                 on_moves = mover.demote
-            parts.append(Heartbeat(client, segment, puts, random.Random(), on_moves).run())
+            send_away = partial(drainer.send_away, segment, partial(read_page, memory, puts))
+            parts.append(Heartbeat(client, segment, puts, random.Random(), send_away, on_moves).run())
             await _until_stopped(stop, *parts)
     finally:
+        connections.close()
         server.close()
         if store is not None:
             store.close()

@@ -1,12 +1,15 @@
-"""The main job, start to end: everything is started, a table is summarised from SQL, a long prompt is asked twice.
+"""The main job, start to end: everything is started, a table is summarised from SQL, a long prompt is asked three times.
 
 `make demo` runs this. The second time the workers have dropped what they hold themselves, so the prompt's KV comes from the
-pool. `--keep` leaves everything running.
+pool. Before the third time the daemon that holds it is killed, and the answer comes all the same. `--keep` leaves everything
+running.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -76,23 +79,34 @@ def summarise_tickets(sql_url: str) -> None:
     console.print(f"{len(rows)} rows in {time.perf_counter() - started:.1f} s\n")
 
 
-def ask_twice(client: RestClient, model: str) -> tuple[Answer, Answer]:
-    answers = []
-    for when in ("first", "again"):
-        if when == "again":
-            client.post("/admin/cache/drop", {"tiers": ["l1", "l2"]})
-        answers.append(client.chat(history(), model=model, max_tokens=32))
-    return answers[0], answers[1]
+def ask(client: RestClient, model: str) -> Answer:
+    return client.chat(history(), model=model, max_tokens=32)
 
 
-def show_answers(first: Answer, again: Answer) -> None:
+def forget(client: RestClient) -> None:
+    """The workers drop what they hold themselves; the pool keeps its pages."""
+    client.post("/admin/cache/drop", {"tiers": ["l1", "l2"]})
+
+
+def kill_daemon(instance: Instance) -> None:
+    """The one on whose segment the prefill worker writes. `stratakv up` starts it again, with an empty segment."""
+    pid = instance.pid("dmp-0")
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+
+
+def show_answers(first: Answer, again: Answer, after_kill: Answer) -> None:
     table = Table("", "TTFT", "computed", "from L1", "from L2", "from the pool")
-    for label, answer in (("first time", first), ("again, after the workers dropped L1 and L2", again)):
+    for label, answer in (
+        ("first time", first),
+        ("again, after the workers dropped L1 and L2", again),
+        ("again, after kill -9 of the daemon that held it", after_kill),
+    ):
         tiers = answer.tokens_by_tier()
         table.add_row(
             label, f"{answer.ttft_s * 1e3:.0f} ms", *(str(tiers[t]) for t in ("computed", "l1", "l2", "pool"))
         )
-    console.print(f"[bold]REST[/]: a question about {first.usage['prompt_tokens']} tokens of history, asked twice")
+    console.print(f"[bold]REST[/]: a question about {first.usage['prompt_tokens']} tokens of history")
     console.print(table)
     console.print(f"answer: {again.text.strip()}")
     console.print(f"time to first token {first.ttft_s / again.ttft_s:.1f} times shorter\n")
@@ -116,13 +130,18 @@ def run(instance: Instance, keep: bool) -> int:
     state = instance.state
     summarise_tickets(state["sql_url"])
     client = RestClient(state["rest_url"])
-    first, again = ask_twice(client, state["model"])
+    first = ask(client, state["model"])
+    forget(client)
+    again = ask(client, state["model"])
+    kill_daemon(instance)
+    forget(client)
+    after_kill = ask(client, state["model"])
     client.close()
-    show_answers(first, again)
+    show_answers(first, again, after_kill)
     if keep:
         console.print(f"still running: SQL {state['sql_url']}, REST {state['rest_url']}/v1; Ctrl-C ends it")
         instance.process.wait()
-    return 0 if again.tokens_by_tier()["pool"] > 0 else 1
+    return 0 if again.tokens_by_tier()["pool"] > 0 and after_kill.text else 1
 
 
 if __name__ == "__main__":

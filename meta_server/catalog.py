@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from meta_server.index import BlockIndex, ExtentArray
 from meta_server.journal import Journal
+from meta_server.leases import LeaseTable
 from meta_server.nodes import Node, NodeTable
 from meta_server.records import (
     EXTENT_BYTES,
@@ -45,8 +46,12 @@ class _HeldBack:
 class Catalog:
     """Every committed page, on every segment."""
 
-    def __init__(self, index: BlockIndex, nodes: NodeTable, journal: Journal, last_removal_id: int = 0) -> None:
+    def __init__(
+        self, index: BlockIndex, nodes: NodeTable, journal: Journal, pins: LeaseTable, last_removal_id: int = 0
+    ) -> None:
+        """`pins` stay with their pages when these move; read leases stay with their places."""
         self.index = index
+        self._pins = pins
         self.nodes = nodes
         self._journal = journal
         self._last_removal_id = last_removal_id
@@ -86,6 +91,33 @@ class Catalog:
         if len(surplus):
             sizes = np.full(len(surplus), page_bytes, np.int64)
             self._take_out(node, surplus, sizes, "surplus", pinned={})
+
+    def relocate(
+        self, source: Node, target: Node, namespace: bytes, keys: bytes, extents: ExtentArray, page_bytes: int
+    ) -> None:
+        """Copies on `target` take the places of the pages on `source`.
+
+        What has left `source` meanwhile (flushed, found corrupt) stays out; unless all of `source` is gone.
+        """
+        if self.nodes.at(source.index) is not source:
+            self.insert(target, namespace, keys, extents, page_bytes)
+            return
+        there, old = self.index.lying_in(namespace, keys, source.index)
+        moved = b"".join(keys[i * KEY_BYTES : (i + 1) * KEY_BYTES] for i in there.tolist())
+        history = self.index.history(old)
+        self.remove(old, "moved")
+        self.insert(target, namespace, moved, extents[there], page_bytes)
+        self.index.set_history(namespace, moved, history)
+        late = np.delete(extents, there, axis=0)
+        if len(late):
+            self._take_out(target, late, np.full(len(late), page_bytes, np.int64), "surplus", pinned={})
+        self.moved(old, self.index.lying_in(namespace, moved, target.index)[1])
+
+    def moved(self, old: SlotArray, new: SlotArray) -> None:
+        """Pages have moved from some slots to others."""
+        pinned = self.index.are_pinned(old)
+        if pinned.any():
+            self.unpinned(self._pins.follow(old[pinned], new[pinned]))
 
     def remove(self, slots: SlotArray, reason: str) -> int:
         """Take pages out of the index, and see to it that they are freed; how many."""

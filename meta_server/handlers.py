@@ -10,15 +10,17 @@ import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-import numpy as np
-
+from meta_server.administration import PIN_S_MAX, Administration
+from meta_server.ages import Ages
 from meta_server.catalog import Catalog
+from meta_server.draining import Draining
 from meta_server.index import BlockIndex
-from meta_server.journal import Journal
+from meta_server.journal import Journal, confirmed
 from meta_server.leases import LeaseTable
 from meta_server.moves import Moves
 from meta_server.nodes import Node, NodeTable
 from meta_server.own_blocks import OwnBlocks
+from meta_server.placement import Placement
 from meta_server.policies import make_policy
 from meta_server.presence import Clock
 from meta_server.puts import PutTable
@@ -26,26 +28,24 @@ from meta_server.reclaim import Reclaimer
 from meta_server.records import Snapshot
 from meta_server.rules import Rules
 from meta_server.slots import SlotArray
-from meta_server.store import STATEMENT_TIMEOUT_S, Store
+from meta_server.store import Store
 from meta_server.validate import (
     check_keys,
     check_moves,
     check_put,
     check_put_id,
-    check_rule,
     check_segment,
     check_worker,
 )
 from meta_server.workers import WorkerTable
 from stratakv import wire
-from stratakv.errors import InvalidRequest, Unavailable
+from stratakv.errors import InvalidRequest
 from stratakv.keys import KEY_BYTES
 from stratakv.pool.meta_errors import ProtocolMismatch, StaleEpoch
 from stratakv.settings import MetaSettings
 from stratakv.version import version
 
 Answer = wire.Message | Awaitable[wire.Message]
-PIN_S_MAX = 30 * 24 * 3600.0
 UNDECIDED_MAX = 4096
 """Puts looked up for one heartbeat; the daemon asks for the others again."""
 
@@ -59,17 +59,19 @@ class Handlers:
         self.journal = Journal(store)
         self._nodes = NodeTable(clock, settings.heartbeat_s, snapshot.dead_epochs)
         self._workers = WorkerTable(clock, settings.heartbeat_s)
-        self._catalog = Catalog(
-            BlockIndex(make_policy(settings.policy)), self._nodes, self.journal, snapshot.last_removal_id
-        )
-        self._index = self._catalog.index
+        self._index = BlockIndex(make_policy(settings.policy))
         self.own_blocks = OwnBlocks(self._index, self._nodes, self._workers)
         self._leases = LeaseTable(self._index, clock, leases_max=settings.leases_max, lease_s_max=settings.lease_s_max)
         self._pins = LeaseTable(self._index, clock, leases_max=settings.pins_max, lease_s_max=PIN_S_MAX)
-        self._rules = Rules(self._catalog, self.journal, clock, snapshot.rules)
-        self._reclaimer = Reclaimer(self._catalog, clock, high=settings.reclaim_high, low=settings.reclaim_low)
+        self._catalog = Catalog(self._index, self._nodes, self.journal, self._pins, snapshot.last_removal_id)
+        ages = Ages(clock)
+        self._rules = Rules(self._catalog, self.journal, clock, ages, snapshot.rules)
+        self._reclaimer = Reclaimer(self._catalog, clock, ages, high=settings.reclaim_high, low=settings.reclaim_low)
         self._moves = Moves(self._catalog, self.journal, clock, settings)
-        self._puts = PutTable(self._catalog, self.journal, store, clock, settings, self._reclaimer.make_room)
+        placement = Placement(self._nodes, self._reclaimer.make_room, high=settings.reclaim_high)
+        self._puts = PutTable(self._catalog, self.journal, store, clock, settings, placement)
+        self._draining = Draining(self._catalog, self._moves, placement)
+        self.administration = Administration(self._catalog, self.journal, self._workers, self._pins, self._rules)
         self._epoch = secrets.token_bytes(wire.EPOCH_BYTES)
         self._lookups = self._lookup_hits = 0
         self._restore(snapshot)
@@ -89,11 +91,8 @@ class Handlers:
             wire.PutEnd: self.put_end,
             wire.PutRevoke: self.put_revoke,
             wire.ReportCorrupt: self.report_corrupt,
-            wire.Flush: self.flush,
-            wire.SetCacheRule: self.set_cache_rule,
-            wire.ListNamespaces: self.list_namespaces,
-            wire.PinPrefix: self.pin_prefix,
-            wire.Unpin: self.unpin,
+            **self.administration.by_message,
+            wire.SetDraining: self._draining.set,
             wire.GetStats: self.stats,
         }
 
@@ -204,48 +203,6 @@ class Handlers:
             self._catalog.remove(slots, "corrupt")
         return wire.Done()
 
-    def flush(self, request: wire.Flush) -> Answer:
-        if request.namespace:
-            check_keys(request.namespace, b"")
-        slots = [self._index.unpinned(node.index, request.namespace) for node in self._nodes]
-        num_blocks = self._catalog.remove(np.concatenate(slots), "flushed") if slots else 0
-        return self._written(self.journal.all_written(), lambda: wire.Flushed(num_blocks=num_blocks))
-
-    def set_cache_rule(self, request: wire.SetCacheRule) -> Answer:
-        check_rule(request.rule)
-        self._rules.set(request.rule)
-        return self._written(self.journal.all_written(), wire.Done)
-
-    def list_namespaces(self, _: wire.ListNamespaces) -> wire.Namespaces:
-        names = {node.index: node.segment.node for node in self._nodes}
-        usage = self._index.usage()
-        by_namespace: dict[bytes, list[wire.WorkerInfo]] = {}
-        for worker in self._workers.states():
-            by_namespace.setdefault(worker.info.namespace, []).append(worker.info)
-        found = []
-        for namespace in sorted({*usage, *self._rules.namespaces()}):
-            segments, workers = usage.get(namespace, {}), by_namespace.get(namespace, [])
-            found.append(
-                wire.NamespaceState(
-                    namespace,
-                    sorted({info.model for info in workers}),
-                    workers[0].block_size if workers else 0,
-                    sum(blocks for blocks, _ in segments.values()),
-                    {names[segment]: size for segment, (_, size) in segments.items()},
-                    self._rules.get(namespace),
-                )
-            )
-        return wire.Namespaces(found)
-
-    def pin_prefix(self, request: wire.PinPrefix) -> wire.Pinned:
-        check_keys(request.namespace, request.keys)
-        slots = self._index.match(request.namespace, request.keys)
-        return wire.Pinned(len(slots), self._pins.grant(slots, request.pin_s) if len(slots) else 0)
-
-    def unpin(self, request: wire.Unpin) -> wire.Done:
-        self._catalog.unpinned(self._pins.release(request.pin_id))
-        return wire.Done()
-
     def stats(self, _: wire.GetStats) -> wire.Stats:
         return wire.Stats(
             blocks=self._index.num_blocks,
@@ -257,6 +214,10 @@ class Handlers:
             lookups=self._lookups,
             lookup_hits=self._lookup_hits,
             evictions=self._reclaimer.evictions,
+            evicted_age_s=self._reclaimer.evicted_age_s,
+            demoted=self._moves.demoted,
+            promoted=self._moves.promoted,
+            pins=len(self._pins),
         )
 
     def _restore(self, snapshot: Snapshot) -> None:
@@ -287,16 +248,14 @@ class Handlers:
         return wire.NodeOrders(
             known=True,
             free=self._reclaimer.orders(node),
+            moves_away=self._draining.orders(node),
             moves=self._moves.orders(node),
             committed_puts=list(committed),
             void_puts=list(void),
         )
 
     async def _written(self, written: asyncio.Future[None], reply: Callable[[], wire.Message]) -> wire.Message:
-        try:
-            await asyncio.wait_for(written, STATEMENT_TIMEOUT_S)
-        except TimeoutError:
-            raise Unavailable("the metadata database does not answer; try again") from None
+        await confirmed(written)
         return reply()
 
     def _places(self, slots: SlotArray) -> tuple[list[wire.Place], list[wire.Segment]]:

@@ -55,6 +55,14 @@ class Removed:
         return len(self.slots)
 
 
+@dataclass(frozen=True, slots=True)
+class History:
+    """How pages were used, one array element each."""
+
+    ticks: NDArray[np.int64]
+    reads: NDArray[np.uint8]
+
+
 class BlockIndex:
     """Every committed page of every live segment; one place per key."""
 
@@ -111,10 +119,41 @@ class BlockIndex:
         self._tick += len(slots)
         self._table.tick[slots] = self._tick - np.arange(len(slots))
 
+    def lying_in(self, namespace: bytes, keys: bytes, segment: int) -> tuple[NDArray[np.int64], SlotArray]:
+        """Positions of the keys whose pages lie in a segment, and their slots."""
+        slots = self._find(namespace, keys, reachable_only=False)
+        there = np.flatnonzero((slots != _ABSENT) & (self._table.segment[slots] == segment))
+        return there, slots[there]
+
+    def worth_keeping(self, segment: int) -> SlotArray:
+        """Pages of a segment that somebody has read there, or wants to stay."""
+        table, slots = self._table, self._table.live_in(segment)
+        kept = np.isin(table.namespace[slots], list(self._kept))
+        worthy: SlotArray = slots[(table.reads[slots] > 0) | (table.pins[slots] > 0) | kept]
+        return worthy
+
+    def hottest_first(self, slots: SlotArray) -> SlotArray:
+        return slots[np.argsort(-self._table.tick[slots])]
+
+    def history(self, slots: SlotArray) -> History:
+        """What is known of how the pages were used."""
+        return History(self._table.tick[slots], self._table.reads[slots])
+
+    def set_history(self, namespace: bytes, keys: bytes, history: History) -> None:
+        """Pages that have moved to another daemon are worth what they were."""
+        slots = self._find(namespace, keys, reachable_only=False)
+        known = slots != _ABSENT
+        self._table.tick[slots[known]], self._table.reads[slots[known]] = history.ticks[known], history.reads[known]
+
     def ticks(self, namespace: bytes, keys: bytes) -> NDArray[np.int64]:
         """When each page was last asked for; -1 for those that are not there."""
         slots = self._find(namespace, keys, reachable_only=False)
         ticks: NDArray[np.int64] = np.where(slots == _ABSENT, _ABSENT, self._table.tick[slots])
+        return ticks
+
+    def slot_ticks(self, slots: SlotArray) -> NDArray[np.int64]:
+        """When the page of each slot was last asked for."""
+        ticks: NDArray[np.int64] = self._table.tick[slots]
         return ticks
 
     def set_ticks(self, namespace: bytes, keys: bytes, ticks: NDArray[np.int64]) -> None:
@@ -130,6 +169,11 @@ class BlockIndex:
     def unpin(self, slots: SlotArray) -> SlotArray:
         """Undo one `pin`; the slots whose pages left the index meanwhile and that nobody reads any more."""
         return self._table.unpin(slots)
+
+    def are_pinned(self, slots: SlotArray) -> NDArray[np.bool_]:
+        """Whether anybody holds a lease or a pin on each."""
+        pinned: NDArray[np.bool_] = self._table.pins[slots] > 0
+        return pinned
 
     def places(self, slots: SlotArray) -> tuple[list[int], list[int], list[int]]:
         """Segment, offset and generation of each slot."""
@@ -209,6 +253,12 @@ class BlockIndex:
     def in_segment(self, segment: int) -> SlotArray:
         """All pages of a segment."""
         return self._table.live_in(segment)
+
+    def identify(self, slots: SlotArray) -> list[tuple[bytes, bytes]]:
+        """Namespace and key of each slot."""
+        table = self._table
+        namespaces = [self._names_by_id[names_id].namespace for names_id in table.namespace[slots].tolist()]
+        return list(zip(namespaces, (row.tobytes() for row in table.key[slots]), strict=True))
 
     def unpinned(self, segment: int, namespace: bytes = b"") -> SlotArray:
         """Pages of a segment (of one namespace or of all) that nobody holds a lease on."""

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable
 
 from meta_server.records import CommittedRun, Removal, StartedPut, Statement, WriteBatch
-from meta_server.store import Store
+from meta_server.store import STATEMENT_TIMEOUT_S, Store
 from stratakv.errors import Overloaded, Unavailable
 from stratakv.wire import CacheRule, Segment, WorkerInfo
 
@@ -153,6 +153,14 @@ class Journal:
         self._deciding[put_id] = decided
         self._wake.set()
         return decided
+
+
+async def confirmed(written: asyncio.Future[None]) -> None:
+    """Wait for `Journal.all_written`. Raises Unavailable if that takes too long; it is written sooner or later."""
+    try:
+        await asyncio.wait_for(written, STATEMENT_TIMEOUT_S)
+    except TimeoutError:
+        raise Unavailable("the metadata database does not answer; try again") from None
 
 
 def _settle(decided: Decided, outcome: str | Unavailable) -> None:

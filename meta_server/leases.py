@@ -7,6 +7,8 @@ import math
 import secrets
 from dataclasses import dataclass
 
+import numpy as np
+
 from meta_server.index import BlockIndex
 from meta_server.presence import Clock
 from meta_server.slots import SlotArray
@@ -54,6 +56,18 @@ class LeaseTable:
             self._by_end = [entry for entry in self._by_end if entry[1] in self._leases]
             heapq.heapify(self._by_end)
         return [self._index.unpin(lease.slots)] if lease is not None else []
+
+    def follow(self, old: SlotArray, new: SlotArray) -> list[SlotArray]:
+        """Pages have moved from the slots `old` to `new`: hold them there. Slots as of `release`."""
+        to = dict(zip(old.tolist(), new.tolist(), strict=True))
+        gone: list[SlotArray] = []
+        for lease_id, lease in self._leases.items():
+            if np.isin(lease.slots, old).any():
+                slots = np.array([to.get(slot, slot) for slot in lease.slots.tolist()], np.int64)
+                self._index.pin(slots)
+                gone.append(self._index.unpin(lease.slots))
+                self._leases[lease_id] = _Lease(slots, lease.until)
+        return gone
 
     def expire(self) -> list[SlotArray]:
         """End the leases whose time is over; as `release`."""

@@ -48,10 +48,27 @@ class Moves:
     def orders(self, node: Node) -> list[Move]:
         """What the node's daemon shall copy now."""
         self._forget_late(node)
-        if not node.segment.is_disk:
+        if not node.segment.is_disk and not node.is_draining:
             self._demote(node)
         moves, node.moves_waiting = node.moves_waiting, []
         return moves
+
+    def order(
+        self, node: Node, slots: SlotArray, room_bytes: int, moving_bytes_max: int = MOVING_BYTES_MAX
+    ) -> list[Move]:
+        """Those of the pages that shall be copied now, as far as `room_bytes` and the limit go."""
+        room_bytes = min(room_bytes, moving_bytes_max - node.moving_bytes)
+        extents, sizes = self._catalog.index.extents(slots)
+        ordered = []
+        for extent, size in zip(extent_list(extents), sizes.tolist(), strict=True):
+            if extent in node.moving:
+                continue
+            room_bytes -= size
+            if room_bytes < 0:
+                break
+            node.moving[extent] = (self._clock() + MOVE_TIMEOUT_S, size)
+            ordered.append(Move(extent, size))
+        return ordered
 
     def read(self, slots: SlotArray) -> None:
         """These pages are being read: those on disk for the second time go back to memory."""
@@ -62,9 +79,9 @@ class Moves:
             memory = (
                 self._catalog.nodes.get(node.segment.disk_of) if node is not None and node.segment.is_disk else None
             )
-            if node is not None and memory is not None and memory.reachable:
+            if node is not None and memory is not None and memory.reachable and not memory.is_draining:
                 room = int(self._high * memory.segment.size_bytes) - memory.staying_bytes
-                self._order(node, often[self._catalog.index.segments(often) == segment], room)
+                node.moves_waiting += self.order(node, often[self._catalog.index.segments(often) == segment], room)
 
     async def report(self, request: ReportMoves) -> MovesTaken:
         """Take the copies for the pages. Raises StaleEpoch, Unavailable."""
@@ -75,6 +92,7 @@ class Moves:
             raise StaleEpoch("one of the two segments is not what it was")
         for extent in (*request.failed, *(page.source for page in request.pages)):
             source.moving.pop(extent, None)
+        source.move_failures.update(request.failed if source.is_draining else ())
         by_slot: dict[int, MovedPage] = {}
         for page in request.pages:
             slot = self._slot(source, page.namespace, page.key, page.source)
@@ -110,20 +128,7 @@ class Moves:
         staying = node.staying_bytes - node.moving_bytes
         if staying > self._high * size:
             cold = self._catalog.index.coldest(node.index, staying - int(self._low * size) + node.moving_bytes)
-            self._order(node, cold, disk.free_bytes)
-
-    def _order(self, node: Node, slots: SlotArray, room_bytes: int) -> None:
-        """Have these copied, as far as `room_bytes` and the limit go."""
-        room_bytes = min(room_bytes, MOVING_BYTES_MAX - node.moving_bytes)
-        extents, sizes = self._catalog.index.extents(slots)
-        for extent, size in zip(extent_list(extents), sizes.tolist(), strict=True):
-            if extent in node.moving:
-                continue
-            room_bytes -= size
-            if room_bytes < 0:
-                break
-            node.moving[extent] = (self._clock() + MOVE_TIMEOUT_S, size)
-            node.moves_waiting.append(Move(extent, size))
+            node.moves_waiting += self.order(node, cold, disk.free_bytes)
 
     def _forget_late(self, node: Node) -> None:
         now = self._clock()
@@ -144,16 +149,26 @@ class Moves:
         index = self._catalog.index
         ticks = [index.ticks(run.namespace, run.keys) for run in runs]
         left = [self._slot(source, page.namespace, page.key, page.source) for page in pages]
-        self._catalog.remove(np.array([slot for slot in left if slot is not None], np.int64), "moved")
+        old = np.array([slot for slot in left if slot is not None], np.int64)
+        self._catalog.remove(old, "moved")
         if self._catalog.nodes.at(target.index) is target:
             for run, was in zip(runs, ticks, strict=True):
                 self._catalog.insert(target, run.namespace, run.keys, unpack_extents(run.extents), run.page_bytes)
                 index.set_ticks(run.namespace, run.keys, was)
+            self._keep_pinned(target, pages, left)
+        if source.is_draining:
+            source.moved_away += len(old)
         if target.segment.is_disk and not source.segment.is_disk:
             self.demoted += len(pages)
         elif source.segment.is_disk and not target.segment.is_disk:
             self.promoted += len(pages)
         _log.debug("pages_moved", source=source.segment.node, target=target.segment.node, pages=len(pages))
+
+    def _keep_pinned(self, target: Node, pages: list[MovedPage], left: list[int | None]) -> None:
+        new = [self._slot(target, page.namespace, page.key, page.target) for page in pages]
+        moved = [(a, b) for a, b in zip(left, new, strict=True) if a is not None and b is not None]
+        if moved:
+            self._catalog.moved(*(np.array(slots, np.int64) for slots in zip(*moved, strict=True)))
 
     def _drop_lost(self, node: Node) -> None:
         slots = self._catalog.index.in_segment(node.index)

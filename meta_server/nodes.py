@@ -6,6 +6,7 @@ hold. Called by the server's dispatch, `puts` and `reclaim`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -46,6 +47,13 @@ class Node:
     found: set[Extent] = field(default_factory=set)
     """What it has said so far."""
     read_only: bool = False
+    is_draining: bool = False
+    drains_whole: bool = False
+    """Also of what was never read."""
+    moved_away: int = 0
+    """Pages, since it is draining."""
+    move_failures: Counter[Extent] = field(default_factory=Counter)
+    """By page, since it is draining."""
 
     @property
     def moving_bytes(self) -> int:
@@ -136,4 +144,6 @@ class NodeTable:
 
     def states(self) -> list[NodeState]:
         """The nodes whose heartbeats arrive."""
-        return [NodeState(n.segment, n.used_bytes, n.free_bytes) for n in self if n.reachable]
+        return [
+            NodeState(n.segment, n.used_bytes, n.free_bytes, n.read_only, n.is_draining) for n in self if n.reachable
+        ]

@@ -12,26 +12,26 @@ from __future__ import annotations
 import asyncio
 import enum
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from meta_server.catalog import Catalog
+from meta_server.index import ExtentArray
 from meta_server.journal import Decided, Journal
 from meta_server.nodes import Node
+from meta_server.placement import Placement
 from meta_server.presence import Clock
-from meta_server.records import StartedPut, extent_array, pack_extents, unpack_extents
+from meta_server.records import StartedPut, extent_array, extent_list, pack_extents, unpack_extents
 from meta_server.store import DECIDED_MAX, STATEMENT_TIMEOUT_S, Store
 from stratakv.errors import InvalidRequest, Overloaded, Unavailable
 from stratakv.keys import BlockKey, unpack_keys
 from stratakv.log import EventLogger
-from stratakv.pool.meta_errors import PoolFull, PutFinished, PutUnknown, StaleEpoch
+from stratakv.pool.meta_errors import PutFinished, PutUnknown, StaleEpoch
 from stratakv.settings import MetaSettings
 from stratakv.wire import PutEnd, PutGrant, PutStart
 
 _COMMITTED = "committed"
 _log = EventLogger("meta_server.puts")
-
-MakeRoom = Callable[[Node, int], None]
 
 
 class PutState(enum.Enum):
@@ -49,6 +49,8 @@ class _Put:
     keys: list[BlockKey]
     deadline: float
     cost_us: int = 0
+    source: Node | None = None
+    """Where the pages lie of which these are copies."""
     state: PutState = PutState.PENDING
     extents: bytes = b""
     """As the writer sent them; kept while the outcome is open."""
@@ -69,14 +71,14 @@ class PutTable:
         store: Store,
         clock: Clock,
         settings: MetaSettings,
-        make_room: MakeRoom,
+        placement: Placement,
     ) -> None:
         self._catalog = catalog
         self._journal = journal
         self._store = store
         self._clock = clock
         self._settings = settings
-        self._make_room = make_room
+        self._placement = placement
         self._puts: dict[bytes, _Put] = {}
         self._pending_keys: dict[bytes, set[BlockKey]] = {}
         self._decided: dict[bytes, str] = {}
@@ -109,8 +111,13 @@ class PutTable:
         self._journal.check_room()
         if len(self._puts) >= self._settings.puts_pending_max:
             raise Overloaded(f"{self._settings.puts_pending_max} puts are in progress already")
-        node = self._choose(request, len(wanted))
-        wanted = wanted[: node.free_bytes // request.page_bytes]
+        source = self._catalog.nodes.get(request.copies_from)
+        if source is not None:
+            node = self._placement.for_copies(source, request.page_bytes)
+            wanted = wanted[: self._placement.room_for_copies(node) // request.page_bytes]
+        else:
+            node = self._placement.for_put(request.prefer_node, len(wanted), request.page_bytes)
+            wanted = wanted[: node.free_bytes // request.page_bytes]
         row = StartedPut(
             put_id=request.put_id,
             namespace=request.namespace,
@@ -121,7 +128,7 @@ class PutTable:
             keys=b"".join(keys[i] for i in wanted),
             left_s=min(request.timeout_s, self._settings.put_timeout_s_max),
         )
-        self._add(row, node, request.cost_us)
+        self._add(row, node, request.cost_us, source)
         self._journal.start_put(row)
         return PutGrant(wanted=wanted, segment=node.segment)
 
@@ -189,27 +196,21 @@ class PutTable:
         pending = self._pending_keys.get(request.namespace, set())
         seen: set[BlockKey] = set()
         wanted = []
-        for i in self._catalog.index.absent(request.namespace, request.keys):
+        for i in self._candidates(request):
             if keys[i] not in pending and keys[i] not in seen:
                 seen.add(keys[i])
                 wanted.append(i)
         return wanted
 
-    def _choose(self, request: PutStart, num_pages: int) -> Node:
-        """The preferred node if all fits, else the one with most room; raises PoolFull if that has none."""
-        needed = num_pages * request.page_bytes
-        reachable = [node for node in self._catalog.nodes if node.reachable and not node.segment.is_disk]
-        preferred = [node for node in reachable if node.segment.node == request.prefer_node]
-        roomiest = max(reachable, key=lambda node: node.free_bytes, default=None)
-        for node in preferred or ([roomiest] if roomiest else []):
-            if node.free_bytes >= needed:
-                return node
-            self._make_room(node, needed)
-        if roomiest is None:
-            raise PoolFull("no memory-pool daemon is alive")
-        if roomiest.free_bytes < request.page_bytes:
-            raise PoolFull("no segment has room for a page now; cold pages are being reclaimed")
-        return roomiest
+    def _candidates(self, request: PutStart) -> list[int]:
+        index = self._catalog.index
+        if not request.copies_from:
+            return index.absent(request.namespace, request.keys)
+        source = self._catalog.nodes.get(request.copies_from)
+        if source is None:
+            return []
+        there: list[int] = index.lying_in(request.namespace, request.keys, source.index)[0].tolist()
+        return there
 
     def _grant_again(self, put: _Put, request: PutStart) -> PutGrant:
         if put.state is PutState.VOIDING:
@@ -267,9 +268,20 @@ class PutTable:
         else:
             self._remove(put, _COMMITTED)
             extents = unpack_extents(put.extents)
-            self._catalog.insert(put.node, put.row.namespace, put.row.keys, extents, put.row.page_bytes)
+            self._publish(put, extents)
             if put.cost_us > 0:
                 self._catalog.index.learn_cost(put.row.namespace, put.cost_us / put.row.page_bytes)
+
+    def _publish(self, put: _Put, extents: ExtentArray) -> None:
+        row, source = put.row, put.source
+        if source is None:
+            self._catalog.insert(put.node, row.namespace, row.keys, extents, row.page_bytes)
+            return
+        _, slots = self._catalog.index.lying_in(row.namespace, row.keys, source.index)
+        for extent in extent_list(self._catalog.index.extents(slots)[0]):
+            source.moving.pop(extent, None)
+        source.moved_away += len(slots)
+        self._catalog.relocate(source, put.node, row.namespace, row.keys, extents, row.page_bytes)
 
     def _raise_unless_committed(self, put: _Put, state: str) -> None:
         if state != _COMMITTED:
@@ -280,8 +292,8 @@ class PutTable:
     def _is_current(self, put: _Put) -> bool:
         return self._catalog.nodes.at(put.node.index) is put.node
 
-    def _add(self, row: StartedPut, node: Node, cost_us: int = 0) -> None:
-        put = _Put(row, node, unpack_keys(row.keys), self._clock() + row.left_s, cost_us)
+    def _add(self, row: StartedPut, node: Node, cost_us: int = 0, source: Node | None = None) -> None:
+        put = _Put(row, node, unpack_keys(row.keys), self._clock() + row.left_s, cost_us, source)
         self._puts[row.put_id] = put
         self._pending_keys.setdefault(row.namespace, set()).update(put.keys)
         node.pending_bytes += put.size_bytes

@@ -83,9 +83,12 @@ ON CONFLICT (name) DO UPDATE SET epoch = excluded.epoch, url = excluded.url, rol
     max_model_len = excluded.max_model_len, node = excluded.node, registered_at = now()
 
 -- name: start_puts
--- Puts that were granted room.
+-- Puts that were granted room. A daemon that copies pages to another does not know their block size.
 INSERT INTO stratakv.put_sessions (put_id, namespace, epoch, worker, page_bytes, block_size, keys, expires_at)
-SELECT put_id, namespace, epoch, worker, page_bytes, block_size, keys, now() + left_s * interval '1 second'
+SELECT put_id, namespace, epoch, worker, page_bytes,
+       CASE WHEN block_size > 0 THEN block_size
+            ELSE coalesce((SELECT b.block_size FROM stratakv.blocks b WHERE b.namespace = t.namespace LIMIT 1), 0) END,
+       keys, now() + left_s * interval '1 second'
 FROM unnest($1::bytea[], $2::bytea[], $3::bytea[], $4::text[], $5::bigint[], $6::integer[], $7::bytea[], $8::float8[])
     AS t (put_id, namespace, epoch, worker, page_bytes, block_size, keys, left_s)
 ON CONFLICT (put_id) DO NOTHING

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from meta_server.ages import Ages
 from meta_server.catalog import Catalog
 from meta_server.nodes import Node
 from meta_server.presence import Clock
@@ -16,12 +19,15 @@ _log = EventLogger("meta_server.reclaim")
 class Reclaimer:
     """Called now and then for every node, and at once when a put finds no room."""
 
-    def __init__(self, catalog: Catalog, clock: Clock, *, high: float, low: float) -> None:
+    def __init__(self, catalog: Catalog, clock: Clock, ages: Ages, *, high: float, low: float) -> None:
         self._catalog = catalog
         self._clock = clock
+        self._ages = ages
         self._high = high
         self._low = low
         self.evictions = 0
+        self.evicted_age_s = 0.0
+        """Median time since the pages that were reclaimed last had been asked for."""
 
     def orders(self, node: Node) -> list[Extent]:
         """What the node's daemon shall free now."""
@@ -41,5 +47,6 @@ class Reclaimer:
         excess = node.staying_bytes - target
         slots = self._catalog.index.coldest(node.index, excess)[:PAGES_MAX]
         if len(slots):
+            self.evicted_age_s = self._ages.age_s(int(np.median(self._catalog.index.slot_ticks(slots))))
             self.evictions += self._catalog.remove(slots, "evicted")
             _log.debug("pages_evicted", node=node.segment.node, pages=len(slots))

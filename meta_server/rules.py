@@ -5,10 +5,9 @@ Looked at once a second, by the server's dispatch; kept in PostgreSQL.
 
 from __future__ import annotations
 
-import bisect
-from collections import deque
 from collections.abc import Iterable
 
+from meta_server.ages import Ages
 from meta_server.catalog import Catalog
 from meta_server.journal import Journal
 from meta_server.nodes import Node
@@ -20,22 +19,20 @@ from stratakv.wire import CacheRule
 
 APPLY_S = 1.0
 RULES_MAX = 10_000
-TIMES_MAX = 65_536
-SAMPLE_S = 10.0
-"""How finely the age of a page is known; with TIMES_MAX, for a week."""
 _log = EventLogger("meta_server.rules")
 
 
 class Rules:
     """Rules by namespace."""
 
-    def __init__(self, catalog: Catalog, journal: Journal, clock: Clock, rules: Iterable[CacheRule]) -> None:
+    def __init__(
+        self, catalog: Catalog, journal: Journal, clock: Clock, ages: Ages, rules: Iterable[CacheRule]
+    ) -> None:
         self._catalog = catalog
         self._journal = journal
         self._clock = clock
         self._by_namespace: dict[bytes, CacheRule] = {}
-        self._times: deque[tuple[float, int]] = deque(maxlen=TIMES_MAX)
-        """When the index had reached which tick."""
+        self._ages = ages
         self._apply_at = clock()
         for rule in rules:
             self._take(rule)
@@ -62,11 +59,10 @@ class Rules:
         if now < self._apply_at:
             return
         self._apply_at = now + APPLY_S
-        if not self._times or now - self._times[-1][0] >= SAMPLE_S:
-            self._times.append((now, self._catalog.index.tick))
+        self._ages.sample(self._catalog.index.tick)
         for rule in self._by_namespace.values():
             if rule.ttl_s:
-                self._expire(rule, now)
+                self._expire(rule)
             for is_disk, bytes_max in ((False, rule.memory_bytes_max), (True, rule.disk_bytes_max)):
                 if bytes_max:
                     self._shrink(
@@ -80,11 +76,10 @@ class Rules:
         else:
             self._by_namespace[rule.namespace] = rule
 
-    def _expire(self, rule: CacheRule, now: float) -> None:
-        at = bisect.bisect_right(self._times, now - rule.ttl_s, key=lambda sample: sample[0])
-        if at:
-            slots = self._catalog.index.read_before(rule.namespace, self._times[at - 1][1] + 1)
-            self._remove(slots, "expired")
+    def _expire(self, rule: CacheRule) -> None:
+        tick = self._ages.tick_before(rule.ttl_s)
+        if tick is not None:
+            self._remove(self._catalog.index.read_before(rule.namespace, tick + 1), "expired")
 
     def _shrink(self, namespace: bytes, bytes_max: int, nodes: list[Node]) -> None:
         index = self._catalog.index

@@ -52,8 +52,9 @@ def check_put(request: PutStart) -> None:
     check_put_id(request.put_id)
     check_keys(request.namespace, request.keys)
     _check_range("page_bytes", request.page_bytes, 1, PAGE_BYTES_MAX)
-    _check_range("block_size", request.block_size, 1, INT32_MAX)
+    _check_range("block_size", request.block_size, 0 if request.copies_from else 1, INT32_MAX)
     _check_name("worker", request.worker, empty=True)
+    _check_name("copies_from", request.copies_from, empty=True)
     _check_range("cost_us", request.cost_us, 0, INT64_MAX)
 
 

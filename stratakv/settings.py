@@ -105,12 +105,23 @@ class MetaSettings:
     )
 
 
+class TransferProtocol(enum.StrEnum):
+    """What Mooncake's Transfer Engine moves bytes by."""
+
+    OFF = "off"
+    TCP = "tcp"
+    RDMA = "rdma"
+
+
 @dataclass(frozen=True, slots=True)
 class PoolSettings:
     """[pool] what all members of a pool share."""
 
     secret: Secret | None = setting(
         None, "shows meta server, daemons, workers and DB nodes that they belong together; needed beyond this machine"
+    )
+    transfer_engine: TransferProtocol = setting(
+        TransferProtocol.OFF, "let Mooncake's Transfer Engine move pages between hosts: off, tcp or rdma"
     )
 
 

@@ -128,6 +128,8 @@ class NodeOrders(Message, frozen=True):
     """No longer in any index; to be freed (sent until reported in `freed`)."""
     moves: list[Move] = []
     """To be copied and reported with `ReportMoves`; not repeated until that, or a minute later."""
+    moves_away: list[Move] = []
+    """To be copied to another daemon, by puts with `copies_from`; those that fail are reported with `ReportMoves`."""
     committed_puts: list[bytes] = []
     void_puts: list[bytes] = []
     """Those of `undecided_puts` that were finished, and those that never will be."""
@@ -244,10 +246,13 @@ class ListNodes(Message, frozen=True):
     """Segments whose daemons' heartbeats arrive."""
 
 
-class NodeState(msgspec.Struct, frozen=True):
+class NodeState(msgspec.Struct, frozen=True, omit_defaults=True):
     segment: Segment
     used_bytes: int
     free_bytes: int
+    read_only: bool = False
+    """A disk that takes no more pages."""
+    is_draining: bool = False
 
 
 class Nodes(Message, frozen=True):
@@ -296,6 +301,8 @@ class PutStart(Message, frozen=True):
     timeout_s: float = 30.0
     cost_us: int = 0
     """To compute one page again, in microseconds; 0 while that is not known. What a page is worth depends on it."""
+    copies_from: str = ""
+    """The pages are copied from this node, which gives them up: wanted are those that lie there. `block_size` may be 0."""
 
 
 class PutGrant(Message, frozen=True):
@@ -364,7 +371,7 @@ class SetCacheRule(Message, frozen=True):
 
 
 class ListNamespaces(Message, frozen=True):
-    """Namespaces with pages or with a rule."""
+    """Namespaces with pages, with workers or with a rule."""
 
 
 class NamespaceState(msgspec.Struct, frozen=True):
@@ -376,10 +383,34 @@ class NamespaceState(msgspec.Struct, frozen=True):
     blocks: int
     bytes_by_node: dict[str, int]
     rule: CacheRule
+    blocks_by_node: dict[str, int] = {}
 
 
 class Namespaces(Message, frozen=True):
     namespaces: list[NamespaceState]
+
+
+class PageAt(msgspec.Struct, frozen=True, array_like=True):
+    """One page of a node, as the index has it."""
+
+    namespace: bytes
+    key: bytes
+    extent: Extent
+    page_bytes: int
+
+
+class ListPages(Message, frozen=True):
+    """The pages of a node, part by part; pages that come or go meanwhile may be left out."""
+
+    node: str
+    after: int = -1
+    """`Pages.last` of the part before."""
+
+
+class Pages(Message, frozen=True):
+    pages: list[PageAt]
+    """Empty behind the last part."""
+    last: int = -1
 
 
 class PinPrefix(Message, frozen=True):
@@ -405,6 +436,28 @@ class Unpin(Message, frozen=True):
     pin_id: int
 
 
+class SetDraining(Message, frozen=True):
+    """Have a daemon's pages moved to others, and give it no new ones; asked again, it tells how far that is.
+
+    In the meta server's memory only, and until the daemon's next start.
+    """
+
+    node: str
+    """Of the daemon's memory; its disk is drained with it."""
+    is_draining: bool
+    is_whole: bool = False
+    """Also what was never read since it was written."""
+
+
+class DrainProgress(Message, frozen=True):
+    is_done: bool
+    """Nothing more moves: the daemon may be stopped."""
+    pages_moved: int
+    pages_left: int
+    """Worth keeping and still there; when it is done, those that nobody else has room for."""
+    bytes_left: int
+
+
 class GetStats(Message, frozen=True):
     pass
 
@@ -419,6 +472,13 @@ class Stats(Message, frozen=True):
     lookups: int
     lookup_hits: int
     evictions: int
+    demoted: int = 0
+    """Pages that went to disk."""
+    promoted: int = 0
+    """Pages that came back from disk."""
+    pins: int = 0
+    evicted_age_s: float = 0.0
+    """Median time since the pages that were evicted last had been asked for."""
 
 
 Request = (
@@ -440,8 +500,10 @@ Request = (
     | Flush
     | SetCacheRule
     | ListNamespaces
+    | ListPages
     | PinPrefix
     | Unpin
+    | SetDraining
     | GetStats
 )
 Reply = (
@@ -459,7 +521,9 @@ Reply = (
     | PutGrant
     | Flushed
     | Namespaces
+    | Pages
     | Pinned
+    | DrainProgress
     | Stats
 )
 ReplyT = TypeVar("ReplyT", bound=Message)

@@ -7,11 +7,21 @@ from itertools import count
 
 import psycopg
 import pytest
+from hypothesis import HealthCheck, settings
 
 from stratakv.postgres import EmbeddedPostgres
 from stratakv.settings import PostgresSettings
 
 _database_numbers = count()
+
+# A machine may be busy: how long an example takes says nothing. Fixtures that examples share are meant to be shared.
+settings.register_profile(
+    "stratakv",
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("stratakv")
 
 
 @pytest.fixture(scope="session")

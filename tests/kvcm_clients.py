@@ -104,9 +104,7 @@ class KvcmProcess(MetaProcess):
     def __init__(self, url: str, directory: Path, **settings: object) -> None:
         self.ports = Ports.free()
         self.root = directory / "kvcm"
-        super().__init__(
-            url, directory, kvcm_enabled="true", kvcm_file_dir=self.root, **self.ports.numbers, **settings
-        )
+        super().__init__(url, directory, kvcm_enabled="true", kvcm_file_dir=self.root, **self.ports.numbers, **settings)
 
     def run(self) -> tuple[int, str]:
         """As for any meta server: one that is expected to end by itself."""

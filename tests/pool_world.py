@@ -124,6 +124,8 @@ class Daemon:
     """What the headers of its pages say."""
     moves: list[wire.Move] = field(default_factory=list)
     """Ordered, and not carried out yet."""
+    moves_away: list[wire.Move] = field(default_factory=list)
+    """The same, to other daemons."""
     report: wire.ReportMoves | None = None
     """Carried out, and not answered yet."""
 
@@ -165,6 +167,7 @@ class Daemon:
         for extent in orders.free:
             self.held.pop(extent, None)
         self.moves += orders.moves
+        self.moves_away += orders.moves_away
         self.freed = list(orders.free)
 
 
@@ -308,6 +311,17 @@ class World:
             if daemon.report is None and daemon.moves and len(daemon.moves) <= room:
                 daemon.copy_to(other)
                 self.report_moves(daemon)
+
+    def start_copies(self, source: Daemon, put_id: bytes) -> tuple[list[bytes], wire.PutGrant]:
+        """What a daemon does with orders to move pages away, up to where bytes would be written: keys and grant."""
+        pages, source.moves_away = source.moves_away, []
+        keys = [source.keys[move.extent] for move in pages if move.extent in source.held]
+        node = source.segment.node
+        request = wire.PutStart(put_id, NAMESPACE, b"".join(keys), PAGE_BYTES, 0, timeout_s=20.0, copies_from=node)
+        return keys, self.call(request, wire.PutGrant)
+
+    def drain(self, name: str, *, is_draining: bool = True, is_whole: bool = True) -> wire.DrainProgress:
+        return self.call(wire.SetDraining(name, is_draining, is_whole), wire.DrainProgress)
 
     def stats(self) -> wire.Stats:
         return self.handlers.stats(wire.GetStats())

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import collections
+from collections.abc import Iterable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from stratakv.wire import WorkerLoad
+from workers.engine.connector import Tier
 from workers.engine.requests import RequestUsage
 
 _TTFT_BUCKETS = (
@@ -59,6 +63,16 @@ class WorkerMetrics:
         self._kv_usage = Gauge(
             "stratakv_kv_cache_usage_perc", "Share of L1 in use, 0 to 1", label, registry=self.registry
         )
+        tier = [*label, "tier"]
+        self._decided = counter("kv_pages_found", "Pages below L1, by what was chosen", [*tier, "decision"])
+        self._loaded_pages = counter("kv_loaded_pages", "Pages loaded into L1, by tier", tier)
+        self._loaded_bytes = counter("kv_loaded_bytes", "Bytes loaded into L1, by tier", tier)
+        self._load_seconds = counter("kv_load_seconds", "Time spent on loading, by tier", tier)
+        self._written_pages = counter("kv_written_pages", "Pages written to the pool")
+        self._written_bytes = counter("kv_written_bytes", "Bytes written to the pool")
+        self._load_rate = Gauge(
+            "stratakv_kv_load_bytes_per_second", "Measured bandwidth of each tier", tier, registry=self.registry
+        )
         self._pool_errors = counter("pool_errors", "Loads and saves that failed, by kind", [*label, "kind"])
 
     def time_to_first_token(self, seconds: float) -> None:
@@ -73,6 +87,23 @@ class WorkerMetrics:
         for tier, num_tokens in usage.tokens_by_tier.items():
             self._by_source.labels(self._model, tier.value).inc(num_tokens)
 
+    def load_decided(self, loaded: Iterable[Tier], recomputed: Iterable[Tier]) -> None:
+        """Pages that were found, in order: those to be loaded, and those that take longer to load than to compute."""
+        for decision, tiers in (("load", loaded), ("recompute", recomputed)):
+            for tier, count in collections.Counter(tiers).items():
+                self._decided.labels(self._model, tier.value, decision).inc(count)
+
+    def loaded(self, tier: Tier, num_pages: int, size_bytes: int, seconds: float) -> None:
+        """What is good of one load."""
+        self._loaded_pages.labels(self._model, tier.value).inc(num_pages)
+        self._loaded_bytes.labels(self._model, tier.value).inc(size_bytes)
+        self._load_seconds.labels(self._model, tier.value).inc(seconds)
+
+    def written(self, num_pages: int, size_bytes: int) -> None:
+        """Pages that can be found now."""
+        self._written_pages.labels(self._model).inc(num_pages)
+        self._written_bytes.labels(self._model).inc(size_bytes)
+
     def pool_error(self, kind: str) -> None:
         self._pool_errors.labels(self._model, kind).inc()
 
@@ -80,5 +111,7 @@ class WorkerMetrics:
         """Refresh the gauges."""
         self._running.labels(self._model).set(load.running)
         self._waiting.labels(self._model).set(load.waiting)
+        for tier, rate in load.load_bytes_per_s.items():
+            self._load_rate.labels(self._model, tier).set(rate)
         if load.l1_blocks_total:
             self._kv_usage.labels(self._model).set(1 - load.l1_blocks_free / load.l1_blocks_total)

@@ -14,7 +14,9 @@ from stratakv.keys import NamespaceScope
 from stratakv.log import EventLogger
 from stratakv.models import model_identity, resolve, served_name
 from stratakv.pool.auth import PoolCredentials, require_credentials
+from stratakv.pool.dmp_client import ConnectionCache
 from stratakv.pool.meta_client import MetaClient
+from stratakv.pool.mooncake import transfer_engine
 from stratakv.process import advertised_host, started
 from stratakv.settings import Settings
 from stratakv.text import load_tokenizer
@@ -95,10 +97,11 @@ def _build(
         layout_digest=layout.digest(),
         block_size=worker.block_size,
     ).namespace()
+    public_host = advertised_host(worker.host, worker.public_host, "worker")
     info = WorkerInfo(
         worker=worker.name or f"{worker.role}-{worker.port}",
         epoch=os.urandom(EPOCH_BYTES),
-        url=f"http://{advertised_host(worker.host, worker.public_host, 'worker')}:{worker.port}",
+        url=f"http://{public_host}:{worker.port}",
         role=worker.role,
         model=served_name(settings.model.name),
         namespace=namespace,
@@ -108,11 +111,11 @@ def _build(
     )
     metrics = WorkerMetrics(info.model)
     rates = Rates()
-    tiers = (
-        Tiers(info, layout, worker, meta, credentials, engine.kv_cache, rates, metrics, loop)
-        if worker.pool_enabled
-        else None
-    )
+    tiers = None
+    if worker.pool_enabled:
+        transfers = transfer_engine(public_host, settings.pool.transfer_engine)
+        connections = ConnectionCache(credentials=credentials, engine=transfers)
+        tiers = Tiers(info, layout, worker, meta, connections, engine.kv_cache, rates, metrics, loop)
     engine.attach(tiers)
     tokenizer = load_tokenizer(directory)
     structures = Structures(tokenizer, facts.vocab_size, sorted(facts.eos_token_ids))

@@ -16,6 +16,8 @@ from dbnode.inference import InferenceService
 from dbnode.rest.bodies import json_bytes
 from dbnode.rest.completions import Completions
 from dbnode.rest.http import Guard, error_response
+from dbnode.rest.pins import Pins
+from dbnode.scheduler.pool_view import PoolView
 from dbnode.worker_client import WorkerClient
 from stratakv.errors import InvalidRequest, ModelNotFound, StrataError
 from stratakv.http_body import read_body
@@ -35,12 +37,14 @@ class RestFace:
         client: WorkerClient,
         registry: CollectorRegistry,
         not_ready: Callable[[], list[str]],
+        pool: PoolView,
     ) -> None:
         self._settings = settings
         self._service = service
         self._client = client
         self._registry = registry
         self._not_ready = not_ready
+        self._pins = Pins(settings, service, pool)
 
     def app(self) -> Guard:
         app = FastAPI(title="StrataKV", version=version())
@@ -49,6 +53,7 @@ class RestFace:
         app.router.routes.append(Route("/v1/completions", completions.completion(), methods=["POST"]))
         app.add_api_route("/v1/models", self._models, methods=["GET"])
         app.add_api_route("/v1/models/{model:path}", self._model, methods=["GET"])
+        app.add_api_route("/v1/stratakv/pin", self._pins.pin, methods=["POST"])
         app.add_api_route("/health", self._health, methods=["GET"])
         app.add_api_route("/ready", self._ready, methods=["GET"])
         app.add_api_route("/version", self._version, methods=["GET"])

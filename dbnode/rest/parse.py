@@ -23,6 +23,7 @@ PRIORITY_MAX = 2**31 - 1
 COMPLETION_MAX_TOKENS_DEFAULT = 16
 """OpenAI's default for /v1/completions; a chat answer is as long as the context allows."""
 SEED_MAX = 2**63 - 1
+PIN_S_MAX = 30 * 24 * 3600.0
 
 _Fields = Mapping[str, Any]
 
@@ -65,6 +66,7 @@ _SHARED = frozenset(
 )
 _CHAT = _SHARED | {"messages", "max_completion_tokens", "ignore_eos"}
 _COMPLETION = _SHARED | {"prompt", "ignore_eos"}
+_PIN = frozenset(("messages", "prompt", "model", "cache_salt", "seconds"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,29 @@ def parse_completion(body: bytes, request_id: str, trace_id: str) -> Parsed:
     fields = _fields(body, _COMPLETION)
     max_tokens = _integer(fields, "max_tokens", COMPLETION_MAX_TOKENS_DEFAULT, 1, SEED_MAX)
     return _parsed(fields, request_id, trace_id, max_tokens, prompt=_prompt(fields.get("prompt")))
+
+
+def parse_pin(body: bytes) -> tuple[GenerateRequest, float]:
+    """POST /v1/stratakv/pin: whose prompt is to be kept, and for how many seconds."""
+    fields = _fields(body, _PIN)
+    messages = fields.get("messages")
+    if isinstance(messages, list) and messages and "prompt" not in fields:
+        content: dict[str, Any] = {"messages": tuple(messages)}
+    elif messages is None:
+        content = {"prompt": _prompt(fields.get("prompt"))}
+    else:
+        raise InvalidRequest("messages: expected a list with at least one message, and no prompt", param="messages")
+    if "seconds" not in fields:
+        raise InvalidRequest("seconds: how long the prompt is to be kept", param="seconds")
+    request = GenerateRequest(
+        request_id="",
+        source=Source.REST,
+        arrived_s=time.monotonic(),
+        model=_string(fields, "model", USER_CHARS_MAX),
+        cache_salt=_salt(fields),
+        **content,
+    )
+    return request, _number(fields, "seconds", 0.0, 1.0, PIN_S_MAX)
 
 
 def _parsed(fields: _Fields, request_id: str, trace_id: str, max_tokens: int | None, **content: Any) -> Parsed:

@@ -10,10 +10,10 @@ import asyncio
 from collections.abc import Sequence
 from typing import Protocol
 
-from stratakv.errors import StrataError
+from stratakv.errors import StrataError, Unavailable
 from stratakv.keys import BlockKey, pack_keys
 from stratakv.log import EventLogger
-from stratakv.wire import ListWorkers, Match, MatchPrefix, Message, ReplyT, Workers
+from stratakv.wire import ListWorkers, Match, MatchPrefix, Message, Pinned, PinPrefix, ReplyT, Workers
 
 log = EventLogger("dbnode.pool_view")
 
@@ -62,6 +62,12 @@ class PoolView:
         except StrataError as error:
             log.debug("pool_peek_failed", error=error.message)
             return 0
+
+    async def pin(self, namespace: bytes, keys: Sequence[BlockKey], pin_s: float) -> Pinned:
+        """Keep the leading blocks that are in the pool. Raises StrataError."""
+        if self._meta is None:
+            raise Unavailable("this DB node has no meta server, and so no pool")
+        return await self._meta.call(PinPrefix(namespace, pack_keys(keys[:KEYS_MAX]), pin_s), Pinned)
 
     async def worker_urls(self) -> list[str] | None:
         """URLs of the workers that have registered; None when nobody answers."""

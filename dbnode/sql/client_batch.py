@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -14,6 +15,8 @@ PREPARED_MAX = 256
 """Prepared statements of a session that are remembered; the oldest are forgotten first."""
 PREPARED_CHARS_MAX = 32 * 1024
 _DESCRIBING = b"PDH"
+_OPENING = re.compile(rb"\s*(?:BEGIN|START\s+TRANSACTION)\b[\w\s,]*;?\s*", re.IGNORECASE)
+_OPENING_BYTES_MAX = 128
 _INT32_BYTES, _INT16_BYTES = 4, 2
 
 
@@ -34,6 +37,11 @@ class Prepared:
 
     text: bytes = field(repr=False)
     types: bytes = int16(0)
+
+    @property
+    def is_opening(self) -> bool:
+        """Whether it begins a transaction block."""
+        return _OPENING.fullmatch(self.text) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +65,7 @@ class Resumed:
 
 
 class PreparedStatements:
-    """What a session has prepared that may call infer(), by name."""
+    """What a session has prepared that may call infer(), by name; and BEGIN, which drivers prepare too."""
 
     def __init__(self, may_call: Callable[[bytes], bool]) -> None:
         self._may_call = may_call
@@ -74,13 +82,20 @@ class PreparedStatements:
 
     def put(self, name: bytes, prepared: Prepared) -> None:
         self._by_name.pop(name, None)
-        if len(prepared.text) <= PREPARED_CHARS_MAX and self._may_call(prepared.text):
+        is_known = self._may_call(prepared.text) or (name and prepared.is_opening)
+        if len(prepared.text) <= PREPARED_CHARS_MAX and is_known:
             self._by_name[name] = prepared
             if len(self._by_name) > PREPARED_MAX:
                 del self._by_name[next(iter(self._by_name))]
 
     def forget(self, name: bytes) -> None:
         self._by_name.pop(name, None)
+
+    def may_be_called(self, data: bytes) -> bool:
+        """Whether messages may call infer(), by their text or by the name of what was prepared."""
+        return self._may_call(data) or any(
+            b"\0" + name + b"\0" in data for name, prepared in self._by_name.items() if name and not prepared.is_opening
+        )
 
 
 class BatchReader:
@@ -92,6 +107,8 @@ class BatchReader:
         self.batch: Batch | Resumed | None = None
         """When it is complete."""
         self._known = known
+        self.opening_bytes = 0
+        """Length of what only begins a transaction block, ahead of the statement and without a Sync between them."""
         self._position = 0
         """Where the next message starts."""
         self._kinds = b""
@@ -110,15 +127,22 @@ class BatchReader:
             if end > len(self.held):
                 return self._incomplete(end)
             kind, payload = self.held[self._position], self.held[header_end:end]
-            is_first = self._position == 0
-            self._position = end
+            start, self._position = self._position, end
+            if kind in (Kind.PARSE, Kind.BIND) and self._has_opened:
+                self.opening_bytes = start
+                self._parsed = self._bound = self._executed = None
             self._kinds += bytes((kind,))
             try:
-                readiness = self._on_message(kind, payload, is_first)
+                readiness = self._on_message(kind, payload, start == 0)
             except ValueError:
                 return Readiness.FORWARD  # malformed: PostgreSQL says how
             if readiness is not Readiness.INCOMPLETE:
                 return readiness
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the end of the batch has come, and it was understood."""
+        return self.batch is not None
 
     @property
     def whole(self) -> bytes:
@@ -167,14 +191,27 @@ class BatchReader:
         if self._bound is None:
             self.batch = self._executed
             return Readiness.COMPLETE
-        name, parameters = self._bound
-        prepared = self._known.get(name)
-        if prepared is None and self._parsed is not None and self._parsed[0] == name:
-            prepared = self._parsed[1]
+        prepared = self._prepared
         if prepared is None:
             return Readiness.FORWARD
-        self.batch = Batch(prepared, parameters, self._executed.portal, self._executed.num_rows)
+        self.batch = Batch(prepared, self._bound[1], self._executed.portal, self._executed.num_rows)
         return Readiness.COMPLETE
+
+    @property
+    def _prepared(self) -> Prepared | None:
+        """What is bound."""
+        name = self._bound[0] if self._bound is not None else None
+        if name is not None and self._parsed is not None and self._parsed[0] == name:
+            return self._parsed[1]
+        return self._known.get(name) if name is not None else None
+
+    @property
+    def _has_opened(self) -> bool:
+        """Whether all until now, which has no end yet, is one BEGIN."""
+        if self.opening_bytes or self._executed is None or self._bound is None:
+            return False
+        prepared = self._prepared
+        return prepared is not None and prepared.is_opening
 
 
 def _parameters(rest: bytes) -> bytes:
@@ -201,6 +238,21 @@ def bound_statement(data: bytes) -> bytes | None:
     """Name of the statement that a Bind at the beginning of `data` is for; None if it is not all there."""
     words = data[HEADER_BYTES:].split(b"\0", 2)
     return words[1] if len(words) == 3 else None
+
+
+def opening(data: bytes, known: PreparedStatements) -> Prepared | None:
+    """What a Query, Parse or Bind at the beginning of `data` is about, if that begins a transaction block."""
+    end = 1 + int.from_bytes(data[1:HEADER_BYTES], "big")
+    if end > min(len(data), _OPENING_BYTES_MAX):
+        return None
+    text = statement_text(data[:end], known)
+    prepared = Prepared(text) if text is not None else None
+    return prepared if prepared is not None and prepared.is_opening else None
+
+
+def may_prepare_opening(data: bytes) -> bool:
+    """Whether a message may be a Parse of BEGIN that has a name. Asked about every Query and Parse."""
+    return data[HEADER_BYTES : HEADER_BYTES + 1] != b"\0" and b"\0BEGIN\0" in data[:_OPENING_BYTES_MAX]
 
 
 def statement_text(data: bytes, known: PreparedStatements) -> bytes | None:

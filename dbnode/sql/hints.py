@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from dbnode.charge import Charge
 from dbnode.sql.call_sites import SITE_OPTION, UNNUMBERED
 from dbnode.sql.commands import Infer
 from dbnode.sql.memo import Hint, Key, TransactionMemo, is_repeatable, key_of
@@ -167,7 +168,8 @@ class StatementHints:
         if (window is not None and len(found) >= window) or size_bytes > self._limits.bytes_max:
             raise PassEnded("enough prompts have been seen")
         self._size_bytes = size_bytes
-        hint = found[key] = self._hint(key, command)
+        call = replace(command.call(self._session), charge=Charge())
+        hint = found[key] = Hint(key, call, self._future(), command.row)
         if self.is_streaming and self._memo.put(hint):
             self.found.append(hint)
             self._send([hint])
@@ -268,17 +270,17 @@ class StatementHints:
         key = key_of(command)
         hint = self._memo.find(key)
         if hint is None or hint.future.cancelled():
-            hint = self._hint(key, command)
-            hint.is_ahead = False
+            hint = Hint(key, command.call(self._session), self._future(), command.row, is_ahead=False)
             if not self._memo.put(hint):
                 return None
         if not hint.is_consumed:
-            hint.is_consumed = True
+            hint.consume()
             self._stats.consumed += hint.is_ahead
         return hint
 
-    def _hint(self, key: Key, command: Infer) -> Hint:
-        return Hint(key, command.call(self._session), asyncio.get_running_loop().create_future(), command.row)
+    @staticmethod
+    def _future() -> asyncio.Future[str]:
+        return asyncio.get_running_loop().create_future()
 
     async def answer(self, hint: Hint) -> str:
         """What the statement gets for a hint. What failed for want of room or of a worker is tried again alone."""

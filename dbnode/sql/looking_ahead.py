@@ -15,17 +15,19 @@ from dbnode.sql.client_batch import (
     HELD_BYTES_MAX,
     Batch,
     BatchReader,
+    Prepared,
     PreparedStatements,
     Readiness,
     Resumed,
     bound_statement,
+    opening,
     statement_text,
 )
 from dbnode.sql.cursors import FETCHING, OpenCursor, OpenCursors, declared, fetched
 from dbnode.sql.errors import GatewayFailed, ProtocolViolation
 from dbnode.sql.explained import explained
 from dbnode.sql.hints import PassLimits, StatementHints
-from dbnode.sql.messages import TRANSACTION_FAILED, Kind
+from dbnode.sql.messages import HEADER_BYTES, TRANSACTION_FAILED, Kind
 from dbnode.sql.own_exchange import OwnExchange
 from dbnode.sql.own_statements import (
     Circumstances,
@@ -51,6 +53,10 @@ ROLLBACKS_MAX = 3
 """Attempts to leave a pass that something interrupts."""
 _REFUSED = b"\0C42"
 """In an ErrorResponse: PostgreSQL could not make sense of a statement."""
+_CANCELLED = b"\0C57014\0"
+"""PostgreSQL has cancelled a statement, or its time is over."""
+TIMER_MARGIN_S = 0.002
+"""PostgreSQL's timer is not earlier than so much before its time."""
 IDLE_MARGIN_S = 0.2
 """The batch goes on so long before PostgreSQL would end the session as idle."""
 
@@ -100,11 +106,13 @@ class Lookahead:
         """Whether to hold `data`, which starts a message."""
         session, kind = self._session, data[0]
         is_described, self._is_described = self._is_described, False
+        if kind in (Kind.QUERY, Kind.PARSE, Kind.BIND) and (begin := opening(data, self._prepared)) is not None:
+            return self._wants_after(begin, data)
         if kind == Kind.BIND:
             name = bound_statement(data)
             wanted = name is not None and name in self._prepared
         else:
-            wanted = kind in (Kind.QUERY, Kind.PARSE) and session.calls.may_call(data)
+            wanted = kind in (Kind.QUERY, Kind.PARSE, Kind.CLOSE) and session.calls.may_call(data)
             if not wanted and kind in (Kind.QUERY, Kind.PARSE):
                 self._prepared.forget(b"")
             if self._cursors:
@@ -112,12 +120,21 @@ class Lookahead:
                 wanted = wanted or is_fetch or kind == Kind.EXECUTE
         if not wanted:
             return False
-        session.note_calls(data)
-        session.statement_begins(None if kind == Kind.EXECUTE else statement_text(data, self._prepared))
-        if session.binding is None or session.binding.caller is None:
+        if session.is_behind:
+            return session.is_bound
+        session.preparation.note_calls(data)
+        session.statement_begins(None if kind in (Kind.EXECUTE, Kind.CLOSE) else statement_text(data, self._prepared))
+        if not session.is_bound:
             return False
         self._is_open_batch = is_described and session.is_described
         return session.is_between or self._is_open_batch
+
+    def _wants_after(self, begin: Prepared, data: bytes) -> bool:
+        """Whether to hold a BEGIN for the sake of what has come with it."""
+        if data[0] == Kind.PARSE:
+            self._prepared.put(data[HEADER_BYTES:].partition(b"\0")[0], begin)
+        session = self._session
+        return session.is_bound and session.is_between and self._prepared.may_be_called(data)
 
     def hold(self, data: bytes) -> None:
         """The beginning of a batch, or more of it."""
@@ -126,9 +143,13 @@ class Lookahead:
         readiness = self._reader.feed(data)
         if readiness is Readiness.INCOMPLETE:
             return
+        if self._reader.opening_bytes and readiness is Readiness.COMPLETE:
+            self._open_first()
+            return
         batch = self._reader.batch
         if isinstance(batch, Batch) and _is_planned_only(batch):
-            self._plan()
+            self._hints.statement.is_planning = True
+            self._go_on(is_alone=True)
             return
         aim = self._aim(batch) if batch is not None else None
         if aim is None:
@@ -162,6 +183,16 @@ class Lookahead:
             return Aim(batch, target, self._open(batch.portal.decode(errors="replace"), batch, target, window))
         return Aim(batch, target)
 
+    def _open_first(self) -> None:
+        """The batch begins a transaction block and then calls infer(): that is a statement of its own."""
+        assert self._reader is not None
+        reader, self._reader = self._reader, None
+        if self._session.within is Within.TRANSACTION:
+            self._session.go_on(reader.held)  # PostgreSQL only warns of another BEGIN
+        else:
+            size_bytes = reader.opening_bytes
+            self._session.preparation.run_first(reader.whole[:size_bytes], reader.whole[size_bytes:], reader.rest)
+
     def _open(self, name: str, batch: Batch, target: Collectable, window: int) -> OpenCursor:
         cursor = OpenCursor(batch, target, window)
         if self._session.within is Within.TRANSACTION:
@@ -190,18 +221,15 @@ class Lookahead:
         if len(self._reader.held) > HELD_BYTES_MAX:
             self._session.client.stop_reading()
 
-    def _go_on(self) -> None:
+    def _go_on(self, *, is_alone: bool = False) -> None:
+        """Let go of what is held. What follows the batch waits for the end of it, if it shall be alone, or calls infer() too."""
         assert self._reader is not None
-        held, self._reader = self._reader.held, None
-        self._session.go_on(held)
-
-    def _plan(self) -> None:
-        """The batch is an EXPLAIN that runs nothing: what follows it waits, so that every call until then is the planner's."""
-        assert self._reader is not None
-        self._hints.statement.is_planning = True
         reader, self._reader = self._reader, None
-        self._session.go_on(reader.whole)
-        self._session.hold_until_ready(reader.rest)
+        if is_alone or (reader.is_complete and self._prepared.may_be_called(reader.rest)):
+            self._session.go_on(reader.whole)
+            self._session.hold_until_ready(reader.rest)
+        else:
+            self._session.go_on(reader.held)
 
     def _refuse(self, error: bytes) -> None:
         assert self._reader is not None
@@ -298,13 +326,25 @@ class Lookahead:
         sites = None if hints.is_unnumbered else target.sites
         hints.start_pass(limits, sites.governors if sites is not None else None)
         if sites is not None:
-            exchange = await self._run(pass_exchange(within, batch, sites.select, budget_s))
-            await self._leave(within, exchange)
+            exchange = await self._run_select(within, batch, sites.select, budget_s)
             if _REFUSED not in exchange.first_error:
                 return
             # A function of these names that is not ours, or an expression that no longer equals another one.
             hints.is_unnumbered = True
-        await self._leave(within, await self._run(pass_exchange(within, batch, target.select, budget_s)))
+        await self._run_select(within, batch, target.select, budget_s)
+
+    async def _run_select(self, within: Within, batch: Batch, select: str, budget_s: float) -> OwnExchange:
+        """Raises TransactionLost, GatewayFailed."""
+        loop = asyncio.get_running_loop()
+        started_s = loop.time()
+        exchange = await self._run(pass_exchange(within, batch, select, budget_s))
+        is_in_time = loop.time() - started_s < budget_s - TIMER_MARGIN_S
+        await self._leave(within, exchange)
+        if _CANCELLED in exchange.first_error and is_in_time and not self._session.is_cancelled:
+            # Somebody's pg_cancel_backend: it is the client's statement that is meant.
+            self._hints.abort(Cancelled("canceling statement due to user request"))
+            self._session.relay.repeat_cancel(self._session)
+        return exchange
 
     async def _leave(self, within: Within, exchange: OwnExchange) -> None:
         """Make sure that the session is again where it was before an exchange that is done."""

@@ -33,6 +33,20 @@ class Hint:
     is_started: bool = False
     is_consumed: bool = False
 
+    def consume(self) -> None:
+        """A statement has asked for it."""
+        self.is_consumed = True
+        if self.call.charge is not None:
+            self.call.charge.decide(True)
+
+    def is_wasted(self) -> bool:
+        """Whether it was found in vain, now that its transaction has ended or forgotten it; it is not charged then."""
+        if not self.is_ahead or self.is_consumed:
+            return False
+        if self.call.charge is not None:
+            self.call.charge.decide(False)
+        return True
+
     @property
     def answer(self) -> str | None:
         """None while there is none."""
@@ -143,7 +157,7 @@ class TransactionMemo:
         dropped = [hint for hint in hints if hint.answer is None and self._hints.get(hint.key) is hint]
         for hint in dropped:
             self._drop(hint.key)
-        return sum(hint.is_ahead and not hint.is_consumed for hint in dropped)
+        return sum(hint.is_wasted() for hint in dropped)
 
     def _drop(self, key: Key) -> None:
         hint = self._hints.pop(key, None)
@@ -153,7 +167,7 @@ class TransactionMemo:
     def end(self, *, failed: bool) -> int:
         """The transaction has ended; how many of its answers were found in vain."""
         hints, self._hints, self._size_bytes = self._hints, {}, 0
-        wasted = sum(hint.is_ahead and not hint.is_consumed for hint in hints.values())
+        wasted = sum(hint.is_wasted() for hint in hints.values())
         if failed and self._kept.limits.ttl_s > 0:
             for hint in hints.values():
                 if hint.answer is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from dbnode.sql.errors import MessageTooLong, ProtocolViolation
 from stratakv.errors import StrataError
@@ -23,7 +23,6 @@ _INT32 = struct.Struct("!i")
 _INT16 = struct.Struct("!h")
 _INT32_BYTES = _INT32.size
 _HEADER = struct.Struct("!ci")
-_header_at = struct.Struct("!Bi").unpack_from
 _TEXT_OID = 25
 
 
@@ -54,9 +53,6 @@ class Kind(enum.IntEnum):
     TERMINATE = ord("X")
 
 
-_READY_FOR_QUERY = int(Kind.READY_FOR_QUERY)
-
-
 class AuthenticationCode(enum.IntEnum):
     """First word of an Authentication message, of those that we look at."""
 
@@ -71,59 +67,6 @@ class Severity(enum.StrEnum):
 
     ERROR = "ERROR"
     FATAL = "FATAL"
-
-
-class MessageWalker:
-    """Finds message boundaries in a stream that is cut anywhere, and reports the messages of watched kinds.
-
-    Keeps at most one header. The stream must start at a boundary. Every byte of every session comes through `feed`.
-    """
-
-    __slots__ = ("_partial", "_skip_bytes", "_watched", "at_boundary", "last_kind", "transaction_status", "was_idle")
-
-    def __init__(self, watched: Iterable[int]) -> None:
-        self._watched = frozenset(map(int, watched))
-        self._skip_bytes = 0
-        self._partial = b""
-        self.at_boundary = True
-        """Whether the next byte starts a message."""
-        self.last_kind = 0
-        """Of the last message whose header has been seen."""
-        self.transaction_status = 0
-        """Of the last ReadyForQuery."""
-        self.was_idle = False
-        """Some ReadyForQuery has told of no transaction, since its reader has set this back."""
-
-    def feed(self, data: bytes) -> list[int]:
-        """Kinds of the watched messages whose header ends in `data`. Raises ProtocolViolation."""
-        if self._partial:
-            data = self._partial + data
-            self._partial = b""
-        position, end, last_kind = self._skip_bytes, len(data), self.last_kind
-        watched, last_header = self._watched, end - HEADER_BYTES
-        found = []
-        while position <= last_header:
-            kind, length = _header_at(data, position)
-            if not _INT32_BYTES <= length < MESSAGE_BYTES_MAX:
-                raise ProtocolViolation("invalid message length")
-            if kind in watched:
-                if kind == _READY_FOR_QUERY:
-                    if position == last_header:
-                        break  # the status is still to come
-                    self.transaction_status = status = data[position + HEADER_BYTES]
-                    if status == TRANSACTION_IDLE:
-                        self.was_idle = True
-                found.append(kind)
-            last_kind = kind
-            position += length + 1
-        self.last_kind = last_kind
-        self._skip_bytes = 0
-        if position < end:
-            self._partial = data[position:]
-        else:
-            self._skip_bytes = position - end
-        self.at_boundary = position == end
-        return found
 
 
 class MessageReader:

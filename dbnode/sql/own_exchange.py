@@ -69,6 +69,7 @@ class OwnExchange:
         self._num_ready = parts.count(_SYNC)
         self.request = b"".join(parts)
         """What to send."""
+        self._hands_all_on = False
         self.done = False
         self.first_error = b""
         """An ErrorResponse, as the next."""
@@ -81,6 +82,14 @@ class OwnExchange:
     def has_ended_session(self) -> bool:
         """Whether the backend has ended by the last error: the client must see it."""
         return any(severity in self.last_error for severity in _ENDING)
+
+    @classmethod
+    def of_client(cls, batch: bytes) -> OwnExchange:
+        """Messages of the client's without the Sync that it sends later; all answers but ReadyForQuery are handed on."""
+        exchange = cls(())
+        exchange.request = batch + _SYNC
+        exchange._hands_all_on = True
+        return exchange
 
     def feed(self, data: bytes) -> bytes:
         """Bytes for the client. Raises ProtocolViolation."""
@@ -98,13 +107,14 @@ class OwnExchange:
                 self._num_ready -= 1
                 self.transaction_status = payload[0]
                 self.done = self._num_ready == 0
-            elif kind == Kind.ERROR_RESPONSE:
+                continue
+            if self._hands_all_on or kind in _HAND_ON:
+                for_client += message(bytes((kind,)), payload)
+            if kind == Kind.ERROR_RESPONSE:
                 self.last_error = message(bytes((kind,)), payload)
                 self.first_error = self.first_error or self.last_error
             elif kind == Kind.DATA_ROW:
                 self.row = payload
-            elif kind in _HAND_ON:
-                for_client += message(bytes((kind,)), payload)
         return for_client
 
     def take_rest(self) -> bytes:

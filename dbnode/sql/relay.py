@@ -223,18 +223,26 @@ class Relay:
             await self._address.send_cancel(packet.raw)
             if session is not None and session.binding is not None and session.binding.caller is not None:
                 session.binding.caller.interrupt()
-            for _ in range(CANCELS_AGAIN_MAX):
-                if session is None or not session.is_cancelled:
-                    break
-                await asyncio.sleep(
-                    CANCEL_AGAIN_S
-                )  # the statement has just gone on: PostgreSQL may not have had it yet
-                if session.is_cancelled:
-                    await self._address.send_cancel(packet.raw)
+            if session is not None:
+                await self._cancel_until_ended(session)
         except BackendUnreachable as error:
             log.warning("cancel_failed", reason=error.message)
         finally:
             handshake.close()
+
+    def repeat_cancel(self, session: Session) -> None:
+        """A cancel has hit a statement of the gateway's: let it hit the one that it is for, too."""
+        self._spawn(self._cancel_until_ended(session))
+
+    async def _cancel_until_ended(self, session: Session) -> None:
+        """The statement has just gone on, or is about to: PostgreSQL may not have had it yet."""
+        await session.own_ended.wait()
+        for _ in range(CANCELS_AGAIN_MAX):
+            if not session.is_cancelled:
+                break
+            await asyncio.sleep(CANCEL_AGAIN_S)
+            if session.is_cancelled and session.cancel_key is not None:
+                await self._cancel(session.cancel_key)
 
     async def _end_idle_sessions(self, timeout_s: float) -> None:
         """A look now and then, so that no message has to be timed: a session gets up to a quarter more."""

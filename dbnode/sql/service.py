@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from dbnode.charge import Charge
 from stratakv.errors import StrataError
 
 
@@ -36,6 +37,8 @@ class InferCall:
     """Names the gateway's session, or the connection if the call came from a session that is not the gateway's."""
     on_cost: Callable[[CallCost], None] | None = field(default=None, repr=False, compare=False)
     """Told when an inference has ended; infer_agg() may make several."""
+    charge: Charge | None = field(default=None, repr=False, compare=False)
+    """Of a call made ahead of its statement; others are charged in any case."""
 
 
 class NullAnswer(StrataError):

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from dbnode.sql.admin.console import AdminConsole
 from dbnode.sql.binding import SessionBinding
+from dbnode.sql.client_batch import HELD_BYTES_MAX, may_prepare_opening
 from dbnode.sql.errors import AdminShutdown, BackendLost, StartupTimeout
-from dbnode.sql.hidden_calls import REFRESH_S, HiddenCalls, changes_views
+from dbnode.sql.hidden_calls import HiddenCalls
 from dbnode.sql.login import Legs, Login
 from dbnode.sql.looking_ahead import Lookahead
 from dbnode.sql.messages import (
@@ -27,8 +28,9 @@ from dbnode.sql.messages import (
 )
 from dbnode.sql.normalise import normalised
 from dbnode.sql.notice_filter import NoticeFilter
-from dbnode.sql.own_exchange import OwnExchange, text_columns
-from dbnode.sql.own_statements import Within, bind_exchange, learn_exchange
+from dbnode.sql.own_exchange import OwnExchange
+from dbnode.sql.own_statements import Within
+from dbnode.sql.preparation import Preparation
 from dbnode.sql.session_facts import Traffic
 from dbnode.sql.session_hints import SessionHints
 from dbnode.sql.sides import FOLLOWED, BackendSide, ClientSide, Phase
@@ -46,7 +48,8 @@ _CLIENT_WATCHED = frozenset({Kind.QUERY, Kind.SYNC, Kind.FUNCTION_CALL, Kind.TER
 _BACKEND_WATCHED = frozenset({Kind.READY_FOR_QUERY, Kind.COPY_IN_RESPONSE, Kind.ERROR_RESPONSE})
 _SETTLED = frozenset({0, Kind.PASSWORD, Kind.QUERY, Kind.SYNC, Kind.FUNCTION_CALL})
 """Kinds of a client's last message after which nothing is half said."""
-_TEXT_BEARING = frozenset({int(Kind.QUERY), int(Kind.PARSE)})
+_TEXT_BEARING = frozenset({int(Kind.QUERY), int(Kind.PARSE), int(Kind.CLOSE)})
+"""Kinds of first messages that are worth a search: drivers send Close ahead of the next Parse."""
 # Plain numbers: what every message is compared with must not be looked up in an enum.
 _READY_FOR_QUERY, _TERMINATE = int(Kind.READY_FOR_QUERY), int(Kind.TERMINATE)
 _DESCRIBED = frozenset({Kind.ROW_DESCRIPTION, Kind.NO_DATA})
@@ -66,8 +69,6 @@ class Session:
         self.backend = BackendSide(self, _BACKEND_WATCHED)
         self.cancel_key: CancelKey | None = None
         self.binding: SessionBinding | None = None
-        self.may_bind = False
-        """No attempt has been made yet."""
         self.exchange: OwnExchange | None = None
         """Statements of the gateway's own that the backend runs: what it sends is the answer to them."""
         self.notices: NoticeFilter | None = None
@@ -77,8 +78,7 @@ class Session:
         self.own_ended.set()
         self.calls = HiddenCalls(is_stale=False)
         """What is known of the database."""
-        self.has_changed_views = False
-        """By a statement of this session, since that was learned."""
+        self.preparation = Preparation(self)
         self.lookahead: Lookahead | None = None
         """Once there is a session to look ahead in."""
         self.console: AdminConsole | None = None
@@ -88,15 +88,12 @@ class Session:
         self.connected_at_s = time.time()
         self._is_metered = False
         """A statement that may call infer() is under way."""
-        self._wants_bind = False
-        self._nonce = ""
         self._on_own_done: Callable[[], None]
         user = packet.parameters.get("user", "")
         self._login = Login(trusted=relay.trusted_backend, user=user, verifier=relay.auth_file.get(user))
         self._num_expected = 0
         """ReadyForQuery that are still to come."""
-        self._loop = asyncio.get_running_loop()
-        self._timer = self._loop.call_later(relay.settings.startup_timeout_s, self._on_timeout)
+        self._timer = asyncio.get_running_loop().call_later(relay.settings.startup_timeout_s, self._on_timeout)
 
     @property
     def is_idle(self) -> bool:
@@ -114,6 +111,21 @@ class Session:
     def is_between(self) -> bool:
         """Nothing is under way, and the transaction, if there is one, has not failed."""
         return self._is_quiet and self.client.walker.last_kind in _SETTLED
+
+    @property
+    def is_behind(self) -> bool:
+        """What the client sends next stands in a pipeline behind what PostgreSQL still does."""
+        return (
+            self.phase is Phase.OPEN
+            and self._num_expected > 0
+            and self.client.walker.at_boundary
+            and self.client.walker.last_kind in _SETTLED
+        )
+
+    @property
+    def is_bound(self) -> bool:
+        """PostgreSQL's calls are known to be of this session."""
+        return self.binding is not None and self.binding.caller is not None
 
     @property
     def is_described(self) -> bool:
@@ -165,7 +177,7 @@ class Session:
         self.backend.walker.transaction_status = TRANSACTION_IDLE
         if self.cancel_key is not None and self.phase is Phase.OPEN:
             self.binding = SessionBinding(self.name, self.cancel_key.pid)
-            self.may_bind = True
+            self.preparation.may_bind = True
             if self.relay.settings.hints:
                 self.binding.hints = self.relay.make_hints(self.name)
                 self.calls = self.relay.calls_of(self.packet)
@@ -186,31 +198,29 @@ class Session:
 
     def is_plain(self, data: bytes) -> bool:
         """Whether nothing in `data`, which starts a message, is for the gateway: then it is forwarded."""
-        if self.calls.is_stale or self.has_changed_views:
+        if self.calls.is_stale or self.preparation.has_changed_views or self.preparation.wants_bind:
             return False
-        if data[0] in _TEXT_BEARING and self.calls.may_call(data):
+        if data[0] in _TEXT_BEARING and (self.calls.may_call(data) or may_prepare_opening(data)):
             return False
-        wants_bind = self._wants_bind and self.may_bind
-        return not (wants_bind or (self.lookahead is not None and self.lookahead.remembers))
+        return self.lookahead is None or not self.lookahead.remembers
 
     def keeps(self, data: bytes) -> bool:
         """Whether `data`, which starts a message, waits here while the session is bound, or looked ahead in."""
-        if (self.calls.is_stale or self.has_changed_views) and self.must_learn(data):
-            self.start_learning(data)
-            return True
-        if self.may_bind and self.must_bind(data):
-            self.start_bind(data)
+        if self.preparation.starts(data):
             return True
         if self.lookahead is not None and self.lookahead.wants(data):
+            if self.is_behind:
+                self.hold_until_ready(data)
+                return True
             self.phase = Phase.HOLDING
             self.lookahead.hold(data)
             return True
         return False
 
-    def on_client_messages(self, kinds: list[int]) -> None:
+    def on_client_messages(self, kinds: Sequence[int]) -> None:
         self._num_expected += len(kinds) - kinds.count(_TERMINATE)
 
-    def on_backend_messages(self, kinds: list[int]) -> None:
+    def on_backend_messages(self, kinds: Sequence[int]) -> None:
         binding = self.binding
         if binding is not None and binding.hints is not None and binding.hints.is_used:
             self._end_hints(binding.hints, kinds)
@@ -224,17 +234,19 @@ class Session:
         if self._num_expected < 0:
             # An order of messages we do not know: never take the session for idle again.
             self._num_expected = 1 << 62
+        if self.phase is Phase.WAITING and Kind.COPY_IN_RESPONSE in kinds:
+            self._end_waiting()  # the data may be among what is held
         if self._num_expected == 0:
             if self._is_metered:
                 self._statement_ends()
             if binding is not None and binding.caller is not None:
                 binding.caller.statement_ended()
-            if self.phase is Phase.PLANNING:
-                self._end_planning()
+            if self.phase is Phase.WAITING:
+                self._end_waiting()
             if self.relay.draining and self.is_idle:
                 self.end(AdminShutdown("terminating connection: the DB node is shutting down"))
 
-    def _end_hints(self, hints: SessionHints, kinds: list[int]) -> None:
+    def _end_hints(self, hints: SessionHints, kinds: Sequence[int]) -> None:
         if Kind.ERROR_RESPONSE in kinds:
             hints.note_failure()
         if Kind.READY_FOR_QUERY in kinds:
@@ -255,58 +267,16 @@ class Session:
         self._is_metered = False
         self.relay.book.end(self.name)
 
-    # What calls infer()
+    # Statements of the gateway's own
 
-    def must_learn(self, data: bytes) -> bool:
-        """Whether to learn which views call infer() before `data`, which starts a message, is forwarded."""
-        return self.lookahead is not None and data[0] in (Kind.QUERY, Kind.PARSE) and self.is_idle
-
-    def start_learning(self, data: bytes) -> None:
-        self.calls.is_stale = self.has_changed_views = False
-        self._hold_for_own(data)
-        exchange = learn_exchange()
-        self.run_own(exchange, lambda: self._end_learning(exchange))
-
-    def _end_learning(self, exchange: OwnExchange) -> None:
-        self.calls.learn(text_columns(exchange.row) if exchange.row is not None else [], self._loop.time())
-        self._end_own()
-
-    def note_calls(self, data: bytes) -> None:
-        """A statement that may call infer() begins."""
-        self.has_changed_views |= changes_views(data)
-        if self._loop.time() - self.calls.learned_s > REFRESH_S:
-            self.calls.is_stale = True
-
-    # Binding
-
-    def must_bind(self, data: bytes) -> bool:
-        """Whether to bind before `data`, which starts a message, is forwarded.
-
-        Within a transaction only before the statement itself: binding takes a snapshot, as it is going to.
-        """
-        is_for_infer = data[0] in (Kind.QUERY, Kind.PARSE) and self.calls.may_call(data)
-        self._wants_bind = self._wants_bind or is_for_infer
-        return self._wants_bind and (self.is_between if is_for_infer else self.is_idle)
-
-    def start_bind(self, data: bytes) -> None:
-        assert self.binding is not None
-        self.may_bind = False
-        self._hold_for_own(data)
-        self._nonce = self.relay.registry.issue(self.binding)
-        self.run_own(bind_exchange(self.within, self._nonce, self.relay.listener_name), self._end_bind)
-
-    def _end_bind(self) -> None:
-        self.relay.registry.revoke(self._nonce)
-        log.debug("session_bound", session=self.name, failed=self.binding is None or self.binding.caller is None)
-        self._end_own()
-
-    def _hold_for_own(self, data: bytes) -> None:
+    def hold_for_own(self, data: bytes) -> None:
+        """The client's bytes wait until `end_own`."""
         self.own_ended.clear()
         self.phase = Phase.BINDING
         self.held = data
         self.client.stop_reading()
 
-    def _end_own(self) -> None:
+    def end_own(self) -> None:
         self.own_ended.set()
         self.phase = Phase.OPEN
         self._feed_held()
@@ -317,8 +287,6 @@ class Session:
         held, self.held = self.held, b""
         if held:
             self.client.data_received(held)
-
-    # Statements of the gateway's own
 
     def run_own(self, exchange: OwnExchange, on_done: Callable[[], None]) -> None:
         """The client's bytes must be held, and `own_ended` be clear."""
@@ -375,12 +343,17 @@ class Session:
         return self.binding is not None and self.binding.hints is not None and self.binding.hints.is_aborted
 
     def hold_until_ready(self, rest: bytes) -> None:
-        """What the client sends next waits for the end of the statement; `rest` has come already."""
-        self.phase = Phase.PLANNING
+        """What the client sends next waits for the end of what was sent; `rest` has come already."""
+        self.phase = Phase.WAITING
         self.held = rest
-        self.client.stop_reading()
 
-    def _end_planning(self) -> None:
+    def hold_more(self, data: bytes) -> None:
+        """What the client sends while it waits."""
+        self.held += data
+        if len(self.held) > HELD_BYTES_MAX:
+            self.client.stop_reading()
+
+    def _end_waiting(self) -> None:
         self.phase = Phase.OPEN
         self._feed_held()
         if not self.backend.is_full:
@@ -408,7 +381,7 @@ class Session:
         """What the client asked for goes on as if it were connected directly, but no inference does."""
         if self.cancel_key is not None and self.exchange is not None:
             self.relay.stop_statement(self.cancel_key)
-        elif self.phase in (Phase.OPEN, Phase.PLANNING) and not self.is_idle and self.cancel_key is not None:
+        elif self.phase in (Phase.OPEN, Phase.WAITING) and not self.is_idle and self.cancel_key is not None:
             self.relay.stop_inference(self.cancel_key)
         self._close()
 
@@ -436,7 +409,7 @@ class Session:
             return
         self.phase = Phase.CLOSED
         self._timer.cancel()
-        self.relay.registry.revoke(self._nonce)
+        self.preparation.close()
         self.own_ended.set()
         if self.lookahead is not None:
             self.lookahead.close()

@@ -12,8 +12,9 @@ import asyncio
 import enum
 from typing import TYPE_CHECKING, cast
 
+from dbnode.sql.client_batch import HELD_BYTES_MAX
 from dbnode.sql.errors import ProtocolViolation
-from dbnode.sql.messages import MessageWalker
+from dbnode.sql.walker import make_walker
 from stratakv.errors import PermissionDenied
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ class Phase(enum.Enum):
     """A batch that is not whole yet is held."""
     COLLECTING = enum.auto()
     """It is whole, and still held."""
-    PLANNING = enum.auto()
-    """PostgreSQL plans a statement and does not run it; what the client sends after it is held."""
+    WAITING = enum.auto()
+    """What the client sends is held until PostgreSQL has done what it was sent."""
     REPLICATION = enum.auto()
     ADMIN = enum.auto()
     """In the admin database: PostgreSQL is not asked any more."""
@@ -46,7 +47,7 @@ class Phase(enum.Enum):
 
 
 _OPEN = Phase.OPEN  # a name of the module is found faster than a member of an enum
-FOLLOWED = frozenset({Phase.OPEN, Phase.HOLDING, Phase.COLLECTING, Phase.PLANNING})
+FOLLOWED = frozenset({Phase.OPEN, Phase.HOLDING, Phase.COLLECTING, Phase.WAITING})
 """Phases in which both sides are an ordinary session's."""
 
 
@@ -55,7 +56,7 @@ class Side(asyncio.Protocol):
 
     def __init__(self, session: Session, watched: frozenset[int]) -> None:
         self.session = session
-        self.walker = MessageWalker(watched)
+        self.walker = make_walker(watched)
         self.transport: asyncio.Transport | None = None
         self.is_full = False
         self._linger: asyncio.TimerHandle | None = None
@@ -116,7 +117,7 @@ class ClientSide(Side):
                 session.on_client_messages(self.walker.feed(data))
                 session.on_client_login_data(data)
             elif session.phase is not Phase.CLOSED:
-                session.held += data
+                session.hold_more(data)
         except (ProtocolViolation, PermissionDenied) as error:
             session.end(error)
 
@@ -173,7 +174,7 @@ class BackendSide(Side):
 
     def resume_writing(self) -> None:
         self.is_full = False
-        if self.session.phase not in (Phase.BINDING, Phase.PLANNING):
+        if self.session.phase is not Phase.BINDING and len(self.session.held) <= HELD_BYTES_MAX:
             self.session.client.read_on()
 
     def connection_lost(self, error: Exception | None) -> None:

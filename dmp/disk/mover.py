@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 
 from dmp.disk.store import DiskStore
 from dmp.errors import DiskFailed, DiskFull
+from dmp.pages import read_page
 from dmp.puts import PutTable
 from dmp.segment import MemorySegment
 from stratakv.errors import StrataError, Unavailable
-from stratakv.layout import HEADER_BYTES, CorruptPage, PageHeader
+from stratakv.layout import HEADER_BYTES, PageHeader
 from stratakv.log import EventLogger
 from stratakv.pool.errors import SegmentFull
 from stratakv.pool.meta_client import MetaClient
@@ -114,7 +115,7 @@ class Mover:
     # On a thread of its own
 
     def _to_disk(self, moves: Sequence[Move]) -> _Copied:
-        pages = {move.extent: page for move in moves if (page := self._read_memory(move)) is not None}
+        pages = {move.extent: page for move in moves if (page := read_page(self._memory, self._puts, move)) is not None}
         return self._appended(self._memory_segment, moves, pages)
 
     def _within_disk(self, moves: Sequence[Move]) -> _Copied:
@@ -135,17 +136,6 @@ class Mover:
             taken=lambda: None,
             refused=lambda refused: self._store.free([page.target for page in refused]),
         )
-
-    def _read_memory(self, move: Move) -> bytearray | None:
-        """A copy of a page; None if it is not what it should be, or has been freed meanwhile."""
-        start = move.extent.offset
-        page = bytearray(self._memory.memory[start : start + move.page_bytes])
-        try:
-            header = PageHeader.unpack(memoryview(page)[:HEADER_BYTES])
-        except CorruptPage:
-            return None
-        is_same = header.generation == move.extent.generation and self._puts.is_live(move.extent)
-        return page if is_same and len(page) == move.page_bytes else None
 
     def _to_memory(self, moves: Sequence[Move]) -> _Copied:
         pages = {move.extent: page for move in moves if (page := self._store.read(move.extent)) is not None}

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from dmp.disk.mover import Mover
 from dmp.disk.store import DiskStore
+from dmp.drain import Drainer
 from stratakv.errors import StrataError
 from stratakv.keys import BlockKey, Namespace
 from stratakv.log import EventLogger
@@ -43,12 +44,19 @@ class DiskNode:
     """Keeps one disk known to the meta server."""
 
     def __init__(
-        self, client: MetaClient, segment: Segment, store: DiskStore, mover: Mover, scrub_bytes_per_s: int
+        self,
+        client: MetaClient,
+        segment: Segment,
+        store: DiskStore,
+        mover: Mover,
+        drainer: Drainer,
+        scrub_bytes_per_s: int,
     ) -> None:
         self._client = client
         self._segment = segment
         self._store = store
         self._mover = mover
+        self._drainer = drainer
         self._scrub_bytes_per_s = scrub_bytes_per_s
         self._stopping = False
 
@@ -112,6 +120,7 @@ class DiskNode:
         if orders.free:
             await asyncio.to_thread(store.free, orders.free)
         self._mover.promote(orders.moves)
+        self._drainer.send_away(segment, lambda move: store.read(move.extent), orders.moves_away)
         return True
 
     async def _compact(self) -> None:

@@ -204,9 +204,7 @@ class MetaService:
     async def get_cluster_info(self, _: meta.GetClusterInfoRequest) -> meta.GetClusterInfoResponse:
         """A meta server that serves at all is the leader of its database."""
         node_id = self._endpoint.node_id
-        return meta.GetClusterInfoResponse(
-            self_node_id=node_id, leader_node_id=node_id, leader_endpoint=self._endpoint
-        )
+        return meta.GetClusterInfoResponse(self_node_id=node_id, leader_node_id=node_id, leader_endpoint=self._endpoint)
 
     async def _place(self, instance: Instance) -> Place:
         """Of the group's storages the first that can be written to. Raises StorageFailed."""

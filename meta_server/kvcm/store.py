@@ -10,13 +10,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from meta_server.journal import Journal
+from meta_server.journal import Journal, confirmed
 from meta_server.kvcm.entities import Group, Instance, Storage
 from meta_server.kvcm.protocol import admin_service_pb2 as admin
 from meta_server.kvcm.protocol import meta_service_pb2 as meta
 from meta_server.kvcm.writes import Layout, Place, Write
-from meta_server.store import STATEMENT_TIMEOUT_S, Store
-from stratakv.errors import Unavailable
+from meta_server.store import Store
 from stratakv.queries import load_queries
 
 QUERIES = load_queries("meta_server.kvcm")
@@ -92,10 +91,7 @@ class Changes:
 
     async def written(self) -> None:
         """Return once everything handed in so far is written. Raises Unavailable: it may still be, later."""
-        try:
-            await asyncio.wait_for(self._journal.all_written(), STATEMENT_TIMEOUT_S)
-        except TimeoutError:
-            raise Unavailable("the metadata database does not answer; try again") from None
+        await confirmed(self._journal.all_written())
 
     def when_written(self) -> asyncio.Future[None]:
         """Done once everything handed in so far is written, however long that takes."""

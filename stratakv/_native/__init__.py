@@ -1,4 +1,5 @@
-"""Moves of KV pages that do not need the interpreter lock: copies with checksums, headers, and waiting for layers.
+"""What Python is too slow for. Moves of KV pages that do not need the interpreter lock: copies with checksums, headers, and
+waiting for layers. And the walker that follows the messages of SQL sessions.
 
 `moves` is the C++ module where it was built, else the Python one, which does the same, slower, and in step with whatever else
 Python does. `STRATAKV_NATIVE=0` chooses the Python one. Used by `stratakv.pool` and the workers' tiers.
@@ -7,7 +8,7 @@ Python does. `STRATAKV_NATIVE=0` chooses the Python one. Used by `stratakv.pool`
 from __future__ import annotations
 
 import os
-from typing import cast
+from typing import Any, cast
 
 from stratakv._native import fallback
 from stratakv._native.base import Ended, Gate, HeaderState, LayerMove, Moves, RangeMove, Wire
@@ -23,19 +24,25 @@ __all__ = [
     "Wire",
     "is_built",
     "make_gate",
+    "message_walker",
     "moves",
     "wire",
 ]
 
 
+INTERFACE = 2
+"""Counted up with every change of what the C++ module offers: one that was built from older sources is not used."""
+
+
 def _load() -> Moves:
-    """The C++ module, or the Python one if it is asked for or the other was not built."""
+    """The C++ module, or the Python one if it is asked for or the other was not built from these sources."""
     if os.environ.get(NATIVE_ENV) != "0":
         try:
             from stratakv._native import _moves
         except ImportError:
             return fallback
-        return cast(Moves, _moves)
+        if getattr(_moves, "INTERFACE", 0) == INTERFACE:
+            return cast(Moves, _moves)
     return fallback
 
 
@@ -50,6 +57,11 @@ def make_gate() -> Gate:
 def is_built() -> bool:
     """Whether the C++ module is in use."""
     return moves is not fallback
+
+
+def message_walker() -> type[Any] | None:
+    """Makes a walker from watched kinds and the class of a violation (`dbnode.sql.walker`); None where it was not built."""
+    return cast(type[Any], moves.MessageWalker) if is_built() else None  # type: ignore[attr-defined]
 
 
 def wire() -> Wire | None:

@@ -2,10 +2,14 @@
 #include "gate.h"
 #include "headers.h"
 #include "moves.h"
+#include "walker.h"
 #include "wire.h"
 #include "xxh3.h"
 
 namespace {
+
+// As in __init__.py: a module that was built from older sources is not used.
+constexpr long kInterface = 2;
 
 PyObject* xxh3_64(PyObject*, PyObject* args) {
   return strata::guarded([&]() -> PyObject* {
@@ -44,9 +48,13 @@ PyMODINIT_FUNC PyInit__moves() {
   PyObject* const module = PyModule_Create(&definition);
   if (module == nullptr) return nullptr;
   PyObject* const gate_type = strata::make_gate_type();
+  PyObject* const walker_type = strata::make_walker_type();
   const bool is_whole = gate_type != nullptr && PyModule_AddObjectRef(module, "Gate", gate_type) == 0 &&
+                        walker_type != nullptr && PyModule_AddObjectRef(module, "MessageWalker", walker_type) == 0 &&
+                        PyModule_AddIntConstant(module, "INTERFACE", kInterface) == 0 &&
                         PyModule_AddStringConstant(module, "KERNEL", strata::kernel_name()) == 0;
   Py_XDECREF(gate_type);
+  Py_XDECREF(walker_type);
   if (is_whole) return module;
   Py_DECREF(module);
   return nullptr;

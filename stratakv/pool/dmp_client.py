@@ -24,6 +24,7 @@ from stratakv.pool.control import ControlChannel, parse_reply, receive_reply
 from stratakv.pool.errors import EpochChanged, NotAMember, ProtocolMismatch, TransportError, TransportTimeout
 from stratakv.pool.framing import receive_exactly, remaining_s, send_frame, tune
 from stratakv.pool.messages import FRAME, FrameKind, MalformedFrame, parse_frame_header
+from stratakv.pool.mooncake import MooncakeTransport, TransferEngine
 from stratakv.pool.shm import ShmTransport, received_memory
 from stratakv.pool.tcp import TcpTransport
 from stratakv.pool.transport import Transport
@@ -40,6 +41,7 @@ class TransportKind(enum.StrEnum):
 
     SHM = "shm"
     TCP = "tcp"
+    MOONCAKE = "mooncake"
 
 
 class DmpConnection:
@@ -84,16 +86,34 @@ def connect(
     deadline: float,
     force: TransportKind | None = None,
     credentials: PoolCredentials | None = None,
+    engine: TransferEngine | None = None,
 ) -> DmpConnection:
-    """Attach to a daemon. Raises TransportError (EpochChanged if the daemon is a newer one)."""
-    if force is not TransportKind.TCP:
+    """Attach to a daemon: shared memory, else the transfer engine that both ends have, else TCP.
+
+    Raises TransportError (EpochChanged if the daemon is a newer one).
+    """
+    if force in (None, TransportKind.SHM):
         sock = _dial_unix(segment, deadline)
         if sock is not None:
             return _attach_shm(segment, sock, deadline)
         if force is TransportKind.SHM:
             raise TransportError(f"node {segment.node} has no shared memory for this process")
+    sock, attached = _attach_tcp(segment, credentials, deadline)
     dial = partial(_dial_tcp, segment, credentials)
-    return DmpConnection(segment, TransportKind.TCP, ControlChannel(dial(deadline), dial), TcpTransport(dial))
+    control = ControlChannel(sock, dial)
+    if force is not TransportKind.TCP and engine is not None and attached.engine:
+        return DmpConnection(segment, TransportKind.MOONCAKE, control, _by_engine(engine, attached, control))
+    if force is TransportKind.MOONCAKE:
+        control.close()
+        raise TransportError(f"node {segment.node} and this process have no transfer engine in common")
+    return DmpConnection(segment, TransportKind.TCP, control, TcpTransport(dial))
+
+
+def _by_engine(engine: TransferEngine, attached: messages.Attached, control: ControlChannel) -> MooncakeTransport:
+    def check_daemon(deadline: float) -> None:
+        control.call(messages.GetDaemonStats(), messages.DaemonStats, deadline)
+
+    return MooncakeTransport(engine, attached.engine, attached.address, attached.size_bytes, check_daemon)
 
 
 def _dial_unix(segment: Segment, deadline: float) -> socket.socket | None:
@@ -116,6 +136,12 @@ def _dial_unix(segment: Segment, deadline: float) -> socket.socket | None:
 
 
 def _dial_tcp(segment: Segment, credentials: PoolCredentials | None, deadline: float) -> socket.socket:
+    return _attach_tcp(segment, credentials, deadline)[0]
+
+
+def _attach_tcp(
+    segment: Segment, credentials: PoolCredentials | None, deadline: float
+) -> tuple[socket.socket, messages.Attached]:
     try:
         sock = socket.create_connection((segment.host, segment.port), timeout=remaining_s(deadline))
     except TimeoutError:
@@ -128,11 +154,12 @@ def _dial_tcp(segment: Segment, credentials: PoolCredentials | None, deadline: f
             _send_attach(sock, segment, deadline)
         else:
             _prove_membership(sock, segment, credentials, deadline)
-        _check_attached(receive_reply(sock, messages.Attached, deadline), segment)
+        attached = receive_reply(sock, messages.Attached, deadline)
+        _check_attached(attached, segment)
     except BaseException:
         sock.close()
         raise
-    return sock
+    return sock, attached
 
 
 def _attach_shm(segment: Segment, sock: socket.socket, deadline: float) -> DmpConnection:
@@ -205,7 +232,14 @@ class _Slot:
 class ConnectionCache:
     """The connections of one process, by (node, epoch)."""
 
-    def __init__(self, *, force: TransportKind | None = None, credentials: PoolCredentials | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        force: TransportKind | None = None,
+        credentials: PoolCredentials | None = None,
+        engine: TransferEngine | None = None,
+    ) -> None:
+        self._engine = engine
         self._force = force
         self._credentials = credentials
         self._lock = threading.Lock()
@@ -249,7 +283,9 @@ class ConnectionCache:
 
     def _connect(self, slot: _Slot, segment: Segment, deadline: float) -> DmpConnection:
         try:
-            connection = connect(segment, deadline=deadline, force=self._force, credentials=self._credentials)
+            connection = connect(
+                segment, deadline=deadline, force=self._force, credentials=self._credentials, engine=self._engine
+            )
         except TransportError as error:
             slot.retry_at, slot.failure = time.monotonic() + RETRY_AFTER_S, error.message
             raise

@@ -101,6 +101,9 @@ class Attached(Message, frozen=True):
     node: str
     epoch: bytes
     size_bytes: int
+    engine: str = ""
+    """The daemon's transfer engine, if it has one, and where the segment lies in its memory."""
+    address: int = 0
 
 
 class Allocate(Message, frozen=True):

@@ -13,7 +13,6 @@ import os
 import select
 import socket
 import threading
-import time
 import weakref
 from collections.abc import Callable, Sequence
 
@@ -21,9 +20,10 @@ from stratakv import _native
 from stratakv._native import Ended, Gate
 from stratakv._native.base import UInt64s
 from stratakv.pool.ends import check_end
-from stratakv.pool.errors import OutOfBounds, PutRefused, TransportError
+from stratakv.pool.errors import OutOfBounds, TransportError
 from stratakv.pool.framing import remaining_s
 from stratakv.pool.populate import populate
+from stratakv.pool.put_times import PutTimes
 from stratakv.pool.transport import Buffer, Cancellation, PageBatch
 
 STEP_BYTES = 1024 * 1024
@@ -45,7 +45,7 @@ class ShmTransport:
             target=populate, args=(self._map, lambda: self._closed), name="shm-populate", daemon=True
         ).start()
         self._memory = memoryview(self._map)
-        self._put_deadlines: dict[bytes, float] = {}
+        self._put_times = PutTimes()
         self._hangup = select.poll()
         self._hangup.register(control, select.POLLRDHUP)
 
@@ -80,8 +80,7 @@ class ShmTransport:
         self._check_offsets(ranges)
         for start, stop in _steps([len(source) for _, source in ranges]):
             self._check(deadline, cancellation)
-            if self._put_deadlines.get(put_id, 0.0) < time.monotonic():
-                raise PutRefused("this put is unknown, over or out of time")
+            self._put_times.check(put_id)
             try:
                 for offset, source in ranges[start:stop]:
                     self._memory[offset : offset + len(source)] = source
@@ -103,24 +102,20 @@ class ShmTransport:
         check_end(how, batch, "the daemon has gone; what its memory held is void")
 
     def write_pages(self, put_id: bytes, batch: PageBatch, checksums: UInt64s, *, deadline: float, ready: Gate) -> None:
-        put_deadline = self._put_deadlines.get(put_id, 0.0)
+        put_deadline = self._put_times.deadline(put_id)
         how = self._move(_native.moves.write_pages, batch, checksums, ready, min(deadline, put_deadline))
-        if how[0] == Ended.LATE and put_deadline < min(deadline, time.monotonic()):
-            raise PutRefused("this put is unknown, over or out of time")
+        if how[0] == Ended.LATE and put_deadline < deadline:
+            self._put_times.check(put_id)
         check_end(how, batch, "the daemon has gone; what its memory held is void")
 
     def mapping(self) -> memoryview | None:
         return self._memory
 
     def put_opened(self, put_id: bytes, deadline: float) -> None:
-        now = time.monotonic()
-        for known, ends in list(self._put_deadlines.items()):
-            if ends < now:
-                self._put_deadlines.pop(known, None)
-        self._put_deadlines[put_id] = deadline
+        self._put_times.opened(put_id, deadline)
 
     def put_closed(self, put_id: bytes) -> None:
-        self._put_deadlines.pop(put_id, None)
+        self._put_times.closed(put_id)
 
     def close(self) -> None:
         self._closed = True

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 
@@ -39,7 +40,8 @@ class LoadOutcome:
     num_good_blocks: int
     bad_page: FoundPage | None
     """The page that was not what the index says."""
-    seconds: float
+    seconds_by_tier: Mapping[Tier, float]
+    """Spent on the pages of each tier."""
 
 
 @dataclass(slots=True)
@@ -49,6 +51,8 @@ class _Run:
     first: int
     connection: DmpConnection
     pages: ReadPages
+    seconds: float
+    """Spent on it till now."""
 
 
 @dataclass(slots=True)
@@ -98,7 +102,7 @@ class LayerLoad:
         self._bad_page = self._bad_page or bad_page
 
     def _run(self, reader: PageReader, connections: ConnectionCache) -> None:
-        started = time.monotonic()
+        runs: list[_Run] = []
         try:
             runs = self._open_runs(reader, connections)
             if len(runs) == 1 and self.window.is_l1 and not self._error:
@@ -115,13 +119,14 @@ class LayerLoad:
             self._cut(0, f"the load failed: {error}")
         finally:
             self._arrived.close()
-            self.on_finished(LoadOutcome(self._num_good, self._bad_page, time.monotonic() - started))
+            self.on_finished(LoadOutcome(self._num_good, self._bad_page, self._seconds_by_tier(runs)))
 
     def _open_runs(self, reader: PageReader, connections: ConnectionCache) -> list[_Run]:
         """Connect, and read and check all headers; the load ends before the first page that has none."""
         runs: list[_Run] = []
         for first, stop in _by_segment(self.pages):
             pages = self.pages[first:stop]
+            started = time.monotonic()
             try:
                 connection = connections.get(pages[0].segment, deadline=self.deadline)
                 found = reader.read_headers(
@@ -139,9 +144,9 @@ class LayerLoad:
             if found.failures:
                 bad = min(found.failures)
                 self._cut(first + bad, str(found.failures[bad]), pages[bad])
-                runs.append(_Run(first, connection, found.take(range(bad))))
+                runs.append(_Run(first, connection, found.take(range(bad)), time.monotonic() - started))
                 return runs
-            runs.append(_Run(first, connection, found))
+            runs.append(_Run(first, connection, found, time.monotonic() - started))
         return runs
 
     def _read_at_once(self, run: _Run, connections: ConnectionCache) -> None:
@@ -165,6 +170,7 @@ class LayerLoad:
         connections: ConnectionCache,
     ) -> bool:
         memory = self.window.memory.part(run.first, run.first + len(pages))
+        started = time.monotonic()
         try:
             pages.read_layers(layers, memory, deadline=self.deadline, done=done, cancellation=self._cancellation)
         except PageError as error:
@@ -175,7 +181,18 @@ class LayerLoad:
             connections.drop(run.connection, error.message)
             self._cut(run.first, error.message)
             return False
+        finally:
+            run.seconds += time.monotonic() - started
         return True
+
+    def _seconds_by_tier(self, runs: Sequence[_Run]) -> dict[Tier, float]:
+        """A daemon's pages of several tiers (its memory as L2, and as pool) share its time by their number."""
+        seconds: dict[Tier, float] = {}
+        for run in runs:
+            tiers = Counter(page.tier for page in self.pages[run.first : run.first + len(run.pages)])
+            for tier, count in tiers.items():
+                seconds[tier] = seconds.get(tier, 0.0) + run.seconds * count / len(run.pages)
+        return seconds
 
     def _publish(self, layer: int) -> None:
         self.window.publish(layer)

@@ -7,6 +7,7 @@ of their own. Nothing here fails a request: what cannot be found, loaded or save
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +18,6 @@ from stratakv.errors import StrataError
 from stratakv.keys import BlockKey, Namespace, pack_keys
 from stratakv.layout import KVLayout
 from stratakv.log import EventLogger
-from stratakv.pool.auth import PoolCredentials
 from stratakv.pool.dmp_client import ConnectionCache
 from stratakv.pool.meta_client import MetaClient
 from stratakv.pool.pages import PageReader
@@ -26,7 +26,7 @@ from stratakv.wire import Done, Match, MatchPrefix, Place, ReleaseLease, ReportC
 from workers.engine.connector import SaveJob, Tier
 from workers.engine.kv_cache import KVCache
 from workers.metrics import WorkerMetrics
-from workers.rates import Rates
+from workers.rates import Rates, Stretch
 from workers.tiers.l2 import L2Table
 from workers.tiers.load import FoundPage, LayerLoad, LoadOutcome
 from workers.tiers.save import BlockSave, Saver, Written
@@ -72,7 +72,7 @@ class Tiers:
         layout: KVLayout,
         settings: WorkerSettings,
         meta: MetaClient,
-        credentials: PoolCredentials | None,
+        connections: ConnectionCache,
         l1: KVCache,
         rates: Rates,
         metrics: WorkerMetrics,
@@ -92,7 +92,7 @@ class Tiers:
         if not is_built():
             log.info("native_module_missing", effect="pages are moved by Python, slower")
         self._l2 = L2Table(L2_ENTRIES_MAX)
-        self._connections = ConnectionCache(credentials=credentials)
+        self._connections = connections
         self._reader = PageReader(layout, self._namespace)
         self._load_threads = ThreadPoolExecutor(LOAD_THREADS, thread_name_prefix="kv-load")
         self._in_flight: dict[BlockKey, Future[None]] = {}
@@ -135,10 +135,11 @@ class Tiers:
                 released = True
                 self._on_loop(self._spawn_release, lease_id)
 
-        if not pages or not self._worth_loading(pages):
+        wanted = self._worth_loading(pages)
+        if not wanted:
             give_back()
             return None
-        return PoolHit(l1_blocks, pages, self._start_load, give_back)
+        return PoolHit(l1_blocks, wanted, self._start_load, give_back)
 
     async def _match_pool(self, keys: Sequence[BlockKey]) -> tuple[list[FoundPage], int]:
         if not keys or not self._meta.available:
@@ -158,13 +159,13 @@ class Tiers:
         ]
         return pages, match.lease_id
 
-    def _worth_loading(self, pages: Sequence[FoundPage]) -> bool:
-        by_tier = {tier: sum(page.tier is tier for page in pages) for tier in (Tier.L2, Tier.POOL, Tier.DISK)}
-        return all(
-            self._rates.worth_loading(tier, count * self._layout.page_bytes, count * self._layout.page_tokens)
-            for tier, count in by_tier.items()
-            if count
-        )
+    def _worth_loading(self, pages: Sequence[FoundPage]) -> Sequence[FoundPage]:
+        """The leading pages that are to be loaded; the others are computed."""
+        stretches = [Stretch(tier, sum(1 for _ in run)) for tier, run in itertools.groupby(pages, lambda p: p.tier)]
+        count = self._rates.pages_worth_loading(stretches, self._layout.page_bytes, self._layout.page_tokens)
+        tiers = [page.tier for page in pages]
+        self._metrics.load_decided(tiers[:count], tiers[count:])
+        return pages[:count]
 
     def _start_load(self, pages: Sequence[FoundPage], l1_blocks: Sequence[int]) -> LayerLoad:
         load = LayerLoad(
@@ -179,9 +180,12 @@ class Tiers:
 
     def _load_finished(self, pages: Sequence[FoundPage], outcome: LoadOutcome) -> None:
         good = pages[: outcome.num_good_blocks]
-        tiers = {page.tier for page in good}
-        if len(tiers) == 1:
-            self._rates.observe_load(tiers.pop(), len(good) * self._layout.data_bytes, outcome.seconds)
+        for tier, seconds in outcome.seconds_by_tier.items():
+            num_pages = sum(page.tier is tier for page in good)
+            size_bytes = num_pages * self._layout.data_bytes
+            if len(good) == len(pages):
+                self._rates.observe_load(tier, size_bytes, seconds)
+            self._metrics.loaded(tier, num_pages, size_bytes, seconds)
         local = [(page.key, page.place) for page in good if page.segment.node == self._node]
         if local:
             self._l2.add(next(page.segment for page in good if page.segment.node == self._node), local)
@@ -216,6 +220,7 @@ class Tiers:
                 del self._in_flight[key]
 
     def _remember(self, written: Written) -> None:
+        self._metrics.written(len(written.keys), len(written.keys) * self._layout.data_bytes)
         if written.segment.node == self._node:
             places = (Place(written.segment.node, e.offset, e.generation) for e in written.extents)
             self._l2.add(written.segment, zip(written.keys, places, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -10,9 +11,12 @@ import openai
 import pytest
 import pytest_asyncio
 
+from stratakv.keys import block_keys, pack_keys
 from stratakv.settings import Bytes, RestSettings, Secret
 from stratakv.text import decode, encode
-from tests.integration.dbnode.running_node import RunningNode, running_node
+from stratakv.wire import Pinned, PinPrefix
+from tests.integration.dbnode.running_node import PoolOfBlocks, RunningNode, running_node
+from tests.integration.pool.command import stratakv
 from tests.stand_in_worker import MODEL, StandInWorker, expected_tokens
 from tests.support import eventually_async
 
@@ -220,3 +224,53 @@ async def test_without_a_worker_it_is_not_ready_and_says_so() -> None:
             await node.openai.chat.completions.create(model=MODEL, messages=HELLO)
         assert caught.value.status_code == 503
         assert caught.value.response.headers["Retry-After"] == "1"
+
+
+class PoolWithPins(PoolOfBlocks):
+    """A pool that has the first two blocks of everything."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.pinned: list[PinPrefix] = []
+
+    async def call(self, request: Any, reply_type: type[Any], timeout_s: float | None = None) -> Any:
+        if isinstance(request, PinPrefix):
+            self.pinned.append(request)
+            return Pinned(2, 2**62 + 1)
+        return await super().call(request, reply_type, timeout_s)
+
+
+async def test_a_prompt_is_pinned_by_the_keys_its_request_would_have(worker: StandInWorker) -> None:
+    pool = PoolWithPins()
+    messages = [{"role": "user", "content": "word " * 60}]
+    async with running_node(worker, meta=pool) as node:
+        await node.openai.chat.completions.create(model=MODEL, messages=messages, max_tokens=1)  # type: ignore[arg-type]
+        keys = pack_keys(block_keys(worker.requests[0]["prompt"], 16))
+        async with node.http.post("/v1/stratakv/pin", json={"messages": messages, "seconds": 60}) as response:
+            answer = await response.json()
+    (request,) = pool.pinned
+    assert (request.keys, request.pin_s) == (keys, 60.0)
+    assert answer["blocks"] == 2
+    assert [pin["id"] for pin in answer["pins"]] == [str(2**62 + 1)]
+
+
+@pytest.mark.parametrize(
+    "body", [{"prompt": "x"}, {"seconds": 5}, {"prompt": "x", "seconds": 1e9}, {"prompt": "x", "seconds": 5, "n": 2}]
+)
+async def test_a_pin_without_prompt_or_time_is_refused(node: RunningNode, body: dict[str, Any]) -> None:
+    async with node.http.post("/v1/stratakv/pin", json=body) as response:
+        assert response.status == 400
+
+
+async def test_the_command_line_pins_a_prompt_file(worker: StandInWorker, tmp_path: Path) -> None:
+    pool = PoolWithPins()
+    prompt = tmp_path / "prompt"
+    prompt.write_text("word " * 60)
+    async with running_node(worker, meta=pool, rest=RestSettings(api_key=Secret("key"))) as node:
+        port = f"--set=rest.port={node.url.rpartition(':')[2]}"
+        pin = ("cache", "pin", port, "--set=rest.api_key=key", "--for", "2h")
+        done = await stratakv(1, tmp_path, *pin, "--prompt-file", str(prompt), "--system", "Be brief.")
+        assert done.status == 0, done.err
+        assert (await stratakv(1, tmp_path, *pin)).status == 1
+    assert "2 blocks kept for 2h" in done.out
+    assert pool.pinned[0].pin_s == 7200.0

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
-from stratakv import _native
+from stratakv import _native, migrate
 from stratakv._native import Moves, fallback
 from stratakv.pool.dmp_client import DmpConnection, TransportKind, connect
+from stratakv.pool.meta_client import MetaClient
+from stratakv.settings import MetaSettings
 from tests.integration.pool.daemon import DaemonProcess
 from tests.integration.pool.pages import soon
+from tests.service_process import ServiceProcess
+from tests.support import eventually_async, free_port
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +41,7 @@ def start_daemon(tmp_path: Path) -> Iterator[Callable[..., DaemonProcess]]:
         yield start
 
 
-@pytest.fixture(params=list(TransportKind))
+@pytest.fixture(params=[TransportKind.SHM, TransportKind.TCP])
 def kind(request: pytest.FixtureRequest) -> TransportKind:
     kind: TransportKind = request.param
     return kind
@@ -56,3 +62,31 @@ def connection(daemon: DaemonProcess, kind: TransportKind) -> Iterator[DmpConnec
     connected = connect(daemon.segment, deadline=soon(), force=kind)
     yield connected
     connected.close()
+
+
+@pytest.fixture
+def meta_port() -> int:
+    return free_port()
+
+
+@pytest.fixture
+def meta_flags() -> list[str]:
+    """Of this module's meta server."""
+    return ["--heartbeat-s", "0.2"]
+
+
+@pytest.fixture
+def meta_server(postgres_url: str, meta_port: int, meta_flags: list[str], tmp_path: Path) -> Iterator[ServiceProcess]:
+    migrate.upgrade(postgres_url)
+    env = {"STRATAKV_DATABASE_URL": postgres_url, "STRATAKV_META_NATIVE_PORT": str(meta_port)}
+    service = ServiceProcess("meta_server", meta_flags, env, tmp_path / "meta.log")
+    service.start()
+    yield service
+    service.kill()
+
+
+@pytest_asyncio.fixture
+async def client(meta_server: ServiceProcess, meta_port: int) -> AsyncIterator[MetaClient]:
+    async with MetaClient(replace(MetaSettings(), native_port=meta_port)) as started:
+        await eventually_async(lambda: started.available, what="meta server to answer")
+        yield started

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable
 
-import pytest
-
-from stratakv import migrate
 from stratakv.errors import Unavailable
 from stratakv.keys import pack_keys
 from stratakv.pool.dmp_client import DmpConnection, connect
 from stratakv.pool.meta_client import MetaClient
-from stratakv.settings import MetaSettings
 from stratakv.wire import (
     Done,
     Flush,
@@ -31,31 +25,9 @@ from stratakv.wire import (
 from tests.integration.pool.daemon import DaemonProcess
 from tests.integration.pool.pages import LAYOUT, NAMESPACE, WrittenPages, soon, write_pages
 from tests.service_process import ServiceProcess
-from tests.support import eventually_async, free_port
+from tests.support import eventually_async
 
 StartDaemon = Callable[..., DaemonProcess]
-
-
-@pytest.fixture
-def meta_port() -> int:
-    return free_port()
-
-
-@pytest.fixture
-def meta_server(postgres_url: str, meta_port: int, tmp_path: Path) -> Iterator[ServiceProcess]:
-    migrate.upgrade(postgres_url)
-    env = {"STRATAKV_DATABASE_URL": postgres_url, "STRATAKV_META_NATIVE_PORT": str(meta_port)}
-    service = ServiceProcess("meta_server", ["--heartbeat-s", "0.2"], env, tmp_path / "meta.log")
-    service.start()
-    yield service
-    service.kill()
-
-
-@pytest.fixture
-async def client(meta_server: ServiceProcess, meta_port: int) -> AsyncIterator[MetaClient]:
-    async with MetaClient(replace(MetaSettings(), native_port=meta_port)) as started:
-        await eventually_async(lambda: started.available, what="meta server to answer")
-        yield started
 
 
 async def registered(client: MetaClient, daemon: DaemonProcess) -> None:

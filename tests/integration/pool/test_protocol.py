@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import psutil
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stratakv.pool import messages
@@ -68,14 +68,14 @@ def is_closed_after(sock: socket.socket, data: bytes) -> bool:
     return is_closed(sock)
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50)
 @given(garbage=st.binary(min_size=FRAME.size, max_size=200))
 def test_garbage_closes_only_its_connection(daemon: DaemonProcess, bystander: DmpConnection, garbage: bytes) -> None:
     with dial(daemon) as sock:
         assert is_closed_after(sock, garbage)
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50)
 @given(kind=st.sampled_from(list(FrameKind)), body=st.binary(max_size=100), payload_bytes=st.integers(0, 100))
 def test_well_framed_garbage_closes_only_its_connection(
     daemon: DaemonProcess, bystander: DmpConnection, kind: FrameKind, body: bytes, payload_bytes: int

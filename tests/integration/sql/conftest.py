@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
 import psycopg
 import pytest
 
+from dbnode.sql.hints import HintStats
 from stratakv.postgres import EmbeddedPostgres
 from stratakv.settings import PostgresSettings
 from stratakv.sqlfunctions import install
@@ -19,9 +21,14 @@ DEBIAN_BIN = Path("/usr/lib/postgresql/15/bin")
 ROLES = ("alice", "bob", "team")
 Connection = psycopg.Connection[tuple[object, ...]]
 _numbers = count()
+_TABLE = """
+CREATE TABLE t AS
+SELECT i, i % 10 AS g, 'text ' || i % 40 AS body, CASE WHEN i % 7 = 0 THEN NULL ELSE 'n' || i END AS maybe
+FROM generate_series(1, 120) i
+"""
 
 
-@pytest.fixture(scope="session", params=["embedded", "debian"])
+@pytest.fixture(scope="session", params=["embedded", pytest.param("debian", marks=pytest.mark.debian)])
 def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedPostgres]:
     if request.param == "embedded":
         yield request.getfixturevalue("postgres")
@@ -90,6 +97,26 @@ def url(front: FrontThread, database: str) -> str:
 def direct_url(cluster: EmbeddedPostgres, database: str, front: FrontThread) -> str:
     """The test's database without the relay, as superuser; the face runs."""
     return cluster.database_url(database)
+
+
+@pytest.fixture
+def connection(url: str) -> Iterator[Connection]:
+    """Through the relay, in autocommit, with a table."""
+    with psycopg.connect(url, autocommit=True) as opened:
+        opened.execute(_TABLE)
+        yield opened
+
+
+@pytest.fixture
+def stats(front: FrontThread) -> Callable[[], HintStats]:
+    """Counters of looking ahead, of this test only."""
+    before = replace(front.front.hint_stats)
+
+    def since() -> HintStats:
+        now = front.front.hint_stats
+        return HintStats(*(getattr(now, name) - getattr(before, name) for name in HintStats.__slots__))
+
+    return since
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote
 
+import psycopg
 import uvloop
 
 from dbnode.sql.front import SqlFront
@@ -21,6 +22,11 @@ from stratakv.settings import SqlSettings
 from stratakv.sqlfunctions import ListenerAddress
 
 START_TIMEOUT_S = 30.0
+SLOW = """options => '{"delay_s": 0.05}'"""
+"""For infer(): so slow that calls made one after the other would be seen."""
+VERY_SLOW = """options => '{"delay_s": 30}'"""
+MANY = 16
+"""Inferences at a time that no row-by-row execution reaches."""
 T = TypeVar("T")
 
 
@@ -140,3 +146,11 @@ def front_on(
 def address_in(directory: Path) -> ListenerAddress:
     """Of the face that `front_thread` starts with the same directory."""
     return ListenerAddress.from_settings(SqlSettings(listener_dir=directory))
+
+
+def outcome(cursor: psycopg.Cursor[tuple[object, ...]], query: str, *parameters: object) -> object:
+    """Rows in any order, or the SQLSTATE of the error."""
+    try:
+        return sorted(map(repr, cursor.execute(query, parameters or None).fetchall()))
+    except psycopg.Error as error:
+        return error.sqlstate

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dbnode.sql.messages import cstring, int32, message
@@ -158,7 +158,7 @@ def _say(client: RawClient, parts: list[bytes]) -> None:
         client.socket.shutdown(socket.SHUT_WR)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(parts=st.lists(packets, max_size=4))
 def test_any_startup_comes_to_an_end(face: FrontThread, parts: list[bytes]) -> None:
     with RawClient(face.front.port) as client:
@@ -167,7 +167,7 @@ def test_any_startup_comes_to_an_end(face: FrontThread, parts: list[bytes]) -> N
     eventually(lambda: not face.front.relay.handshakes and not face.front.relay.num_sessions)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(parts=st.lists(messages, max_size=4))
 def test_any_messages_of_a_session_come_to_an_end(face: FrontThread, parts: list[bytes]) -> None:
     with RawClient(face.front.port) as client:

@@ -13,7 +13,7 @@ from dataclasses import replace
 import psutil
 import psycopg
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dbnode.sql.binding import SessionBinding
@@ -28,9 +28,7 @@ KEY = "the key"
 SECRET = "what nobody else may read"
 VERSION = 160_000
 MIB = 1 << 20
-MODERATE = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+MODERATE = settings(max_examples=40)
 
 
 class KeyHolder:

@@ -6,7 +6,6 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import asyncpg
 import psycopg
@@ -15,13 +14,10 @@ from psycopg import IsolationLevel, errors
 
 from dbnode.sql.hints import HintStats
 from dbnode.sql.messages import cstring, int16, int32, message
-from tests.integration.sql.harness import FrontThread, ReversingModel
+from tests.integration.sql.harness import MANY, SLOW, VERY_SLOW, FrontThread, ReversingModel
 from tests.integration.sql.raw_client import RawClient
 from tests.support import eventually
 
-SLOW = """options => '{"delay_s": 0.05}'"""
-VERY_SLOW = """options => '{"delay_s": 30}'"""
-MANY = 16
 ALL = f"SELECT infer(body, {SLOW}) FROM t"
 Connection = psycopg.Connection[tuple[object, ...]]
 
@@ -33,18 +29,6 @@ def connection(request: pytest.FixtureRequest, url: str, direct_url: str) -> Ite
         opened.execute("CREATE TABLE t AS SELECT i, 'text ' || i AS body FROM generate_series(1, 60) i")
     with psycopg.connect(url, cursor_factory=request.param) as opened:
         yield opened
-
-
-@pytest.fixture
-def stats(front: FrontThread) -> Callable[[], HintStats]:
-    """Counters of this test only."""
-    before = replace(front.front.hint_stats)
-
-    def since() -> HintStats:
-        now = front.front.hint_stats
-        return HintStats(*(getattr(now, name) - getattr(before, name) for name in HintStats.__slots__))
-
-    return since
 
 
 @pytest.mark.parametrize("level", list(IsolationLevel))

@@ -9,6 +9,7 @@ import asyncpg
 import pytest
 
 from dbnode import usage as usage_module
+from dbnode.charge import Charge
 from dbnode.generate import GenerateRequest, Outcome, PromptTiers, Settled, Source, Timings, Usage
 from dbnode.usage import UsageWriter
 from stratakv import migrate
@@ -60,3 +61,16 @@ async def test_without_a_database_the_oldest_events_are_dropped_and_counted(monk
         writer.settled(event(str(number)))
     assert len(dropped) == 2
     await writer.close()
+
+
+async def test_what_was_made_ahead_is_written_when_its_charge_is_decided(postgres_url: str) -> None:
+    await asyncio.to_thread(migrate.upgrade, postgres_url)
+    writer = UsageWriter(DatabaseSettings(url=Secret(postgres_url)), lambda: None)
+    due, vain, open_ = Charge(), Charge(), Charge()
+    for request_id, charge in (("due", due), ("vain", vain), ("open", open_)):
+        settled = event(request_id)
+        writer.settled(replace(settled, request=replace(settled.request, charge=charge)))
+    due.decide(True)
+    vain.decide(False)
+    await writer.close()
+    assert [(row[0], row[6]) for row in await rows(postgres_url)] == [("due", "completed"), ("vain", "unused")]

@@ -84,7 +84,7 @@ class AllocatorModel(RuleBasedStateMachine):
 
 
 TestAllocator = AllocatorModel.TestCase
-TestAllocator.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestAllocator.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 def test_a_scattered_batch_is_taken_from_as_few_runs_as_possible() -> None:

@@ -122,7 +122,7 @@ class IndexMachine(RuleBasedStateMachine):
 
 
 TestIndex = IndexMachine.TestCase
-TestIndex.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestIndex.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 def test_a_block_costs_at_most_200_bytes_or_so() -> None:

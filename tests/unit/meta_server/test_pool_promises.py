@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from stratakv import wire
-from stratakv.errors import Overloaded, StrataError, Unavailable
+from stratakv.errors import InvalidRequest, Overloaded, StrataError, Unavailable
 from tests.pool_world import NAMESPACE, PAGE_BYTES, Daemon, Fault, World
 
 CHAINS, CHAIN_BLOCKS = 3, 6
@@ -193,6 +193,29 @@ class PoolMachine(RuleBasedStateMachine):
                 self.world.heartbeat(self.world.daemons[name])
         self.world.carry_out_moves()
 
+    @rule(name=st.sampled_from(["a", "b"]), is_draining=st.booleans(), is_whole=st.booleans())
+    def drain(self, name: str, is_draining: bool, is_whole: bool) -> None:
+        with contextlib.suppress(InvalidRequest):  # not alive just now
+            self.world.drain(name, is_draining=is_draining, is_whole=is_whole)
+
+    @rule(name=st.sampled_from(["a", "b", "a/disk"]), is_finished=st.booleans())
+    def copy_away(self, name: str, is_finished: bool) -> None:
+        """A draining daemon begins to copy pages to another; what becomes of the put is as open as for any writer's."""
+        source = self.world.daemons[name]
+        with contextlib.suppress(Unavailable):
+            self.world.heartbeat(source)
+        self.num_puts += 1
+        put_id = self.num_puts.to_bytes(16, "big")
+        try:
+            keys, grant = self.world.start_copies(source, put_id)
+        except (Overloaded, Unavailable):
+            return
+        if grant.segment is not None:
+            assert grant.segment.node in {"a", "b"} - {name}
+            self.writers.append(Writer(put_id, keys, grant, self.world.daemons[grant.segment.node]))
+            if is_finished:
+                self.put_end(len(self.writers) - 1)
+
     @rule(lost=indexes)
     def restart_disk(self, lost: int) -> None:
         """Its daemon has ended and come back, and has found one page damaged."""
@@ -221,4 +244,4 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPool = PoolMachine.TestCase
-TestPool.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestPool.settings = settings(max_examples=60, stateful_step_count=40)

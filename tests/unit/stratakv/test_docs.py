@@ -15,7 +15,7 @@ PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglo
 
 _ROW = re.compile(r"^\| `(?P<name>\w+\.\w+)` \| `(?P<env>\w+)` \| (?P<default>[^|]*) \|", re.MULTILINE)
 _ENVIRONMENT = re.compile(r"\bSTRATAKV_[A-Z_]+\b")
-_NO_SETTINGS = {"STRATAKV_CONFIG", "STRATAKV_SECTION_KEY", "STRATAKV_WRONG_KEY"}
+_NO_SETTINGS = {"STRATAKV_NATIVE", "STRATAKV_CONFIG", "STRATAKV_SECTION_KEY", "STRATAKV_WRONG_KEY"}
 """The file's name, the general form, and the example of a mistake."""
 _LINK = re.compile(r"\]\((?!https?:)(?P<path>[^)#\s]*)(?:#(?P<section>[^)\s]*))?\)")
 _HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)

@@ -44,7 +44,7 @@ def streamed(tokenizer: Any, parts: list[list[int]], stop: list[str]) -> tuple[l
     return [*shown, detokenizer.finish()], detokenizer
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data(), text=st.text(max_size=40), stop=st.lists(st.text("ab é", min_size=1, max_size=4), max_size=3))
 def test_any_split_of_any_text_shows_the_same_text(
     tokenizer: Any, data: st.DataObject, text: str, stop: list[str]
@@ -56,7 +56,7 @@ def test_any_split_of_any_text_shows_the_same_text(
     assert detokenizer.stopped == any(s in whole for s in stop)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_any_split_of_any_tokens_shows_the_same_text(tokenizer: Any, data: st.DataObject) -> None:
     odd = st.sampled_from(byte_tokens(tokenizer))

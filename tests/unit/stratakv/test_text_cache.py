@@ -25,7 +25,7 @@ pieces = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(texts=st.lists(st.lists(pieces, max_size=10).map("".join), min_size=1, max_size=4))
 def test_any_text_has_the_same_tokens_with_and_without_memory(tokenizer: Any, texts: list[str]) -> None:
     cache = CachingEncoder(tokenizer, chars_max=50)

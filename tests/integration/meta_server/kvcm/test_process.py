@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from meta_server.kvcm.protocol import meta_service_pb2 as meta
-from stratakv.wire import RegisterWorker, Registered, WorkerInfo, WorkerRole
+from stratakv.wire import Registered, RegisterWorker, WorkerInfo, WorkerRole
 from tests.integration.meta_server.kvcm.test_meta_service import hits, paths, start, write
 from tests.kvcm_clients import TRANSPORTS, Client, GrpcClient, HttpClient, KvcmProcess, running
 from tests.meta_process import NAMESPACE, TestDaemon, connected, new_keys, put

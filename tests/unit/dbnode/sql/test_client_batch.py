@@ -57,6 +57,20 @@ def test_a_described_statement_may_be_bound_next() -> None:
     assert b"s" in known
 
 
+@given(
+    st.sets(st.integers(1, 200)), st.sampled_from(["BEGIN", "begin isolation level serializable;", "START TRANSACTION"])
+)
+def test_what_only_begins_a_transaction_is_told_from_the_statement(cuts: set[int], text: str) -> None:
+    begin = message(b"P", cstring("") + cstring(text) + int16(0)) + message(b"B", cstring("") * 2 + int16(0) * 3)
+    begin += message(b"D", b"P\0") + EXECUTE
+    whole = begin + PARSE + BIND + EXECUTE + SYNC
+    marks = [0, *sorted(cut for cut in cuts if cut < len(whole)), len(whole)]
+    reader = BatchReader(PreparedStatements(HiddenCalls().may_call))
+    found = [reader.feed(whole[a:b]) for a, b in pairwise(marks)]
+    assert found == [Readiness.INCOMPLETE] * (len(found) - 1) + [Readiness.COMPLETE]
+    assert (reader.opening_bytes, reader.batch) == (len(begin), Batch(PREPARED, VALUES))
+
+
 @pytest.mark.parametrize(
     "data",
     [

@@ -5,46 +5,19 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dbnode.sql.errors import MessageTooLong, ProtocolViolation
-from dbnode.sql.messages import Kind, MessageReader, MessageWalker, Severity, error_response, int32, message, text_row
+from dbnode.sql.messages import Kind, MessageReader, Severity, error_response, int32, message, text_row
 from stratakv.errors import InvalidRequest
 
-WATCHED = frozenset({Kind.READY_FOR_QUERY, Kind.QUERY, Kind.SYNC})
 messages = st.lists(st.tuples(st.sampled_from(list(b"QSZDdCPB")), st.binary(max_size=40)), max_size=12)
-
-
-def _bytes_of(parsed: list[tuple[int, bytes]]) -> bytes:
-    return b"".join(
-        message(bytes((kind,)), payload or (b"I" if kind == Kind.READY_FOR_QUERY else b"")) for kind, payload in parsed
-    )
 
 
 def _chunks(data: bytes, cuts: list[int]) -> list[bytes]:
     places = sorted({cut % (len(data) + 1) for cut in cuts} | {0, len(data)})
     return [data[start:end] for start, end in itertools.pairwise(places)]
-
-
-@given(messages, st.lists(st.integers(0, 10_000), max_size=30))
-@example([(ord("Z"), b"T"), (ord("D"), b""), (ord("Z"), b"E")], list(range(20)))
-def test_walker_finds_the_same_messages_wherever_the_stream_is_cut(
-    parsed: list[tuple[int, bytes]], cuts: list[int]
-) -> None:
-    data = _bytes_of(parsed)
-    walker = MessageWalker(WATCHED)
-    ends = {0, *itertools.accumulate(len(_bytes_of([one])) for one in parsed)}
-    found, position = [], 0
-    for chunk in _chunks(data, cuts):
-        found += walker.feed(chunk)
-        position += len(chunk)
-        assert walker.at_boundary == (position in ends)
-    assert found == [kind for kind, _ in parsed if kind in WATCHED]
-    assert walker.at_boundary
-    statuses = [(payload or b"I")[0] for kind, payload in parsed if kind == Kind.READY_FOR_QUERY]
-    assert walker.transaction_status == (statuses[-1] if statuses else 0)
-    assert walker.last_kind == (parsed[-1][0] if parsed else 0)
 
 
 @given(messages, st.lists(st.integers(0, 10_000), max_size=30))
@@ -63,19 +36,7 @@ def test_reader_gives_the_same_messages_wherever_the_stream_is_cut(
 
 @given(st.binary(max_size=300), st.lists(st.integers(0, 300), max_size=10))
 def test_any_bytes_give_the_same_outcome_in_any_cutting(data: bytes, cuts: list[int]) -> None:
-    assert _walk([data]) == _walk(_chunks(data, cuts))
     assert _read([data]) == _read(_chunks(data, cuts))
-
-
-def _walk(chunks: list[bytes]) -> tuple[list[int], bool]:
-    walker = MessageWalker(WATCHED)
-    found: list[int] = []
-    try:
-        for chunk in chunks:
-            found += walker.feed(chunk)
-    except ProtocolViolation:
-        return [], True  # what was found before the violation depends on the cutting
-    return found, False
 
 
 def _read(chunks: list[bytes]) -> tuple[list[tuple[int, bytes]], bool]:
@@ -118,8 +79,6 @@ def test_declared_length_allocates_nothing() -> None:
 
 @pytest.mark.parametrize("length", [-(2**31), -1, 0, 3])
 def test_impossible_length_is_a_violation(length: int) -> None:
-    with pytest.raises(ProtocolViolation):
-        MessageWalker(WATCHED).feed(b"Q" + int32(length))
     reader = MessageReader(50)
     reader.feed(b"Q" + int32(length))
     with pytest.raises(ProtocolViolation):

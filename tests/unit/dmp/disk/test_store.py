@@ -131,7 +131,7 @@ class DiskModel(RuleBasedStateMachine):
 
 
 TestDiskModel = DiskModel.TestCase
-TestDiskModel.settings = settings(max_examples=30, stateful_step_count=20, deadline=None)
+TestDiskModel.settings = settings(max_examples=30, stateful_step_count=20)
 
 
 def test_every_flipped_bit_is_found() -> None:

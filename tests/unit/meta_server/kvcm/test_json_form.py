@@ -29,7 +29,9 @@ def test_what_is_printed_can_be_read_again(keys: list[int]) -> None:
     assert parse(render(request), meta.GetCacheLocationRequest) == request
 
 
-@pytest.mark.parametrize("body", [b"{", b"[]", b"null", b'{"block_keys":[true]}', b'{"block_keys":[9223372036854775808]}'])
+@pytest.mark.parametrize(
+    "body", [b"{", b"[]", b"null", b'{"block_keys":[true]}', b'{"block_keys":[9223372036854775808]}']
+)
 def test_other_bodies_are_refused(body: bytes) -> None:
     with pytest.raises(InvalidRequest):
         parse(body, meta.GetCacheLocationRequest)

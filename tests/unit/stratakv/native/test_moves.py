@@ -38,7 +38,7 @@ NO_WATCH = -1
 
 
 @either
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(size=st.one_of(st.integers(0, 300), st.integers(0, 20_000)), seed=st.integers(0, 2**64 - 1), fill=st.randoms())
 def test_the_checksum_is_xxh3(moves: Moves, size: int, seed: int, fill: random.Random) -> None:
     data = fill.randbytes(size)
@@ -119,7 +119,7 @@ def open_gate(moves: Moves) -> _native.Gate:
 
 
 @either
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(rng=st.randoms(use_true_random=False))
 def test_pages_are_written_and_read_to_the_byte_and_nothing_else_is(moves: Moves, rng: random.Random) -> None:
     it = world(rng)
@@ -149,7 +149,7 @@ def test_pages_are_written_and_read_to_the_byte_and_nothing_else_is(moves: Moves
 
 
 @either
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(rng=st.randoms(use_true_random=False))
 def test_a_flipped_bit_is_found_and_its_layer_never_let_through(moves: Moves, rng: random.Random) -> None:
     it = world(rng)
@@ -251,7 +251,7 @@ def test_a_gate_opens_but_never_shuts_what_is_open(moves: Moves) -> None:
 
 
 @either
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rng=st.randoms(use_true_random=False), num_layers=st.integers(1, 40), num_pages=st.integers(0, 5))
 def test_headers_are_those_of_the_layout(moves: Moves, rng: random.Random, num_layers: int, num_pages: int) -> None:
     keys = [BlockKey(rng.randbytes(KEY_BYTES)) for _ in range(num_pages)]

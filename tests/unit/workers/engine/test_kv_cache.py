@@ -88,7 +88,7 @@ class CacheBooks(RuleBasedStateMachine):
         assert use.referenced == len({block for held in self.held for block in held})
 
 
-CacheBooks.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+CacheBooks.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestCacheBooks = CacheBooks.TestCase
 
 
