@@ -90,7 +90,7 @@ def test_executions_of_a_statement_add_up_whatever_their_literals(url: str, data
     assert [row[name] for name in counts] == [2, 40, 20, 40, 0]
     tokens = ("prompt_tokens", "cached_l1_tokens", "cached_l2_tokens", "cached_pool_tokens", "generated_tokens")
     assert [row[name] for name in tokens] == [2000, 640, 320, 160, 100]
-    assert row["wait_ms"] >= 100
+    assert row["wait_ms"] > 50
     assert row["first_seen"] <= row["last_seen"]
 
 
