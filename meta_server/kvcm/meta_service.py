@@ -22,7 +22,7 @@ from meta_server.kvcm.state import NOTHING_TO_WRITE, KvcmState
 from meta_server.kvcm.writes import Location, Place, State
 from meta_server.own_blocks import OwnBlock, OwnBlocks
 from meta_server.validate import KEYS_MAX
-from stratakv.errors import InvalidRequest
+from stratakv.errors import InvalidRequest, Unavailable
 from stratakv.keys import block_keys
 
 WRITE_TIMEOUT_S = 60
@@ -155,7 +155,11 @@ class MetaService:
             min_replicas=request.min_replica_count or 1,
         )
         if write is not None:
-            await self._state.changes.written()
+            try:
+                await self._state.changes.written()
+            except Unavailable:
+                self._state.abandon(write)
+                raise
         return meta.StartWriteCacheResponse(
             write_session_id=write.session_id if write is not None else NOTHING_TO_WRITE,
             block_mask=pack(held),
