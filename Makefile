@@ -5,6 +5,7 @@
 #   make test-debian      tests against the distribution's PostgreSQL server
 #   make test-sql-compat  suites of others, directly and through the DB node (SUITES="asyncpg pgbench" for some of them)
 #   make bench            quick benchmarks
+#   make protocol         generates the messages of the KVCM API from its .proto files
 #   make mooncake         installs what `stratakv bench dmp` compares with
 #
 # TORCH_INDEX names an extra package index that has a CPU build of torch: without a GPU,
@@ -17,7 +18,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 BENCHMARKS ?= chat_warm sql zero_hit
 
-.PHONY: install demo test lint format test-debian test-sql-compat bench mooncake clean
+.PHONY: install demo test lint format test-debian test-sql-compat bench mooncake protocol clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -61,6 +62,12 @@ mooncake: install
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mooncake]'
 	@ldconfig -p | grep -q libibverbs.so.1 && ldconfig -p | grep -q librdmacm.so.1 || \
 		{ echo "Mooncake needs two libraries of the distribution: apt-get install libibverbs1 librdmacm1" >&2; exit 2; }
+
+# Generated code works with a protobuf that is newer than its generator, never with an older one; 1.74 makes it for 6.31.
+protocol:
+	$(PYTHON) -m venv build/protocol
+	build/protocol/bin/python -m pip install --quiet --disable-pip-version-check grpcio-tools==1.74.0
+	build/protocol/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. meta_server/kvcm/protocol/*.proto
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -77,9 +77,9 @@ class ArmProcess:
 
 
 @contextmanager
-def running_daemon() -> Iterator[str]:
+def running_daemon(segment_bytes: int = SEGMENT_BYTES) -> Iterator[str]:
     """A daemon of ours; its segment as JSON. No meta server is there to be asked."""
-    flags = ["--format", "json", "--node", "bench", "--port", "0", "--segment-bytes", str(SEGMENT_BYTES)]
+    flags = ["--format", "json", "--node", "bench", "--port", "0", "--segment-bytes", str(segment_bytes)]
     daemon = subprocess.Popen(
         [sys.executable, "-m", "dmp", *flags, "--native-port", "1"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )

@@ -24,14 +24,14 @@ from stratakv.up.instance import Instance, scratch_instance
 HISTORY_WORDS = 960
 NEW_WORDS = 20
 OUTPUT_TOKENS = 4
-CONVERSATIONS_PER_L1 = 8
+CONVERSATIONS_PER_L1 = 6
 """Histories of 1,000 tokens that both L1 together have room for, and for what is asked."""
-L1_TOKENS = 4608
+L1_TOKENS = 3456
 """Of each of the two workers."""
-SEGMENT_MIB = 160
-"""Of each of the two daemons: 7,200 tokens."""
+SEGMENT_MIB = 128
+"""Of each of the two daemons: 5,700 tokens."""
 TIMES_L1, TIMES_L1_QUICK = (1, 2, 4, 8), (1, 3)
-DRAWS, DRAWS_QUICK = 60, 16
+DRAWS, DRAWS_QUICK = 40, 16
 ZIPF_EXPONENT = 0.9
 WORKERS = ("--prefill-workers", "0", "--decode-workers", "2", "--set", f"worker.l1_tokens={L1_TOKENS}")
 

@@ -19,6 +19,7 @@ from meta_server.journal import Journal, confirmed
 from meta_server.leases import LeaseTable
 from meta_server.moves import Moves
 from meta_server.nodes import Node, NodeTable
+from meta_server.own_blocks import OwnBlocks
 from meta_server.placement import Placement
 from meta_server.policies import make_policy
 from meta_server.presence import Clock
@@ -59,6 +60,7 @@ class Handlers:
         self._nodes = NodeTable(clock, settings.heartbeat_s, snapshot.dead_epochs)
         self._workers = WorkerTable(clock, settings.heartbeat_s)
         self._index = BlockIndex(make_policy(settings.policy))
+        self.own_blocks = OwnBlocks(self._index, self._nodes, self._workers)
         self._leases = LeaseTable(self._index, clock, leases_max=settings.leases_max, lease_s_max=settings.lease_s_max)
         self._pins = LeaseTable(self._index, clock, leases_max=settings.pins_max, lease_s_max=PIN_S_MAX)
         self._catalog = Catalog(self._index, self._nodes, self.journal, self._pins, snapshot.last_removal_id)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,6 +37,8 @@ class _Names:
     by_fingerprint: dict[int, int] = field(default_factory=dict)
     collided: dict[bytes, int] = field(default_factory=dict)
     cost_per_byte: float = math.nan
+    by_low: dict[int, int] | None = None
+    """By the last 8 bytes of the key, once somebody has asked for it like that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,19 @@ class BlockIndex:
     def absent(self, namespace: bytes, keys: bytes) -> list[int]:
         """Positions of the keys that are not there or cannot be reached now."""
         return [int(i) for i in np.flatnonzero(self._find(namespace, keys) == _ABSENT)]
+
+    def find_low(self, namespace: bytes, low_keys: Sequence[int]) -> SlotArray:
+        """Of each key, given as its last 8 bytes (big-endian, signed), its slot; -1 if it is not there or out of reach."""
+        names, table = self._names.get(namespace), self._table
+        if names is None:
+            return np.full(len(low_keys), _ABSENT, np.int64)
+        if names.by_low is None:
+            live = np.flatnonzero((table.segment != NO_SEGMENT) & (table.namespace == names.id))
+            names.by_low = dict(zip(_low_keys(table.key[live]), live.tolist(), strict=True))
+        slots = np.array([names.by_low.get(key, _ABSENT) for key in low_keys], np.int64)
+        hits = np.flatnonzero(slots != _ABSENT)
+        slots[hits[~self._available[table.segment[slots[hits]]]]] = _ABSENT
+        return slots
 
     def touch(self, slots: SlotArray) -> None:
         """The pages were asked for just now, in this order."""
@@ -186,6 +202,8 @@ class BlockIndex:
                 doubles.append(i)
                 table.release(np.array([slot], np.int64))
         kept = slots[table.segment[slots] != NO_SEGMENT]
+        if names.by_low is not None:
+            names.by_low.update(zip(_low_keys(table.key[kept]), kept.tolist(), strict=True))
         self.touch(kept)
         self._policy.inserted(table, kept)
         self.num_blocks += len(kept)
@@ -323,6 +341,8 @@ class BlockIndex:
         fingerprints, names_ids = _fingerprints(table.key[slots]), table.namespace[slots].tolist()
         for slot, fingerprint, names_id in zip(slots.tolist(), fingerprints, names_ids, strict=True):
             names = self._names_by_id[names_id]
+            if names.by_low is not None:
+                names.by_low.pop(_low_keys(table.key[slot : slot + 1])[0], None)
             if names.by_fingerprint.get(fingerprint) == slot:
                 del names.by_fingerprint[fingerprint]
             else:
@@ -376,6 +396,11 @@ class BlockIndex:
 
 def _words(keys: bytes) -> NDArray[np.uint64]:
     return np.frombuffer(keys, np.uint64).reshape(-1, KEY_WORDS)
+
+
+def _low_keys(rows: NDArray[np.uint64]) -> list[int]:
+    low: list[int] = np.ascontiguousarray(rows[:, -1]).view(">i8").tolist()
+    return low
 
 
 def _fingerprints(rows: NDArray[np.uint64]) -> list[int]:

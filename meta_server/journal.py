@@ -10,7 +10,7 @@ import asyncio
 import random
 from collections.abc import Callable
 
-from meta_server.records import CommittedRun, Removal, StartedPut, WriteBatch
+from meta_server.records import CommittedRun, Removal, StartedPut, Statement, WriteBatch
 from meta_server.store import STATEMENT_TIMEOUT_S, Store
 from stratakv.errors import Overloaded, Unavailable
 from stratakv.wire import CacheRule, Segment, WorkerInfo
@@ -83,6 +83,11 @@ class Journal:
         self._next.rules.append(rule)
         self._wake.set()
 
+    def execute(self, sql: str, *arguments: object) -> None:
+        """A statement of another table's owner, after those before it and safe to repeat."""
+        self._next.statements.append(Statement(sql, arguments))
+        self._wake.set()
+
     def finish_removal(self, removal_id: int) -> None:
         self._next.freed.append(removal_id)
         self._wake.set()
@@ -137,7 +142,7 @@ class Journal:
     def _retain(self, batch: WriteBatch, callbacks: list[Callable[[], None]]) -> None:
         later, self._next = self._next, batch
         batch.ends = later.ends
-        for name in ("segments", "workers", "starts", "voids", "pages", "removals", "freed", "rules"):
+        for name in ("segments", "workers", "starts", "voids", "pages", "removals", "freed", "rules", "statements"):
             getattr(batch, name).extend(getattr(later, name))
         self._callbacks = callbacks + self._callbacks
         self._wake.set()

@@ -103,6 +103,14 @@ class Snapshot:
     rules: list[CacheRule] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """One statement of the KVCM API, safe to repeat."""
+
+    sql: str
+    arguments: tuple[object, ...]
+
+
 @dataclass(slots=True)
 class WriteBatch:
     """Changes that are written together, in the order of the fields."""
@@ -119,8 +127,9 @@ class WriteBatch:
     freed: list[int] = field(default_factory=list)
     """Removals whose pages the daemon has back."""
     rules: list[CacheRule] = field(default_factory=list)
+    statements: list[Statement] = field(default_factory=list)
 
     def __len__(self) -> int:
         return sum(len(ops) for ops in (self.segments, self.workers, self.starts, self.voids, self.ends)) + sum(
-            len(ops) for ops in (self.pages, self.removals, self.freed, self.rules)
+            len(ops) for ops in (self.pages, self.removals, self.freed, self.rules, self.statements)
         )

@@ -12,6 +12,7 @@ import msgspec
 from meta_server.errors import failure_of
 from meta_server.fill import Filler
 from meta_server.handlers import Handlers
+from meta_server.kvcm.server import KvcmServer
 from meta_server.router_socket import RouterSocket
 from meta_server.store import Store
 from stratakv import migrate, wire
@@ -46,7 +47,7 @@ async def serve(settings: Settings, stop: asyncio.Event, ready: Ready | None = N
         began = time.monotonic()
         server = MetaServer(Handlers(store, await store.load(), meta, time.monotonic), meta, credentials)
         _log.info("index_rebuilt", blocks=server.num_blocks, seconds=round(time.monotonic() - began, 3))
-        await server.run(Filler(store), stop, ready)
+        await server.run(Filler(store), stop, ready, store)
     except* SetupError as group:
         raise first_setup_error(group) from None
     finally:
@@ -61,16 +62,19 @@ class MetaServer:
         self._settings = settings
         self._socket = RouterSocket(self._on_message, credentials)
         self._waiting: set[asyncio.Task[None]] = set()
+        self._kvcm: KvcmServer | None = None
 
     @property
     def num_blocks(self) -> int:
         return self._handlers.stats(wire.GetStats()).blocks
 
-    async def run(self, filler: Filler, stop: asyncio.Event, ready: Ready | None) -> None:
+    async def run(self, filler: Filler, stop: asyncio.Event, ready: Ready | None, store: Store) -> None:
         """Serve until `stop`, then let what is under way finish."""
         port = self._socket.bind(self._settings.host, self._settings.native_port)
         endpoint = f"tcp://{self._settings.host}:{port}"
         try:
+            if self._settings.kvcm_enabled:
+                self._kvcm = await KvcmServer.open(store, self._handlers, self._settings, time.monotonic)
             async with asyncio.TaskGroup() as tasks:
                 background = [
                     tasks.create_task(work()) for work in (self._handlers.journal.run, filler.run, self._tick)
@@ -80,10 +84,14 @@ class MetaServer:
                 if ready is not None:
                     ready(endpoint)
                 await stop.wait()
+                if self._kvcm is not None:
+                    await self._kvcm.close()
                 await self._drain()
                 for task in background:
                     task.cancel()
         finally:
+            if self._kvcm is not None:
+                await self._kvcm.close()
             self._socket.close()
 
     async def _drain(self) -> None:
@@ -98,6 +106,8 @@ class MetaServer:
     async def _tick(self) -> None:
         while True:
             self._handlers.tick()
+            if self._kvcm is not None:
+                self._kvcm.tick()
             await asyncio.sleep(min(TICK_S_MAX, self._settings.heartbeat_s / 2))
 
     def _on_message(self, client: bytes, request_id: bytes, payload: bytes) -> None:

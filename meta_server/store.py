@@ -146,6 +146,10 @@ class Store:
             await durable.execute(
                 QUERIES["set_cache_rule"], r.namespace, r.ttl_s, r.memory_bytes_max, r.disk_bytes_max, r.is_kept
             )
+        if batch.statements:
+            async with durable.transaction():
+                for statement in batch.statements:
+                    await durable.execute(statement.sql, *statement.arguments)
         decided = [*batch.voids, *(end[0] for end in batch.ends)]
         if not decided:
             return {}

@@ -33,9 +33,9 @@ class _Server(uvicorn.Server):
 class HttpServer:
     """The listening socket and the server on it."""
 
-    def __init__(self, host: str, port: int, section: str) -> None:
+    def __init__(self, host: str, port: int, section: str, *, port_setting: str = "") -> None:
         """Binds the port, so that a taken one is known at once. Raises SetupError that names the section's settings."""
-        self._socket = _bind(host, port, section)
+        self._socket = _bind(host, port, section, port_setting or f"{section}.port")
         self._server: _Server | None = None
 
     @property
@@ -64,7 +64,7 @@ class HttpServer:
             self._server.should_exit = True
 
 
-def _bind(host: str, port: int, section: str) -> socket.socket:
+def _bind(host: str, port: int, section: str, port_setting: str) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -74,7 +74,7 @@ def _bind(host: str, port: int, section: str) -> socket.socket:
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
-            raise port_taken(host, port, f"{section}.port") from None
+            raise port_taken(host, port, port_setting) from None
         raise SetupError(f"{section}.host = {host}: cannot listen there: {error.strerror}") from None
     listener.setblocking(False)
     return listener

@@ -91,6 +91,18 @@ class MetaSettings:
     policy: EvictionPolicy = setting(EvictionPolicy.COST, "which pages go first: cost, lru, lfu or s3fifo")
     demote_high: float = setting(0.80, "share of a memory segment in use at which its coldest pages go to its disk")
     demote_low: float = setting(0.70, "share of a memory segment in use down to which they go")
+    kvcm_enabled: bool = setting(False, "serve the KVCM API too")
+    kvcm_host: str = setting("127.0.0.1", "address the KVCM API listens on")
+    kvcm_token: Secret | None = setting(
+        None, "token that clients of the KVCM API must send; needed to listen beyond this machine"
+    )
+    kvcm_grpc_port: int = setting(6381, "port of the KVCM API, gRPC; 0: none")
+    kvcm_http_port: int = setting(6382, "port of the KVCM API, HTTP; 0: none")
+    admin_grpc_port: int = setting(6491, "port of the KVCM API's admin service, gRPC; 0: none")
+    admin_http_port: int = setting(6492, "port of the KVCM API's admin service, HTTP; 0: none")
+    kvcm_file_dir: Path = setting(
+        Path("~/.local/share/stratakv/kvcm"), "root of the KVCM API's first storage, which its clients write into"
+    )
 
 
 class TransferProtocol(enum.StrEnum):

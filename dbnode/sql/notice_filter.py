@@ -44,8 +44,3 @@ class NoticeFilter:
         passed.append(data[start:position])
         self._held = data[position:]
         return b"".join(passed)
-
-    def take_rest(self) -> bytes:
-        """What is held of a message that has only begun."""
-        held, self._held = self._held, b""
-        return held

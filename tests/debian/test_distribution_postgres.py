@@ -55,4 +55,5 @@ def test_status_sees_every_part(cluster: Instance) -> None:
     shown = json.loads(stratakv(cluster, "status", "--json").stdout)
     assert shown["db_node"]["ready"] == "yes"
     assert {worker["info"]["role"] for worker in shown["workers"]} == {"prefill", "decode"}
-    assert len(shown["nodes"]) == 2
+    is_disk = sorted("disk_of" in node["segment"] for node in shown["nodes"])
+    assert is_disk == [False, False, True, True]

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dbnode.sql import listener_connection
 from dbnode.sql.binding import SessionBinding
 from dbnode.sql.messages import cstring, int32, message
 from stratakv.postgres import EmbeddedPostgres
@@ -227,7 +228,10 @@ def test_command_that_is_too_long_is_refused_and_the_next_one_answered(address: 
         assert holder.ask(_call("a", "ab"))[0] == "ok"
 
 
-def test_strangers_who_say_nothing_are_let_go(address: ListenerAddress, tcp_front: FrontThread) -> None:
+def test_strangers_who_say_nothing_are_let_go(
+    address: ListenerAddress, tcp_front: FrontThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener_connection, "LOGIN_TIMEOUT_S", 2.0)
     with contextlib.ExitStack() as stack:
         for data in (b"", startup("stratakv", "stratakv"), b"\0\0\0"):
             raw = stack.enter_context(socket.create_connection((address.host, address.port)))

@@ -1,0 +1,62 @@
+"""How a request of the KVCM API fails: each error knows its code in `header.status.code`.
+
+KvcmError
+├── NoSuchInstance     INSTANCE_NOT_EXIST
+├── Duplicate          DUPLICATE_ENTITY
+├── CapacityReached    REACH_MAX_ENTITY_CAPACITY
+├── NotSupported       UNSUPPORTED
+└── StorageFailed      IO_ERROR
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from stratakv.errors import DeadlineExceeded, InvalidRequest, Overloaded, StrataError, Unavailable
+
+
+class KvcmError(StrataError):
+    """A request of the KVCM API failed."""
+
+    kvcm_code: ClassVar[str] = "INTERNAL_ERROR"
+
+
+class NoSuchInstance(KvcmError):
+    """No instance of this id is registered."""
+
+    kvcm_code = "INSTANCE_NOT_EXIST"
+
+
+class Duplicate(KvcmError):
+    """There is one of this name already, with other data."""
+
+    kvcm_code = "DUPLICATE_ENTITY"
+
+
+class CapacityReached(KvcmError):
+    """The group's instances, keys or bytes are at their limit."""
+
+    kvcm_code = "REACH_MAX_ENTITY_CAPACITY"
+
+
+class NotSupported(KvcmError):
+    """This meta server does not do that."""
+
+    kvcm_code = "UNSUPPORTED"
+
+
+class StorageFailed(KvcmError):
+    """A storage could not be used."""
+
+    kvcm_code = "IO_ERROR"
+
+
+def code_of(error: StrataError) -> str:
+    """The name of an error's code."""
+    if isinstance(error, KvcmError):
+        return error.kvcm_code
+    if isinstance(error, InvalidRequest):
+        return "INVALID_ARGUMENT"
+    if isinstance(error, (Unavailable, Overloaded, DeadlineExceeded)):
+        return "SERVICE_NOT_READY"
+    return "INTERNAL_ERROR"

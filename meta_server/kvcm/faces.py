@@ -1,0 +1,130 @@
+"""The two transports of a service: gRPC, and HTTP with `POST /api/<camelCaseName>` and the JSON form.
+
+Both ask for `Authorization: Bearer <token>` when a token is set, and share the meta server's event loop.
+"""
+
+from __future__ import annotations
+
+import hmac
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError, Message
+from prometheus_client import CollectorRegistry, generate_latest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from meta_server.kvcm.calls import Call, Calls, set_header
+from meta_server.kvcm.errors import code_of
+from meta_server.kvcm.json_form import parse, render
+from stratakv.errors import InvalidRequest, SetupError, StrataError
+from stratakv.http_body import read_body
+from stratakv.process import port_taken
+
+MESSAGE_BYTES_MAX = 64 * 1024 * 1024
+GRPC_STOP_S = 5.0
+
+
+class Doorman:
+    """Lets those in that send the token; everybody while there is none."""
+
+    def __init__(self, token: str | None) -> None:
+        self._expected = f"Bearer {token}".encode() if token else None
+
+    def lets_in(self, authorization: str | bytes | None) -> bool:
+        given = authorization.encode() if isinstance(authorization, str) else authorization or b""
+        return self._expected is None or hmac.compare_digest(given, self._expected)
+
+
+class GrpcFace:
+    """One gRPC port."""
+
+    def __init__(self, calls: Calls, doorman: Doorman) -> None:
+        self._calls = calls
+        self._doorman = doorman
+        options = [
+            ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.so_reuseport", 0),
+        ]
+        self._server = grpc.aio.server(options=options)
+        handlers = {call.name: self._handler(call) for call in calls.by_name.values()}
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(calls.service_name, handlers),))
+
+    def bind(self, host: str, port: int, setting: str) -> None:
+        """Raises SetupError."""
+        where = f"[{host}]" if ":" in host else host
+        try:
+            bound = self._server.add_insecure_port(f"{where}:{port}")
+        except RuntimeError:
+            bound = 0
+        if not bound:
+            raise port_taken(host, port, setting)
+
+    async def start(self) -> None:
+        await self._server.start()
+
+    async def stop(self) -> None:
+        await self._server.stop(GRPC_STOP_S)
+
+    def _handler(self, call: Call) -> Any:
+        async def handle(body: bytes, context: Any) -> Message:
+            if not self._doorman.lets_in(dict(context.invocation_metadata() or ()).get("authorization")):
+                await context.abort(grpc.StatusCode.UNAUTHENTICATED, "send the token as `authorization: Bearer …`")
+            try:
+                request = call.request.FromString(body)
+            except DecodeError as error:
+                failed: Message = _failed(call, InvalidRequest(f"the request is not valid: {error}"))
+                return failed
+            response: Message = await self._calls.run(call, request)
+            return response
+
+        # Decoded in the handler, so that a malformed request gets an answer of the API.
+        return grpc.unary_unary_rpc_method_handler(
+            handle, request_deserializer=None, response_serializer=call.response.SerializeToString
+        )
+
+
+def http_app(calls: Calls, doorman: Doorman, registry: CollectorRegistry) -> Starlette:
+    """The HTTP form of a service; metrics in Prometheus' form at /metrics."""
+
+    async def answer(request: Request) -> Response:
+        if not doorman.lets_in(request.headers.get("authorization")):
+            return PlainTextResponse("send the token as `Authorization: Bearer …`\n", 401)
+        call = calls.by_http_name.get(request.path_params["name"])
+        if call is None:
+            return PlainTextResponse("there is no such call\n", 404)
+        try:
+            message = parse(await read_body(request, MESSAGE_BYTES_MAX), call.request)
+        except StrataError as error:
+            response = _failed(call, error)
+        else:
+            response = await calls.run(call, message)
+        return Response(render(response), media_type="application/json")
+
+    async def metrics(request: Request) -> Response:
+        if not doorman.lets_in(request.headers.get("authorization")):
+            return PlainTextResponse("send the token as `Authorization: Bearer …`\n", 401)
+        return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
+
+    return Starlette(
+        routes=[Route("/api/{name}", answer, methods=["POST"]), Route("/metrics", metrics, methods=["GET"])]
+    )
+
+
+def _failed(call: Call, error: StrataError) -> Any:
+    response = call.response()
+    set_header(response, code_of(error), error.message)
+    return response
+
+
+def check_reachable(host: str, token: str | None, *, is_local: bool) -> None:
+    """Raises SetupError for listeners beyond this machine that would let anybody in."""
+    if not is_local and not token:
+        raise SetupError(
+            f"meta.kvcm_host = {host}: will not listen beyond this machine without a token",
+            hint="Set meta.kvcm_token, and give it to the clients.",
+        )

@@ -1,0 +1,312 @@
+"""Instances, groups, storages and locations in memory, and how they change: the one place that changes them.
+
+A write is two-phase: `start` enters blocks as WRITING, `finish` makes them SERVING once that is in the database, and an open
+session whose time is over gives everything back. Blocks that are removed leave memory at once; their files are deleted after
+that is in the database. Nothing here waits for file systems.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+
+from meta_server.kvcm.entities import Group, Instance, default_group, default_storage
+from meta_server.kvcm.errors import CapacityReached, NoSuchInstance
+from meta_server.kvcm.files import Chunk, Files
+from meta_server.kvcm.store import Changes, Loaded
+from meta_server.kvcm.writes import Layout, Location, Place, State, Write
+from meta_server.presence import Clock
+from stratakv.errors import InvalidRequest, Overloaded
+
+FINISHED_KEPT_S = 600.0
+"""A finished session is known so long, so that finishing may be repeated, also when its blocks are gone."""
+NOTHING_TO_WRITE = "held"
+"""The session of a write whose blocks were all there."""
+RECLAIM_LOW = 0.9
+"""Reclaiming goes on down to this share of the level at which it begins."""
+
+
+class KvcmState:
+    """All that the KVCM API knows."""
+
+    def __init__(self, changes: Changes, clock: Clock, loaded: Loaded, *, file_root: str, open_writes_max: int) -> None:
+        self.changes = changes
+        self._clock = clock
+        self._open_writes_max = open_writes_max
+        self.files = Files(clock, self._files_deleted)
+        self.storages = {storage.name: storage for storage in loaded.storages}
+        self.groups = {group.name: group for group in loaded.groups}
+        self.instances = {instance.id: instance for instance in loaded.instances}
+        self.writes = {write.session_id: write for write in loaded.writes}
+        self._ending: list[tuple[float, str]] = []
+        self._empty: dict[str, Write] = {}
+        self._num_open = 0
+        if not self.storages and not self.groups:
+            self._add_defaults(file_root)
+        for write in loaded.writes:
+            self._restore(write)
+
+    def instance(self, instance_id: str) -> Instance:
+        """Raises NoSuchInstance."""
+        if (instance := self.instances.get(instance_id)) is None:
+            raise NoSuchInstance(f"instance {instance_id!r} is not registered")
+        return instance
+
+    def group(self, name: str) -> Group:
+        """Raises InvalidRequest."""
+        if (group := self.groups.get(name)) is None:
+            raise InvalidRequest(f"there is no instance group {name!r}", param="instance_group")
+        return group
+
+    def start(
+        self,
+        instance: Instance,
+        wanted: Sequence[tuple[int, Layout]],
+        place: Place,
+        *,
+        timeout_s: float,
+        min_replicas: int = 1,
+    ) -> tuple[Write | None, list[bool]]:
+        """Enter those blocks that are not held; the session (None: all are held), and which are held.
+
+        Raises CapacityReached, Overloaded.
+        """
+        held, new = _split(instance, wanted, min_replicas)
+        if not new:
+            return None, held
+        if self._num_open >= self._open_writes_max:
+            raise Overloaded("too many write sessions are open")
+        layouts = list(dict.fromkeys(layout for _, layout in new))
+        write = Write(
+            session_id=uuid.uuid4().hex,
+            instance_id=instance.id,
+            group=instance.group,
+            place=place,
+            layouts=tuple(layouts),
+            layout_of=bytes(layouts.index(layout) for _, layout in new),
+            keys=tuple(key for key, _ in new),
+            status=bytearray([State.WRITING]) * len(new),
+            created_s=int(time.time()),
+            ends_at=self._clock() + timeout_s,
+        )
+        self._make_room(self.group(instance.group), write)
+        self.writes[write.session_id] = write
+        self._open(write)
+        self._enter(write, instance)
+        self.changes.add_write(write, timeout_s)
+        return write, held
+
+    def finish(self, instance_id: str, session_id: str, success: bytes) -> None:
+        """Decide an open session; `changes.written()` tells when readers see it. Raises InvalidRequest.
+
+        Repeating it with the same answer does nothing; with another one it is refused.
+        """
+        write = self.writes.get(session_id)
+        if write is None or write.instance_id != instance_id:
+            raise InvalidRequest("there is no such write session, or its time is over", param="write_session_id")
+        if write.success is not None:
+            if write.success != success:
+                raise InvalidRequest("this write session was finished otherwise, or its time is over")
+            return
+        if write.ends_at <= self._clock():
+            self._decide(write, bytes(len(write.keys)))
+            raise InvalidRequest("the time of this write session is over", param="write_session_id")
+        self._decide(write, success)
+
+    def remove(self, locations: Iterable[Location], *, delete_files: bool = True) -> int:
+        """Take served blocks out, and see to it that their files are deleted; how many."""
+        touched: dict[str, Write] = {}
+        chunks: dict[Chunk, None] = {}
+        removed = 0
+        for location in locations:
+            if location.is_serving:
+                self._leave(location, State.DELETING if delete_files else State.GONE)
+                touched[location.write.session_id] = location.write
+                chunks[location.write, location.write.chunk_of(location.position)] = None
+                removed += 1
+        if touched:
+            self.changes.set_status(touched.values())
+            self._delete_when_written(list(chunks))
+        self._empty.update({write.session_id: write for write in touched.values() if not any(write.status)})
+        return removed
+
+    def remove_instance(self, instance: Instance) -> None:
+        """Forget an instance; its open sessions are over."""
+        for write in [w for w in self.writes.values() if w.instance_id == instance.id and w.is_open]:
+            self._decide(write, bytes(len(write.keys)))
+        self.remove(self.served(instance))
+        del self.instances[instance.id]
+        self.changes.remove_instance(instance.id)
+
+    def served(self, instance: Instance) -> list[Location]:
+        """All blocks of an instance that readers see."""
+        return [location for found in instance.by_key.values() for location in found if location.is_serving]
+
+    def tick(self) -> None:
+        """Time has passed: open sessions end, groups that are too full are reclaimed, files are deleted."""
+        now = self._clock()
+        while self._ending and self._ending[0][0] <= now:
+            write = self.writes.get(heapq.heappop(self._ending)[1])
+            if write is not None and write.is_open:
+                self._decide(write, bytes(len(write.keys)))
+        for group in self.groups.values():
+            self._reclaim(group)
+        self.files.tick()
+        over = [write for write in self._empty.values() if write.ends_at <= now]
+        if over:
+            for write in over:
+                del self._empty[write.session_id], self.writes[write.session_id]
+            self.changes.remove_writes(over)
+
+    def _add_defaults(self, file_root: str) -> None:
+        storage, group = default_storage(file_root), default_group()
+        self.storages[storage.name], self.groups[group.name] = storage, group
+        self.changes.set_storage(storage)
+        self.changes.set_group(group)
+
+    def _restore(self, write: Write) -> None:
+        instance = self.instances.get(write.instance_id)
+        if instance is not None:
+            self._enter(write, instance)
+        if write.is_open:
+            self._open(write)
+        elif not any(write.status):
+            self._empty[write.session_id] = write
+        for chunk in sorted({write.chunk_of(i) for i, state in enumerate(write.status) if state == State.DELETING}):
+            self._delete_if_unused((write, chunk))
+
+    def _open(self, write: Write) -> None:
+        heapq.heappush(self._ending, (write.ends_at, write.session_id))
+        self._num_open += 1
+
+    def _enter(self, write: Write, instance: Instance) -> None:
+        group = self.groups.get(write.group)
+        for location in write.locations:
+            if location.state in (State.WRITING, State.SERVING):
+                instance.by_key.setdefault(location.key, []).append(location)
+                if group is not None:
+                    _count(group, location, 1)
+                    if location.is_serving:
+                        group.recency[location] = None
+
+    def _leave(self, location: Location, state: State) -> None:
+        write = location.write
+        write.status[location.position] = state
+        instance, group = self.instances.get(write.instance_id), self.groups.get(write.group)
+        if instance is not None:
+            found = instance.by_key.get(location.key, [])
+            if location in found:
+                found.remove(location)
+                if not found:
+                    del instance.by_key[location.key]
+        if group is not None:
+            _count(group, location, -1)
+            group.recency.pop(location, None)
+
+    def _decide(self, write: Write, success: bytes) -> None:
+        write.success = success
+        write.ends_at = self._clock() + FINISHED_KEPT_S
+        self._num_open -= 1
+        status = bytes(State.SERVING if done else State.DELETING for done in success)
+        self.changes.end_write(write, status, FINISHED_KEPT_S)
+        self.changes.when_written().add_done_callback(lambda _: self._decided(write, success))
+
+    def _decided(self, write: Write, success: bytes) -> None:
+        """It is in the database."""
+        instance, group = self.instances.get(write.instance_id), self.groups.get(write.group)
+        served: list[Location] = []
+        for location, done in zip(write.locations, success, strict=True):
+            if done:
+                write.status[location.position] = State.SERVING
+                served.append(location)
+            else:
+                self._leave(location, State.DELETING)
+        if group is not None:
+            group.recency.update(dict.fromkeys(reversed(served)))
+        # The instance may have been removed meanwhile, and registered again.
+        self.remove([s for s in served if instance is None or s not in instance.by_key.get(s.key, ())])
+        for chunk in sorted({write.chunk_of(i) for i, state in enumerate(write.status) if state == State.DELETING}):
+            self._delete_if_unused((write, chunk))
+        if not any(write.status):
+            self._empty[write.session_id] = write
+
+    def _delete_when_written(self, chunks: list[Chunk]) -> None:
+        def delete(_: object) -> None:
+            for chunk in chunks:
+                self._delete_if_unused(chunk)
+
+        self.changes.when_written().add_done_callback(delete)
+
+    def _delete_if_unused(self, chunk: Chunk) -> None:
+        states = chunk[0].chunk_states(chunk[1])
+        if State.DELETING in states and State.WRITING not in states and State.SERVING not in states:
+            group = self.groups.get(chunk[0].group)
+            delay_ms = group.config.cache_config.reclaim_strategy.delay_before_delete_ms if group is not None else 0
+            self.files.delete(chunk, delay_ms / 1000)
+
+    def _files_deleted(self, chunks: list[Chunk]) -> None:
+        for write, chunk in chunks:
+            first = chunk * write.place.keys_per_file
+            for position in range(first, min(first + write.place.keys_per_file, len(write.keys))):
+                write.status[position] = State.GONE
+            if not any(write.status):
+                self._empty[write.session_id] = write
+
+    def _make_room(self, group: Group, write: Write) -> None:
+        """Raises CapacityReached."""
+        needed = sum(location.size_bytes for location in write.locations)
+        for storage_type, capacity in group.byte_limits():
+            if storage_type in (None, write.place.type):
+                excess = group.used(storage_type) + needed - capacity
+                if excess > 0 and self._evict(group, storage_type, excess, 0) < excess:
+                    raise CapacityReached(f"group {group.name}: its capacity of {capacity} bytes is reached")
+        excess_keys = group.num_keys + len(write.keys) - group.max_key_count
+        if group.max_key_count and excess_keys > 0:
+            self._evict(group, None, 0, excess_keys)
+            if group.num_keys + len(write.keys) > group.max_key_count:
+                raise CapacityReached(f"group {group.name}: its {group.max_key_count} keys are reached")
+
+    def _reclaim(self, group: Group) -> None:
+        for storage_type, capacity in group.byte_limits():
+            level = capacity * group.used_percentage
+            if group.used(storage_type) > level:
+                self._evict(group, storage_type, int(group.used(storage_type) - level * RECLAIM_LOW), 0)
+        level = group.max_key_count * group.used_percentage
+        if group.max_key_count and group.num_keys > level:
+            self._evict(group, None, 0, int(group.num_keys - level * RECLAIM_LOW))
+
+    def _evict(self, group: Group, storage_type: int | None, size_bytes: int, keys: int) -> int:
+        """Remove the coldest blocks until so many bytes and keys are free, or none is left; the bytes."""
+        victims: list[Location] = []
+        freed = 0
+        for location in group.recency:
+            if freed >= size_bytes and len(victims) >= keys:
+                break
+            if storage_type in (None, location.write.place.type):
+                victims.append(location)
+                freed += location.size_bytes
+        self.remove(victims)
+        return freed
+
+
+def _split(
+    instance: Instance, wanted: Sequence[tuple[int, Layout]], min_replicas: int
+) -> tuple[list[bool], list[tuple[int, Layout]]]:
+    held: list[bool] = []
+    new: dict[tuple[int, Layout], None] = {}
+    for key, layout in wanted:
+        names = frozenset(name for name, _ in layout)
+        copies = sum(location.covers(names) for location in instance.by_key.get(key, ()))
+        is_held = copies >= min_replicas or (key, layout) in new
+        held.append(is_held)
+        if not is_held:
+            new[key, layout] = None
+    return held, list(new)
+
+
+def _count(group: Group, location: Location, sign: int) -> None:
+    kind = location.write.place.type
+    group.used_bytes[kind] = group.used_bytes.get(kind, 0) + sign * location.size_bytes
+    group.num_keys += sign

@@ -1,0 +1,143 @@
+"""One write session and what it wrote: its blocks, their state, and the URI of each part. Values and arithmetic only.
+
+A session says for itself where its bytes lie (`Place`) and how a block is laid out (`Layout`), so that neither a storage that
+is changed nor an instance that is removed makes what was written before unreachable, or impossible to delete.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import quote
+
+import msgspec
+
+from meta_server.kvcm.protocol import meta_service_pb2 as meta
+
+Layout = tuple[tuple[str, int], ...]
+"""The specs of a block: name and bytes of each."""
+
+
+class State(enum.IntEnum):
+    """Of one block of a session; the numbers are those of the API."""
+
+    GONE = 0
+    WRITING = 2
+    SERVING = 3
+    DELETING = 4
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Where a session's files are."""
+
+    storage: str
+    type: int
+    """Of the API's StorageType."""
+    scheme: str
+    root: str
+    keys_per_file: int
+
+
+@dataclass(slots=True, eq=False)
+class Write:
+    """One session, from its start until nothing of it is left."""
+
+    session_id: str
+    instance_id: str
+    group: str
+    place: Place
+    layouts: tuple[Layout, ...]
+    layout_of: bytes
+    """Per block, the position of its layout in `layouts`."""
+    keys: tuple[int, ...]
+    status: bytearray
+    """Per block, a State."""
+    created_s: int
+    """Unix time."""
+    ends_at: float
+    """On the process's clock: when an open session is given back, when a finished one without blocks is forgotten."""
+    success: bytes | None = None
+    """What FinishWriteCache said, one byte a block; None while open."""
+    locations: tuple[Location, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.locations = tuple(Location(self, i) for i in range(len(self.keys)))
+
+    @property
+    def is_open(self) -> bool:
+        return self.success is None
+
+    def files(self, chunk: int) -> list[Path]:
+        """The files of `keys_per_file` consecutive blocks."""
+        first = chunk * self.place.keys_per_file
+        used = {self.layout_of[i] for i in range(first, min(first + self.place.keys_per_file, len(self.keys)))}
+        names = {name for layout in used for name, _ in self.layouts[layout]}
+        return [Path(self._file(chunk, name)) for name in sorted(names)]
+
+    def chunk_of(self, position: int) -> int:
+        return position // self.place.keys_per_file
+
+    def chunk_states(self, chunk: int) -> bytearray:
+        first = chunk * self.place.keys_per_file
+        return self.status[first : first + self.place.keys_per_file]
+
+    def _file(self, chunk: int, spec: str) -> str:
+        directory = instance_directory(self.place, self.instance_id)
+        return f"{directory}/{self.session_id}-{chunk}.{quote(spec, safe='')}"
+
+    def specs(self, position: int) -> Iterator[tuple[str, str]]:
+        """Name and URI of each part of a block."""
+        chunk, within = divmod(position, self.place.keys_per_file)
+        for name, size_bytes in self.layouts[self.layout_of[position]]:
+            path = quote(self._file(chunk, name))
+            yield name, f"{self.place.scheme}://{path}?offset={within * size_bytes}&size={size_bytes}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Location:
+    """One block of one session."""
+
+    write: Write
+    position: int
+
+    @property
+    def key(self) -> int:
+        return self.write.keys[self.position]
+
+    @property
+    def state(self) -> State:
+        return State(self.write.status[self.position])
+
+    @property
+    def is_serving(self) -> bool:
+        return self.write.status[self.position] == State.SERVING
+
+    @property
+    def layout(self) -> Layout:
+        return self.write.layouts[self.write.layout_of[self.position]]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(size for _, size in self.layout)
+
+    def covers(self, names: frozenset[str]) -> bool:
+        """Whether every one of these specs is there; without names, any location does."""
+        return not names or names <= {name for name, _ in self.layout}
+
+    def message(self, names: frozenset[str] = frozenset()) -> meta.CacheLocation:
+        """As clients see it, with those specs only if names are given."""
+        specs = [
+            meta.LocationSpec(name=name, uri=uri)
+            for name, uri in self.write.specs(self.position)
+            if not names or name in names
+        ]
+        kind = meta.StorageType.Name(self.write.place.type)
+        return meta.CacheLocation(type=kind, spec_size=len(specs), location_specs=specs)
+
+
+def instance_directory(place: Place, instance_id: str) -> str:
+    """Where an instance's files are."""
+    # An id may be a dot or two, which quoting leaves as they are.
+    return f"{place.root}/i-{quote(instance_id, safe='')}"

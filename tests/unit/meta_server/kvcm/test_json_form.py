@@ -1,0 +1,37 @@
+"""The JSON form is protobuf's own, also where keys are read beside its parser."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from google.protobuf import json_format
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meta_server.kvcm.json_form import parse, render
+from meta_server.kvcm.protocol import meta_service_pb2 as meta
+from stratakv.errors import InvalidRequest
+
+KEYS = st.lists(st.integers(-(1 << 63), (1 << 63) - 1), max_size=20)
+
+
+@given(KEYS, st.booleans(), st.text(max_size=5))
+def test_requests_are_read_as_protobuf_reads_them(keys: list[int], as_text: bool, instance: str) -> None:
+    body = {"instance_id": instance, "block_keys": [str(key) if as_text else key for key in keys], "sw_size": 3}
+    expected = json_format.ParseDict(body, meta.GetCacheLocationRequest())
+    assert parse(json.dumps(body).encode(), meta.GetCacheLocationRequest) == expected
+
+
+@given(KEYS)
+def test_what_is_printed_can_be_read_again(keys: list[int]) -> None:
+    request = meta.GetCacheLocationRequest(block_keys=keys, query_type=meta.QT_BATCH_GET)
+    assert parse(render(request), meta.GetCacheLocationRequest) == request
+
+
+@pytest.mark.parametrize(
+    "body", [b"{", b"[]", b"null", b'{"block_keys":[true]}', b'{"block_keys":[9223372036854775808]}']
+)
+def test_other_bodies_are_refused(body: bytes) -> None:
+    with pytest.raises(InvalidRequest):
+        parse(body, meta.GetCacheLocationRequest)
