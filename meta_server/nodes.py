@@ -140,6 +140,8 @@ class NodeTable:
         free_from = self._clock() + quiet_s
         node = Node(segment, self._next_index, pulse, free_from, is_reconciled=not segment.is_disk)
         self._next_index += 1
+        for disk in (n for n in self if n.segment.disk_of == segment.node):
+            disk.is_draining = False  # its daemon was started anew
         self._by_name[segment.node] = self._by_index[node.index] = node
         return node
 
