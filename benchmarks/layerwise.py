@@ -44,7 +44,7 @@ NEW_TOKENS = 50
 NUM_BLOCKS = 256
 SEGMENT_BYTES = 128 * 1024 * 1024
 GB_PER_S = (0.25, 0.5, 1.0, 2.0)
-RUNS, RUNS_QUICK = 9, 3
+RUNS, RUNS_QUICK = 15, 3
 TIMEOUT_S = 60.0
 NAMESPACE = Namespace(b"b" * 16)
 _INSIDE = "LAYERWISE_HAS_NAMESPACE"
@@ -175,6 +175,12 @@ class Bench:
         return load
 
 
+def hidden_share(seconds: dict[str, float]) -> float:
+    """What pipelining saves, of what it could."""
+    could = min(seconds["transfer"], seconds["compute"])
+    return round((seconds["whole"] - seconds["pipelined"]) / could, 3)
+
+
 def measure(bench: Bench, runs: int) -> tuple[dict[str, Any], dict[str, Any], float]:
     """Figures of both sides over the link as it is now, and by how much whole takes longer."""
     times: dict[str, list[float]] = {"pipelined": [], "whole": [], "transfer": [], "compute": []}
@@ -185,12 +191,13 @@ def measure(bench: Bench, runs: int) -> tuple[dict[str, Any], dict[str, Any], fl
         for arm in arms if run % 2 == 0 else reversed(arms):
             times[arm.__name__].append(arm())
         times["transfer"].append(bench.transfer_s)
-    median = {name: float(np.median(values)) for name, values in times.items() if values}
-    could_hide = min(median["transfer"], median["compute"])
-    spread = {name: Spread.of([value * 1e3 for value in values]).as_json(1) for name, values in times.items() if values}
+    median = {name: float(np.median(values)) for name, values in times.items()}
+    best = {name: min(values) for name, values in times.items()}
+    spread = {name: Spread.of([value * 1e3 for value in values]).as_json(1) for name, values in times.items()}
     ours = {
         "ttft_ms": spread["pipelined"],
-        "hidden_share": round((median["whole"] - median["pipelined"]) / could_hide, 3),
+        "hidden_share": hidden_share(median),
+        "hidden_share_of_best_runs": hidden_share(best),
         "transfer_gb_per_s": round(bench.data_bytes / median["transfer"] / 1e9, 3),
     }
     baseline = {"ttft_ms": spread["whole"], "transfer_ms": spread["transfer"], "compute_ms": spread["compute"]}

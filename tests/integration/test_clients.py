@@ -97,7 +97,7 @@ def test_a_long_prompt_is_split_between_workers_and_then_comes_from_the_pool(clu
     client.post("/admin/cache/drop", {"tiers": ["l1", "l2"]})
     warm = client.chat(messages, model=cluster.state["model"], max_tokens=8)
 
-    assert cold.tokens_by_tier() == {"computed": cold.usage["prompt_tokens"], "l1": 0, "l2": 0, "pool": 0}
+    assert cold.tokens_by_tier() == {"computed": cold.usage["prompt_tokens"], "l1": 0, "l2": 0, "pool": 0, "disk": 0}
     assert warm.tokens_by_tier()["pool"] >= warm.usage["prompt_tokens"] - 16
     routes = client.get("/admin/routes")
     assert any(route["prefill"] and route["prefill"] != route["worker"] for route in routes["routes"])

@@ -1,0 +1,90 @@
+"""A worker's load of one prefix from several daemons and tiers: every byte in its place, and the bandwidth told for each tier."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from stratakv.keys import BlockKey
+from stratakv.pool.dmp_client import ConnectionCache, connect
+from stratakv.pool.pages import PageReader
+from tests.integration.pool.daemon import DaemonProcess
+from tests.integration.pool.pages import LAYOUT, NAMESPACE, WrittenPages, empty_memory, layer_data, soon, write_pages
+from workers.engine.connector import KVLoadError, Tier
+from workers.tiers.load import FoundPage, LayerLoad, LoadOutcome
+from workers.tiers.window import HostWindow
+
+LAYERS = len(LAYOUT.layers)
+
+
+@pytest.fixture
+def executor() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(1) as threads:
+        yield threads
+
+
+@pytest.fixture
+def two_daemons(start_daemon: Callable[..., DaemonProcess]) -> list[DaemonProcess]:
+    return [start_daemon(node="near"), start_daemon(node="far")]
+
+
+def put(daemon: DaemonProcess, num_pages: int, seed: int) -> WrittenPages:
+    connection = connect(daemon.segment, deadline=soon())
+    written = write_pages(connection, num_pages, seed=seed)
+    connection.close()
+    return written
+
+
+def found(daemon: DaemonProcess, written: WrittenPages, tiers: list[Tier]) -> list[FoundPage]:
+    places = written.places(daemon.segment.node)
+    pages = zip(written.keys, places, tiers, strict=True)
+    return [FoundPage(key, place, daemon.segment, tier) for key, place, tier in pages]
+
+
+def start(pages: list[FoundPage], executor: ThreadPoolExecutor) -> tuple[LayerLoad, HostWindow, list[LoadOutcome]]:
+    outcomes: list[LoadOutcome] = []
+    memory = empty_memory(LAYOUT, len(pages))
+    window = HostWindow(memory.layers, memory.rows.tolist())
+    load = LayerLoad(pages, window, LAYERS, soon(), outcomes.append)
+    load.start(executor, PageReader(LAYOUT, NAMESPACE), ConnectionCache())
+    return load, window, outcomes
+
+
+def test_a_prefix_in_three_tiers_of_two_daemons_is_loaded_whole(
+    two_daemons: list[DaemonProcess], executor: ThreadPoolExecutor
+) -> None:
+    near, far = two_daemons
+    first, second, third = put(near, 4, seed=1), put(far, 3, seed=2), put(near, 2, seed=3)
+    pages = [
+        *found(near, first, [Tier.L2, Tier.L2, Tier.L2, Tier.POOL]),
+        *found(far, second, [Tier.DISK] * 3),
+        *found(near, third, [Tier.POOL] * 2),
+    ]
+    load, window, outcomes = start(pages, executor)
+    for layer in range(LAYERS):
+        load.wait_layer(layer)
+        assert layer_data(window.memory, layer) == [*first.data[layer], *second.data[layer], *third.data[layer]]
+    executor.shutdown()
+    assert outcomes[0].num_good_blocks == len(pages)
+    assert set(outcomes[0].seconds_by_tier) == {Tier.L2, Tier.POOL, Tier.DISK}
+    assert all(seconds > 0 for seconds in outcomes[0].seconds_by_tier.values())
+
+
+def test_a_bad_page_of_one_daemon_leaves_what_comes_before_it(
+    two_daemons: list[DaemonProcess], executor: ThreadPoolExecutor
+) -> None:
+    near, far = two_daemons
+    first, second = put(near, 2, seed=1), put(far, 3, seed=2)
+    pages = [*found(near, first, [Tier.L2] * 2), *found(far, second, [Tier.POOL] * 3)]
+    pages[3] = dataclasses.replace(pages[3], key=BlockKey(bytes(32)))
+    load, window, outcomes = start(pages, executor)
+    with pytest.raises(KVLoadError) as caught:
+        load.wait_layer(0)
+    executor.shutdown()
+    assert caught.value.num_good_blocks == outcomes[0].num_good_blocks == 3
+    assert outcomes[0].bad_page == pages[3]
+    for layer in range(LAYERS):
+        assert layer_data(window.memory, layer)[:3] == [*first.data[layer], *second.data[layer]][:3]
