@@ -12,10 +12,13 @@ import itertools
 import random
 import statistics
 import sys
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.harness import parse_options, report, words
 from stratakv.rest_client import RestClient
@@ -42,12 +45,15 @@ class Side:
 
     client: RestClient
     model: str
+    workers: Sequence[str]
     ttft_ms: list[float] = field(default_factory=list)
     tokens: Counter[str] = field(default_factory=Counter)
 
     @classmethod
     def of(cls, instance: Instance) -> Side:
-        return cls(RestClient(instance.rest_url), instance.state["model"])
+        services = instance.state["services"]
+        workers = [service["url"] for name, service in services.items() if name.startswith("decode")]
+        return cls(RestClient(instance.rest_url), instance.state["model"], workers)
 
     def ask(self, history: str, new: str) -> None:
         messages = [{"role": "system", "content": history}, {"role": "user", "content": new}]
@@ -68,6 +74,17 @@ class Side:
             "ttft_ms_p99": round(percentiles[98], 1),
             "share_by_tier": {tier: round(count / total, 3) for tier, count in self.tokens.items()},
         }
+
+    def decisions(self) -> dict[str, int]:
+        """Pages found below L1 since the start, by tier and what was chosen for them."""
+        found: Counter[str] = Counter()
+        for url in self.workers:
+            with urllib.request.urlopen(f"{url}/metrics", timeout=10) as response:
+                for family in text_string_to_metric_families(response.read().decode()):
+                    for sample in family.samples:
+                        if sample.name == "stratakv_kv_pages_found_total":
+                            found[f"{sample.labels['tier']}_{sample.labels['decision']}"] += int(sample.value)
+        return dict(sorted(found.items()))
 
 
 def zipf_draws(count: int, num_conversations: int, rng: random.Random) -> Sequence[int]:
@@ -110,6 +127,7 @@ def main() -> int:
         sides = [Side.of(tiered), Side.of(l1_only)]
         names = [f"{multiple}x" for multiple in times]
         figures = dict(zip(names, measure(sides, times, num_draws, rng), strict=True))
+        decisions = sides[0].decisions()
     report(
         "tiers",
         {
@@ -126,7 +144,7 @@ def main() -> int:
             "quick": options.quick,
             "seed": options.seed,
         },
-        {name: ours for name, (ours, _) in figures.items()},
+        {**{name: ours for name, (ours, _) in figures.items()}, "pages_found": decisions},
         {name: baseline for name, (_, baseline) in figures.items()},
         {
             "ttft_p50_l1only_over_ours": {

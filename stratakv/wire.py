@@ -110,6 +110,8 @@ class HeartbeatNode(Message, frozen=True):
     """Extents of earlier `NodeOrders.free` that are free now."""
     read_only: bool = False
     """A disk that takes no more pages."""
+    limit_bytes: int = 0
+    """As the daemon was told last; a meta server that was started anew learns it from here."""
 
 
 class Move(msgspec.Struct, frozen=True, array_like=True):
@@ -133,6 +135,8 @@ class NodeOrders(Message, frozen=True):
     committed_puts: list[bytes] = []
     void_puts: list[bytes] = []
     """Those of `undecided_puts` that were finished, and those that never will be."""
+    limit_bytes: int = 0
+    """Of the segment, no more shall be in use; the host gets the rest of the memory back. 0: all of it."""
 
 
 class MovedPage(msgspec.Struct, frozen=True, array_like=True):
@@ -253,6 +257,8 @@ class NodeState(msgspec.Struct, frozen=True, omit_defaults=True):
     read_only: bool = False
     """A disk that takes no more pages."""
     is_draining: bool = False
+    limit_bytes: int = 0
+    """Of the segment, no more is used; 0: all of it."""
 
 
 class Nodes(Message, frozen=True):
@@ -458,6 +464,14 @@ class DrainProgress(Message, frozen=True):
     bytes_left: int
 
 
+class SetNodeLimit(Message, frozen=True):
+    """Let a daemon use only so much of its memory; until its next start."""
+
+    node: str
+    limit_bytes: int
+    """0: all of it."""
+
+
 class GetStats(Message, frozen=True):
     pass
 
@@ -504,6 +518,7 @@ Request = (
     | PinPrefix
     | Unpin
     | SetDraining
+    | SetNodeLimit
     | GetStats
 )
 Reply = (
