@@ -78,6 +78,11 @@ class KvcmState:
             return None, held
         if self._num_open >= self._open_writes_max:
             raise Overloaded("too many write sessions are open")
+        group = self.group(instance.group)
+        # Room must not be made with the blocks that the client is about to be told are there.
+        group.touch(
+            [found for (key, _), h in zip(wanted, held, strict=True) if h for found in instance.by_key.get(key, ())]
+        )
         layouts = list(dict.fromkeys(layout for _, layout in new))
         write = Write(
             session_id=uuid.uuid4().hex,
@@ -91,7 +96,7 @@ class KvcmState:
             created_s=int(time.time()),
             ends_at=self._clock() + timeout_s,
         )
-        self._make_room(self.group(instance.group), write)
+        self._make_room(group, write)
         self.writes[write.session_id] = write
         self._open(write)
         self._enter(write, instance)
