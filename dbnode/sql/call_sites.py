@@ -29,6 +29,12 @@ _CLOSING = (TokenType.R_PAREN, TokenType.R_BRACKET, TokenType.R_BRACE)
 _NAMING = (TokenType.FARROW, TokenType.COLON_EQ)
 _NOT_PLAIN = ("DISTINCT", "ALL", "VARIADIC", "*")
 """First words of arguments that no further one can be added to."""
+_PLAIN_FUNCTIONS = (
+    *("to_json", "to_jsonb", "row_to_json", "json_build_object", "jsonb_build_object", "json_build_array"),
+    *("jsonb_build_array", "jsonb_agg", "jsonb_array_elements", "jsonb_array_elements_text", "jsonb_each_text"),
+    *("jsonb_pretty", "jsonb_strip_nulls", "quote_literal", "regexp_matches", "convert_to"),
+)
+"""PostgreSQL's own among those that the parser does not know; any other one may call infer()."""
 _ROUNDS_MAX = 8
 """Derived tables within each other that a column is followed through."""
 
@@ -152,6 +158,18 @@ def call_sites(
     for position, inserted in sorted(edits, reverse=True):
         select = select[:position] + inserted + select[position:]
     return CallSites(select, governors)
+
+
+def has_one_level(calls: list[WrittenCall], query: exp.Query, views: frozenset[str] = frozenset()) -> bool:
+    """Whether no answer can lead to another call: there is one call, and nothing that may hide one or repeat it."""
+    numbers = {call.number for call in calls}
+    if len(numbers) != 1 or UNNUMBERED in numbers:
+        return False
+    return not (
+        any(clause.args.get("recursive") for clause in query.find_all(exp.With))
+        or any(_number_of(f) is None and f.name.lower() not in _PLAIN_FUNCTIONS for f in query.find_all(exp.Anonymous))
+        or any(is_named(table.name, views) for table in query.find_all(exp.Table))
+    )
 
 
 def is_named(name: str, views: frozenset[str]) -> bool:

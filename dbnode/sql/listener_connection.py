@@ -72,6 +72,7 @@ _LOGIN_MESSAGE_BYTES_MAX = 4096
 _NONCE_BYTES = 18
 _PEER_CREDENTIALS = struct.Struct("3i")
 _SERVER_VERSION = "15.0"
+_NULL_ANSWER = reply(Status.OK)
 
 
 class _Phase(enum.Enum):
@@ -330,7 +331,7 @@ class ListenerConnection(asyncio.Protocol):
     def _answer_pass(self, hints: StatementHints, command: Infer) -> None:
         """A call of a collect pass: NULL stands for what is not known yet."""
         answer = hints.collect(command)
-        self._transport.write(reply(Status.OK) if answer is None else answer_reply(answer))
+        self._transport.write(_NULL_ANSWER if answer is None else answer_reply(answer))
 
     def _on_poll(self) -> None:
         if self._call is None:

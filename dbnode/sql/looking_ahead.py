@@ -303,7 +303,7 @@ class Lookahead:
                 break
             pass_started_s = loop.time()
             limits = PassLimits(window, settings.hints_bytes_max, pass_started_s + budget_s)
-            await self._run_pass(within, aim, hints, limits, budget_s)
+            is_whole = await self._run_pass(within, aim, hints, limits, budget_s)
             pass_ended_s = loop.time()
             budget_s -= pass_ended_s - pass_started_s
             num_new = await hints.end_pass(found.order_budget_s(settings.order_budget_s))
@@ -313,25 +313,26 @@ class Lookahead:
                 break
             if num_new == 0 or number == passes_max or budget_s <= 0:
                 break
-            if not await self._settle(hints, pass_ended_s, found):
+            if not await self._settle(hints, pass_ended_s, found) or (is_whole and aim.target.is_one_level):
                 break
             window = window and 2 * window
         return num_new
 
     async def _run_pass(
         self, within: Within, aim: Aim, hints: StatementHints, limits: PassLimits, budget_s: float
-    ) -> None:
-        """Let the hints see what the statement asks."""
+    ) -> bool:
+        """Let the hints see what the statement asks; whether it ran to its end."""
         batch, target = aim.batch, aim.target
         sites = None if hints.is_unnumbered else target.sites
         hints.start_pass(limits, sites.governors if sites is not None else None)
         if sites is not None:
             exchange = await self._run_select(within, batch, sites.select, budget_s)
             if _REFUSED not in exchange.first_error:
-                return
+                return not exchange.first_error
             # A function of these names that is not ours, or an expression that no longer equals another one.
             hints.is_unnumbered = True
-        await self._run_select(within, batch, target.select, budget_s)
+        exchange = await self._run_select(within, batch, target.select, budget_s)
+        return not exchange.first_error
 
     async def _run_select(self, within: Within, batch: Batch, select: str, budget_s: float) -> OwnExchange:
         """Raises TransactionLost, GatewayFailed."""

@@ -79,7 +79,7 @@ def is_repeatable(command: Infer) -> bool:
 
 
 def key_of(command: Infer) -> Key:
-    options = json.dumps(command.options, sort_keys=True)
+    options = json.dumps(command.options, sort_keys=True) if command.options else ""
     return command.role, command.database, command.model, options, command.prompt, command.row
 
 

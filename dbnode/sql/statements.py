@@ -15,7 +15,7 @@ import sqlglot
 from sqlglot import Token, TokenType, exp
 from sqlglot.errors import SqlglotError
 
-from dbnode.sql.call_sites import CallSites, call_sites, is_named, marked, written_calls
+from dbnode.sql.call_sites import CallSites, call_sites, has_one_level, is_named, marked, written_calls
 from dbnode.sql.explained import explained
 from dbnode.sql.merged import merged
 from dbnode.sql.token_lists import clauses_of, split, top_level, written
@@ -51,6 +51,8 @@ class Collectable:
     """Whether it may end before it has seen every row."""
     sites: CallSites | None = None
     """Where some calls decide about others."""
+    is_one_level: bool = False
+    """Whether one pass sees all calls, since no answer leads to another one."""
 
 
 @lru_cache(maxsize=_CACHED_MAX)
@@ -75,7 +77,13 @@ def collectable(text: str, views: frozenset[str] = frozenset()) -> Collectable |
         if query.find(exp.From) is None:
             return None  # one row: there is nothing to batch
         is_bounded = query.find(*_BOUNDED) is not None
-        return Collectable(select, frozenset(_called(tokens)), is_bounded, call_sites(select, calls, query, views))
+        return Collectable(
+            select,
+            frozenset(_called(tokens)),
+            is_bounded,
+            sites=call_sites(select, calls, query, views),
+            is_one_level=not is_bounded and has_one_level(calls, query, views),
+        )
     except (SqlglotError, RecursionError):
         return None
     except Exception as error:  # the parser's own mistakes; its messages would show the statement

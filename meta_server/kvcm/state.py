@@ -115,6 +115,11 @@ class KvcmState:
             raise InvalidRequest("the time of this write session is over", param="write_session_id")
         self._decide(write, success)
 
+    def abandon(self, write: Write) -> None:
+        """Give an open session back that its client was not told of."""
+        if write.is_open:
+            self._decide(write, bytes(len(write.keys)))
+
     def remove(self, locations: Iterable[Location], *, delete_files: bool = True) -> int:
         """Take served blocks out, and see to it that their files are deleted; how many."""
         touched: dict[str, Write] = {}
@@ -251,7 +256,7 @@ class KvcmState:
             first = chunk * write.place.keys_per_file
             for position in range(first, min(first + write.place.keys_per_file, len(write.keys))):
                 write.status[position] = State.GONE
-            if not any(write.status):
+            if not any(write.status) and write.session_id in self.writes:
                 self._empty[write.session_id] = write
 
     def _make_room(self, group: Group, write: Write) -> None:

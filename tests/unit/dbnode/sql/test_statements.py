@@ -107,6 +107,29 @@ def test_a_statement_that_may_stop_early_is_known(statement: str, is_bounded: bo
     assert found.is_bounded is is_bounded
 
 
+@pytest.mark.parametrize(
+    ("statement", "is_one_level"),
+    [
+        ("SELECT infer(a) FROM t", True),
+        ("SELECT count(infer('x' || lower(a))) FROM t JOIN u ON t.i = u.i", True),
+        ("SELECT infer(a) FROM t WHERE infer(a) = 'yes'", True),
+        ("INSERT INTO u SELECT i, infer_bool(a) FROM t", True),
+        ("SELECT infer_row('{*}', to_jsonb(t)) FROM t", True),
+        ("SELECT infer(infer(a)) FROM t", False),
+        ("SELECT infer(a), infer(b) FROM t", False),
+        ("SELECT mine(infer(a)) FROM t", False),
+        ("SELECT infer_agg('sum up', a) FROM t", False),
+        ("SELECT infer(a) FROM t JOIN seeing v ON true", False),
+        ("SELECT infer(a) FROM t WHERE infer(a) IS DISTINCT FROM 'yes' LIMIT 5", False),
+        ("WITH RECURSIVE r AS (SELECT 'a' AS a UNION ALL SELECT infer(a) FROM r) SELECT * FROM r", False),
+    ],
+)
+def test_it_is_known_whether_answers_lead_to_further_calls(statement: str, is_one_level: bool) -> None:
+    found = collectable(statement, frozenset({"seeing"}))
+    assert found is not None
+    assert found.is_one_level == is_one_level
+
+
 _WORDS = [
     "infer",
     "(",
