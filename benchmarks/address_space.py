@@ -33,7 +33,8 @@ PAGE_BYTES = 360 * 1024
 SEGMENTS = 8
 PUT_PAGES = 100
 LOOKUP_KEYS = 400
-LOOKUPS = 200
+LOOKUPS = 50
+"""After each tenth, of different prefixes: those that were looked up a moment ago would be in the processor's caches."""
 STEPS = 10
 CHURN_PAGES = 100_000
 NAMESPACE = b"n" * 16
@@ -79,13 +80,16 @@ class Pool:
     def fill(self, num_puts: int) -> None:
         """So many puts, over all segments in turn; every prefix to be looked up later takes a few of them."""
         kept: list[bytes] = []
+        per_prefix = LOOKUP_KEYS // PUT_PAGES
+        every = max(1, num_puts // (LOOKUPS * per_prefix))
         for put in range(num_puts):
             keys = self._rng.bytes(PUT_PAGES * KEY_BYTES)
             self._put(put % SEGMENTS, keys)
-            if put % (num_puts // 40) == 0:
+            if put % every == 0:
                 kept.append(keys)
-        per_prefix = LOOKUP_KEYS // PUT_PAGES
-        self.prefixes += [b"".join(kept[at : at + per_prefix]) for at in range(0, len(kept) - per_prefix, per_prefix)]
+        self.prefixes += [
+            b"".join(kept[at : at + per_prefix]) for at in range(0, len(kept) - per_prefix + 1, per_prefix)
+        ]
 
     def _put(self, segment: int, keys: bytes) -> None:
         extents = self.allocate(lambda: self.allocators[segment].allocate(PUT_PAGES, PAGE_BYTES))
@@ -93,8 +97,7 @@ class Pool:
         self.insert(lambda: self.index.insert(NAMESPACE, keys, segment, places, PAGE_BYTES))
 
     def look_up(self, rng: random.Random) -> None:
-        for _ in range(LOOKUPS):
-            prefix = rng.choice(self.prefixes)
+        for prefix in rng.sample(self.prefixes, LOOKUPS):
             slots = self.lookup(lambda prefix=prefix: self._match(prefix))  # type: ignore[misc]
             assert slots == LOOKUP_KEYS, "a page that was put was not found"
 

@@ -80,6 +80,13 @@ class ExtentAllocator:
         """Memory of the bookkeeping of extents, but not of free runs."""
         return self._live.size_bytes
 
+    def free_runs_from(self, start: int) -> Iterator[tuple[int, int]]:
+        """Start and size of the free runs, or parts of them, at `start` and behind it, ascending."""
+        for begin, size in sorted(self._free_by_start.items()):
+            if begin + size > start:
+                at = max(begin, start)
+                yield at, begin + size - at
+
     def free_runs(self) -> dict[int, int]:
         """Maximal free runs: start → size."""
         return dict(self._free_by_start)

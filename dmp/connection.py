@@ -185,7 +185,9 @@ class Connection:
         if self._disk is not None:
             return messages.Attached(served.node, self._disk.epoch, self._disk.size_bytes)
         memory = served.segment
-        return messages.Attached(served.node, memory.epoch, memory.size_bytes, served.engine, memory.address)
+        return messages.Attached(
+            served.node, memory.epoch, memory.size_bytes, served.engine, memory.address, served.puts.limit_bytes > 0
+        )
 
     def _hand_over_memory(self) -> None:
         self._is_attached = True

@@ -91,6 +91,7 @@ class Heartbeat:
             free_bytes=self._segment.size_bytes - self._puts.used_bytes,
             undecided_puts=self._puts.undecided(),
             freed=freed,
+            limit_bytes=self._puts.limit_bytes,
         )
         orders = await self._client.call(report, NodeOrders)
         if not orders.known:
@@ -99,6 +100,7 @@ class Heartbeat:
         self._puts.commit(orders.committed_puts)
         self._puts.void(orders.void_puts)
         self._puts.order_free(orders.free)
+        self._puts.limit_bytes = orders.limit_bytes
         if self._on_moves is not None:
             self._on_moves(orders.moves)
         self._on_moves_away(orders.moves_away)

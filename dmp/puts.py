@@ -75,6 +75,8 @@ class PutTable:
         """Ordered free, not yet due; in the order they fall due."""
         self._freed: dict[Extent, None] = {}
         """Freed by order, not yet reported."""
+        self.limit_bytes = 0
+        """What the meta server lets this segment use; 0: all of it."""
 
     @property
     def num_open(self) -> int:
@@ -185,6 +187,20 @@ class PutTable:
                 del self._in_grace[extent]
                 self._allocator.free(extent)
                 self._freed[extent] = None
+
+    def give_back(self, start: int, size_bytes_max: int, remove: Callable[[int, int], None]) -> int | None:
+        """Have `remove` take the memory of free bytes at `start` and behind it; where to go on, None at the end.
+
+        Nothing is allocated meanwhile, so it is done in parts.
+        """
+        left = size_bytes_max
+        with self._lock:
+            for at, size in self._allocator.free_runs_from(start):
+                remove(at, min(size, left))
+                left -= size
+                if left <= 0:
+                    return at + size + min(left, 0)
+        return None
 
     def freed(self) -> list[Extent]:
         """Freed by order and not yet confirmed as reported, oldest first."""

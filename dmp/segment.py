@@ -38,6 +38,10 @@ class MemorySegment:
         """Bring all of it in; blocks."""
         populate(self._map, should_stop)
 
+    def give_back(self, start: int, size_bytes: int) -> None:
+        """The host gets this memory; whoever touches it next finds zeros."""
+        self._map.madvise(mmap.MADV_REMOVE, start, size_bytes)
+
     @property
     def address(self) -> int:
         """Where the segment lies in this process."""

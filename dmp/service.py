@@ -13,6 +13,7 @@ from dmp.disk.mover import Mover
 from dmp.disk.node import DiskNode
 from dmp.disk.store import DiskStore
 from dmp.drain import Drainer
+from dmp.give_back import give_back_unused
 from dmp.heartbeat import Heartbeat
 from dmp.pages import read_page
 from dmp.puts import PutTable
@@ -67,7 +68,10 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     try:
         async with MetaClient(settings.meta, role="dmp", name=segment.node, credentials=credentials) as client:
             drainer = Drainer(client, connections)
-            parts = [server.accept(), _populate(memory, stop), drainer.run()]
+            parts = [server.accept(), _populate(memory, puts, stop), drainer.run()]
+            if engine is None:
+                # An adapter goes on writing to the memory that it was told of, whoever has it by then.
+                parts.append(give_back_unused(memory, puts))
             on_moves = None
             if store is not None:
                 disk = _disk_segment(segment, store)
@@ -122,8 +126,8 @@ async def _until_stopped(stop: asyncio.Event, *parts: Coroutine[None, None, None
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _populate(memory: MemorySegment, stop: asyncio.Event) -> None:
-    await asyncio.to_thread(memory.populate, stop.is_set)
+async def _populate(memory: MemorySegment, puts: PutTable, stop: asyncio.Event) -> None:
+    await asyncio.to_thread(memory.populate, lambda: stop.is_set() or puts.limit_bytes > 0)
     await stop.wait()
 
 

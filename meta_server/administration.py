@@ -41,6 +41,7 @@ class Administration:
             wire.ListPages: self.list_pages,
             wire.PinPrefix: self.pin_prefix,
             wire.Unpin: self.unpin,
+            wire.SetNodeLimit: self.set_node_limit,
         }
 
     async def flush(self, request: wire.Flush) -> wire.Flushed:
@@ -101,4 +102,16 @@ class Administration:
 
     def unpin(self, request: wire.Unpin) -> wire.Done:
         self._catalog.unpinned(self._pins.release(request.pin_id))
+        return wire.Done()
+
+    def set_node_limit(self, request: wire.SetNodeLimit) -> wire.Done:
+        node = self._catalog.nodes.get(request.node)
+        if node is None or node.segment.is_disk:
+            raise InvalidRequest(f"no daemon {request.node!r} is in the pool", param="node")
+        if not 0 <= request.limit_bytes <= node.segment.size_bytes:
+            raise InvalidRequest(
+                f"the segment of {request.node} has {node.segment.size_bytes} bytes; it cannot have more before a restart",
+                param="limit_bytes",
+            )
+        node.limit_bytes = request.limit_bytes
         return wire.Done()

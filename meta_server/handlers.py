@@ -105,6 +105,8 @@ class Handlers:
         for node in self._nodes:
             if node.reachable and not node.pulse.alive:
                 self._catalog.set_reachable(node, False)
+            if node.limit_bytes:
+                self._moves.demote(node)
             self._reclaimer.check(node)
 
     def hello(self, request: wire.Hello) -> wire.Welcome:
@@ -140,6 +142,8 @@ class Handlers:
             return wire.NodeOrders(known=False)
         self._beat(node)
         node.read_only = request.read_only
+        if node.limit_bytes is None:
+            node.limit_bytes = request.limit_bytes
         self._catalog.freed(node, request.freed)
         node.report_used(request.used_bytes)
         if request.undecided_puts:
@@ -252,6 +256,7 @@ class Handlers:
             moves=self._moves.orders(node),
             committed_puts=list(committed),
             void_puts=list(void),
+            limit_bytes=node.limit_bytes or 0,
         )
 
     async def _written(self, written: asyncio.Future[None], reply: Callable[[], wire.Message]) -> wire.Message:

@@ -48,8 +48,7 @@ class Moves:
     def orders(self, node: Node) -> list[Move]:
         """What the node's daemon shall copy now."""
         self._forget_late(node)
-        if not node.segment.is_disk and not node.is_draining:
-            self._demote(node)
+        self.demote(node)
         moves, node.moves_waiting = node.moves_waiting, []
         return moves
 
@@ -80,7 +79,7 @@ class Moves:
                 self._catalog.nodes.get(node.segment.disk_of) if node is not None and node.segment.is_disk else None
             )
             if node is not None and memory is not None and memory.reachable and not memory.is_draining:
-                room = int(self._high * memory.segment.size_bytes) - memory.staying_bytes
+                room = int(self._high * memory.capacity_bytes) - memory.staying_bytes
                 node.moves_waiting += self.order(node, often[self._catalog.index.segments(often) == segment], room)
 
     async def report(self, request: ReportMoves) -> MovesTaken:
@@ -120,11 +119,14 @@ class Moves:
         unknown = (e for e, is_known in zip(request.extents, known, strict=True) if not is_known)
         return Reconciled([extent for extent in unknown if extent not in leaving])
 
-    def _demote(self, node: Node) -> None:
+    def demote(self, node: Node) -> None:
+        """Order the coldest pages to the daemon's disk if the memory is too full."""
+        if node.segment.is_disk or node.is_draining:
+            return
         disk = next((n for n in self._catalog.nodes if n.segment.disk_of == node.segment.node), None)
         if disk is None or not disk.reachable or disk.read_only:
             return
-        size = node.segment.size_bytes
+        size = node.capacity_bytes
         staying = node.staying_bytes - node.moving_bytes
         if staying > self._high * size:
             cold = self._catalog.index.coldest(node.index, staying - int(self._low * size) + node.moving_bytes)

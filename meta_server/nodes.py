@@ -47,6 +47,8 @@ class Node:
     found: set[Extent] = field(default_factory=set)
     """What it has said so far."""
     read_only: bool = False
+    limit_bytes: int | None = None
+    """Of the segment, no more is to be used; 0: all of it. None until the operator or the daemon has told."""
     is_draining: bool = False
     drains_whole: bool = False
     """Also of what was never read."""
@@ -54,6 +56,10 @@ class Node:
     """Pages, since it is draining."""
     move_failures: Counter[Extent] = field(default_factory=Counter)
     """By page, since it is draining."""
+
+    @property
+    def capacity_bytes(self) -> int:
+        return min(self.limit_bytes or self.segment.size_bytes, self.segment.size_bytes)
 
     @property
     def moving_bytes(self) -> int:
@@ -65,7 +71,7 @@ class Node:
 
     @property
     def free_bytes(self) -> int:
-        return max(0, self.segment.size_bytes - self.used_bytes)
+        return max(0, self.capacity_bytes - self.used_bytes)
 
     @property
     def staying_bytes(self) -> int:
@@ -134,6 +140,8 @@ class NodeTable:
         free_from = self._clock() + quiet_s
         node = Node(segment, self._next_index, pulse, free_from, is_reconciled=not segment.is_disk)
         self._next_index += 1
+        for disk in (n for n in self if n.segment.disk_of == segment.node):
+            disk.is_draining = False  # its daemon was started anew
         self._by_name[segment.node] = self._by_index[node.index] = node
         return node
 
@@ -145,5 +153,7 @@ class NodeTable:
     def states(self) -> list[NodeState]:
         """The nodes whose heartbeats arrive."""
         return [
-            NodeState(n.segment, n.used_bytes, n.free_bytes, n.read_only, n.is_draining) for n in self if n.reachable
+            NodeState(n.segment, n.used_bytes, n.free_bytes, n.read_only, n.is_draining, n.limit_bytes or 0)
+            for n in self
+            if n.reachable
         ]

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import numpy as np
 
 from meta_server.index import BlockIndex
-from meta_server.nodes import NodeTable
+from meta_server.nodes import Node, NodeTable
 from meta_server.workers import WorkerTable
 from stratakv.keys import NAMESPACE_BYTES
 from stratakv.wire import WorkerInfo
@@ -21,9 +24,21 @@ INSTANCE_PREFIX = "stratakv-"
 class OwnBlock:
     """A page of the pool."""
 
-    node: str
-    host: str
     uri: str
+
+
+@dataclass(frozen=True, slots=True)
+class HostMatch:
+    """What a worker finds of a prompt's prefix, in blocks."""
+
+    host: str
+    """`host:port` of the worker."""
+    local: int
+    """Leading blocks at its own daemon."""
+    fetched: int
+    """Of the blocks below, those at other daemons."""
+    total: int
+    """Leading blocks at any daemon."""
 
 
 class OwnBlocks:
@@ -61,10 +76,36 @@ class OwnBlocks:
         )
         return [next(blocks) if slot >= 0 else None for slot in slots.tolist()]
 
-    def _block(self, index: int, offset: int, generation: int, size_bytes: int) -> OwnBlock:
+    def hosts(self, namespace: bytes, low_keys: Sequence[int], media: frozenset[str]) -> list[HostMatch]:
+        """Workers that have the prompt's first block at their own daemon. `media` (`mem`, `disk`): only there; empty: all."""
+        slots = self._index.find_low(namespace, low_keys)
+        missed = np.flatnonzero(slots < 0)
+        segments = self._index.segments(slots[: missed[0]] if len(missed) else slots)
+        nodes = {index: self._node(index) for index in np.unique(segments).tolist()}
+        shown = [index for index, node in nodes.items() if not media or _medium(node) in media]
+        hidden = np.flatnonzero(~np.isin(segments, shown))
+        segments = segments[: hidden[0]] if len(hidden) else segments
+        found = []
+        for info in (state.info for state in self._workers.states()):
+            own = [index for index, node in nodes.items() if info.node in (node.segment.node, node.segment.disk_of)]
+            if info.namespace == namespace and info.node and own:
+                away = np.flatnonzero(~np.isin(segments, own))
+                local = int(away[0]) if len(away) else len(segments)
+                if local:
+                    found.append(HostMatch(urlsplit(info.url).netloc, local, len(away), len(segments)))
+        return found
+
+    def _node(self, index: int) -> Node:
         node = self._nodes.at(index)
         assert node is not None, "the index holds pages of a segment that is no more"
-        segment = node.segment
+        return node
+
+    def _block(self, index: int, offset: int, generation: int, size_bytes: int) -> OwnBlock:
+        segment = self._node(index).segment
         where = f"{segment.host}:{segment.port}"
         query = f"node={segment.node}&epoch={segment.epoch.hex()}&offset={offset}&generation={generation}"
-        return OwnBlock(segment.node, where, f"dmp://{where}?{query}&size={size_bytes}")
+        return OwnBlock(f"dmp://{where}?{query}&size={size_bytes}")
+
+
+def _medium(node: Node) -> str:
+    return "disk" if node.segment.is_disk else "mem"

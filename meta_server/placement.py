@@ -47,7 +47,7 @@ class Placement:
 
     def room_for_copies(self, node: Node) -> int:
         """Bytes that fit before anything is removed."""
-        return min(node.free_bytes, int(self._high * node.segment.size_bytes) - node.staying_bytes)
+        return min(node.free_bytes, int(self._high * node.capacity_bytes) - node.staying_bytes)
 
     def _takers(self) -> list[Node]:
         return [n for n in self._nodes if n.reachable and not n.segment.is_disk and not n.is_draining]

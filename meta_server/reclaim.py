@@ -35,14 +35,16 @@ class Reclaimer:
 
     def check(self, node: Node) -> None:
         """Reclaim if the segment is above the high water mark."""
-        if node.staying_bytes > self._high * node.segment.size_bytes:
+        if node.limit_bytes and node.moving:
+            return  # what a limit has made too much goes to the disk, as long as that takes it
+        if node.staying_bytes > self._high * node.capacity_bytes:
             self.make_room(node, 0)
 
     def make_room(self, node: Node, size_bytes: int) -> None:
         """Order cold pages free, so that `size_bytes` fit and the segment is down to the low water mark."""
         if not node.reachable or self._clock() < node.free_from:
             return
-        size = node.segment.size_bytes
+        size = node.capacity_bytes
         target = min(int(self._low * size), size - min(size_bytes, size))
         excess = node.staying_bytes - target
         slots = self._catalog.index.coldest(node.index, excess)[:PAGES_MAX]

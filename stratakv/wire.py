@@ -8,24 +8,37 @@ reading, only as a length.
 
 from __future__ import annotations
 
-import enum
 from typing import TypeVar
 
 import msgspec
 
-PROTOCOL_VERSION = 1
-MESSAGE_BYTES_MAX = 16 * 1024 * 1024
-"""Larger frames are refused by both sides."""
-EPOCH_BYTES = 16
-PUT_ID_BYTES = 16
+from stratakv.wire_parts import (
+    EPOCH_BYTES,
+    MESSAGE_BYTES_MAX,
+    PROTOCOL_VERSION,
+    PUT_ID_BYTES,
+    CacheRule,
+    Extent,
+    Place,
+    Segment,
+    WorkerInfo,
+    WorkerLoad,
+    WorkerRole,
+)
 
-
-class WorkerRole(enum.StrEnum):
-    """What the router prefers a worker for; every worker can do the whole job."""
-
-    PREFILL = "prefill"
-    DECODE = "decode"
-    BOTH = "both"
+__all__ = [
+    "EPOCH_BYTES",
+    "MESSAGE_BYTES_MAX",
+    "PROTOCOL_VERSION",
+    "PUT_ID_BYTES",
+    "CacheRule",
+    "Extent",
+    "Place",
+    "Segment",
+    "WorkerInfo",
+    "WorkerLoad",
+    "WorkerRole",
+]
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
@@ -59,27 +72,6 @@ class Welcome(Message, frozen=True):
     """New at each start of the meta server."""
 
 
-class Segment(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A daemon's memory, or its disk, as others reach it."""
-
-    node: str
-    epoch: bytes
-    """Places of an older epoch are void. New at each start of the daemon; of a disk, at each new directory."""
-    host: str
-    port: int
-    """The daemon's TCP transport."""
-    socket_name: str
-    """Abstract Unix socket (without the leading NUL) that hands the segment's memory to processes of the same host; empty
-    for a disk."""
-    size_bytes: int
-    disk_of: str = ""
-    """For a disk: the node whose daemon keeps it. Pages get there from that daemon's memory only."""
-
-    @property
-    def is_disk(self) -> bool:
-        return bool(self.disk_of)
-
-
 class RegisterNode(Message, frozen=True):
     """A daemon announces its segment; the epochs before it are void from here on."""
 
@@ -89,14 +81,6 @@ class RegisterNode(Message, frozen=True):
 class Registered(Message, frozen=True):
     heartbeat_s: float
     """Send a heartbeat this often; after three missed ones the sender counts as gone."""
-
-
-class Extent(msgspec.Struct, frozen=True):
-    """One allocated page in a daemon's segment."""
-
-    offset: int
-    generation: int
-    """The daemon's count of allocations at the time; a page that was reused has another one."""
 
 
 class HeartbeatNode(Message, frozen=True):
@@ -110,6 +94,8 @@ class HeartbeatNode(Message, frozen=True):
     """Extents of earlier `NodeOrders.free` that are free now."""
     read_only: bool = False
     """A disk that takes no more pages."""
+    limit_bytes: int = 0
+    """As the daemon was told last; a meta server that was started anew learns it from here."""
 
 
 class Move(msgspec.Struct, frozen=True, array_like=True):
@@ -133,6 +119,8 @@ class NodeOrders(Message, frozen=True):
     committed_puts: list[bytes] = []
     void_puts: list[bytes] = []
     """Those of `undecided_puts` that were finished, and those that never will be."""
+    limit_bytes: int = 0
+    """Of the segment, no more shall be in use; the host gets the rest of the memory back. 0: all of it."""
 
 
 class MovedPage(msgspec.Struct, frozen=True, array_like=True):
@@ -181,38 +169,6 @@ class Reconciled(Message, frozen=True):
     """Those of this part that are in no index: the daemon's to free."""
 
 
-class WorkerInfo(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A worker as the router sees it."""
-
-    worker: str
-    epoch: bytes
-    url: str
-    role: WorkerRole
-    model: str
-    """Name that clients use."""
-    namespace: bytes
-    block_size: int
-    max_model_len: int
-    node: str | None = None
-    """Its local daemon."""
-
-
-class WorkerLoad(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a worker says of its state in each heartbeat and under GET /load."""
-
-    running: int = 0
-    waiting: int = 0
-    waiting_tokens: int = 0
-    """Prompt tokens not yet computed of all waiting and running requests."""
-    l1_blocks_total: int = 0
-    l1_blocks_free: int = 0
-    prefill_tokens_per_s: float = 0.0
-    decode_step_s: float = 0.0
-    load_bytes_per_s: dict[str, float] = {}
-    """By tier; 0 or absent while not measured."""
-    draining: bool = False
-
-
 class RegisterWorker(Message, frozen=True):
     info: WorkerInfo
 
@@ -253,18 +209,12 @@ class NodeState(msgspec.Struct, frozen=True, omit_defaults=True):
     read_only: bool = False
     """A disk that takes no more pages."""
     is_draining: bool = False
+    limit_bytes: int = 0
+    """Of the segment, no more is used; 0: all of it."""
 
 
 class Nodes(Message, frozen=True):
     nodes: list[NodeState]
-
-
-class Place(msgspec.Struct, frozen=True, array_like=True):
-    """Where one page lies."""
-
-    node: str
-    offset: int
-    generation: int
 
 
 class MatchPrefix(Message, frozen=True):
@@ -349,19 +299,6 @@ class Flush(Message, frozen=True):
 
 class Flushed(Message, frozen=True):
     num_blocks: int
-
-
-class CacheRule(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What an operator says of a namespace; 0 is no limit."""
-
-    namespace: bytes
-    ttl_s: float = 0.0
-    """Pages that nobody has asked for in so long are dropped."""
-    memory_bytes_max: int = 0
-    """In the memory of all daemons together."""
-    disk_bytes_max: int = 0
-    is_kept: bool = False
-    """Pages stay when room is needed, as long as there is any other page."""
 
 
 class SetCacheRule(Message, frozen=True):
@@ -458,6 +395,14 @@ class DrainProgress(Message, frozen=True):
     bytes_left: int
 
 
+class SetNodeLimit(Message, frozen=True):
+    """Let a daemon use only so much of its memory; until its next start."""
+
+    node: str
+    limit_bytes: int
+    """0: all of it."""
+
+
 class GetStats(Message, frozen=True):
     pass
 
@@ -504,6 +449,7 @@ Request = (
     | PinPrefix
     | Unpin
     | SetDraining
+    | SetNodeLimit
     | GetStats
 )
 Reply = (

@@ -126,6 +126,7 @@ class Daemon:
     """Ordered, and not carried out yet."""
     moves_away: list[wire.Move] = field(default_factory=list)
     """The same, to other daemons."""
+    limit_bytes: int = 0
     report: wire.ReportMoves | None = None
     """Carried out, and not answered yet."""
 
@@ -168,6 +169,7 @@ class Daemon:
             self.held.pop(extent, None)
         self.moves += orders.moves
         self.moves_away += orders.moves_away
+        self.limit_bytes = orders.limit_bytes
         self.freed = list(orders.free)
 
 
@@ -272,6 +274,7 @@ class World:
                 free_bytes=daemon.segment.size_bytes - daemon.used_bytes,
                 undecided_puts=sorted(daemon.undecided),
                 freed=daemon.freed,
+                limit_bytes=daemon.limit_bytes,
             ),
             wire.NodeOrders,
         )

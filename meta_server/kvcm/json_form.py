@@ -1,6 +1,7 @@
 """The JSON form of messages: proto field names, enums as names, 64-bit numbers as strings, every plain field printed.
 
-Lists of 64-bit keys are read beside protobuf's own parser, which takes 4 µs for each.
+Lists of 64-bit keys are read beside protobuf's own parser, which takes 4 µs for each, and locations are printed beside its
+printer, which takes 10 µs.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from google.protobuf import json_format
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
+from meta_server.kvcm.protocol import meta_service_pb2 as meta
 from stratakv.errors import InvalidRequest
 
 MessageT = TypeVar("MessageT", bound=Message)
+_TYPE_NAMES = {number: name for name, number in meta.StorageType.items()}
 
 
 def parse(body: bytes, message_type: type[MessageT]) -> MessageT:
@@ -37,10 +40,22 @@ def parse(body: bytes, message_type: type[MessageT]) -> MessageT:
 
 
 def render(message: Message) -> bytes:
+    """Uses the message up: its locations are taken out of it."""
+    locations = [_location(location) for location in getattr(message, "locations", ())]
+    if locations:
+        message.ClearField("locations")
     fields = json_format.MessageToDict(
         message, always_print_fields_with_no_presence=True, preserving_proto_field_name=True
     )
+    if locations:
+        fields["locations"] = locations
     return msgspec.json.encode(fields)
+
+
+def _location(location: Any) -> dict[str, object]:
+    specs = [{"name": spec.name, "uri": spec.uri} for spec in location.location_specs]
+    kind = _TYPE_NAMES.get(location.type, location.type)
+    return {"type": kind, "spec_size": location.spec_size, "location_specs": specs}
 
 
 def _is_key_list(field: Any) -> bool:

@@ -22,7 +22,7 @@ from meta_server.kvcm.state import NOTHING_TO_WRITE, KvcmState
 from meta_server.kvcm.writes import Location, Place, State
 from meta_server.own_blocks import OwnBlock, OwnBlocks
 from meta_server.validate import KEYS_MAX
-from stratakv.errors import InvalidRequest
+from stratakv.errors import InvalidRequest, Unavailable
 from stratakv.keys import block_keys
 
 WRITE_TIMEOUT_S = 60
@@ -155,7 +155,11 @@ class MetaService:
             min_replicas=request.min_replica_count or 1,
         )
         if write is not None:
-            await self._state.changes.written()
+            try:
+                await self._state.changes.written()
+            except Unavailable:
+                self._state.abandon(write)
+                raise
         return meta.StartWriteCacheResponse(
             write_session_id=write.session_id if write is not None else NOTHING_TO_WRITE,
             block_mask=pack(held),
@@ -200,6 +204,25 @@ class MetaService:
         self._state.remove(served, delete_files=request.strategy != meta.TS_REMOVE_ALL_META)
         await self._state.changes.written()
         return meta.CommonResponse()
+
+    async def get_host_cache_state(self, request: meta.GetHostCacheStateRequest) -> meta.GetHostCacheStateResponse:
+        """For a router: of the pool's own blocks, what each worker has of a prompt's prefix."""
+        if (namespace := self._own.namespace_of(request.instance_id)) is None:
+            self._state.instance(request.instance_id)
+            raise NotSupported("hosts are known of the pool's own blocks only")
+        if request.query_type not in (meta.QT_UNSPECIFIED, meta.QT_PREFIX_MATCH):
+            raise NotSupported(f"query type {request.query_type} is not supported; QT_PREFIX_MATCH is")
+        if not 0 < len(request.block_cache_keys) <= KEYS_MAX:
+            raise InvalidRequest(f"expected 1 to {KEYS_MAX} keys", param="block_cache_keys")
+        found = self._own.hosts(namespace, request.block_cache_keys, frozenset(request.medium))
+        return meta.GetHostCacheStateResponse(
+            hosts=[
+                meta.HostCacheMatch(
+                    host_ip_port=match.host, local=match.local, p2p_1_fetch=match.fetched, p2p_1_total_match=match.total
+                )
+                for match in found
+            ]
+        )
 
     async def get_cluster_info(self, _: meta.GetClusterInfoRequest) -> meta.GetClusterInfoResponse:
         """A meta server that serves at all is the leader of its database."""

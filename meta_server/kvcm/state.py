@@ -78,6 +78,11 @@ class KvcmState:
             return None, held
         if self._num_open >= self._open_writes_max:
             raise Overloaded("too many write sessions are open")
+        group = self.group(instance.group)
+        # Room must not be made with the blocks that the client is about to be told are there.
+        group.touch(
+            [found for (key, _), h in zip(wanted, held, strict=True) if h for found in instance.by_key.get(key, ())]
+        )
         layouts = list(dict.fromkeys(layout for _, layout in new))
         write = Write(
             session_id=uuid.uuid4().hex,
@@ -91,7 +96,7 @@ class KvcmState:
             created_s=int(time.time()),
             ends_at=self._clock() + timeout_s,
         )
-        self._make_room(self.group(instance.group), write)
+        self._make_room(group, write)
         self.writes[write.session_id] = write
         self._open(write)
         self._enter(write, instance)
@@ -114,6 +119,11 @@ class KvcmState:
             self._decide(write, bytes(len(write.keys)))
             raise InvalidRequest("the time of this write session is over", param="write_session_id")
         self._decide(write, success)
+
+    def abandon(self, write: Write) -> None:
+        """Give an open session back that its client was not told of."""
+        if write.is_open:
+            self._decide(write, bytes(len(write.keys)))
 
     def remove(self, locations: Iterable[Location], *, delete_files: bool = True) -> int:
         """Take served blocks out, and see to it that their files are deleted; how many."""
@@ -251,7 +261,7 @@ class KvcmState:
             first = chunk * write.place.keys_per_file
             for position in range(first, min(first + write.place.keys_per_file, len(write.keys))):
                 write.status[position] = State.GONE
-            if not any(write.status):
+            if not any(write.status) and write.session_id in self.writes:
                 self._empty[write.session_id] = write
 
     def _make_room(self, group: Group, write: Write) -> None:

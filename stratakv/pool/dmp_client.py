@@ -169,7 +169,7 @@ def _attach_shm(segment: Segment, sock: socket.socket, deadline: float) -> DmpCo
         fd = received_memory(fds, attached.size_bytes)
         try:
             _check_attached(attached, segment)
-            transport = ShmTransport(fd, attached.size_bytes, sock)
+            transport = ShmTransport(fd, attached.size_bytes, sock, populates=not attached.is_limited)
         finally:
             os.close(fd)
     except BaseException:

@@ -104,6 +104,8 @@ class Attached(Message, frozen=True):
     engine: str = ""
     """The daemon's transfer engine, if it has one, and where the segment lies in its memory."""
     address: int = 0
+    is_limited: bool = False
+    """The host wants memory back: nobody should touch more of the segment than needed."""
 
 
 class Allocate(Message, frozen=True):

@@ -34,16 +34,18 @@ STEP_RANGES = 256
 class ShmTransport:
     """One segment, mapped; `control` is the socket whose other end dies with the daemon."""
 
-    def __init__(self, fd: int, size_bytes: int, control: socket.socket) -> None:
+    def __init__(self, fd: int, size_bytes: int, control: socket.socket, *, populates: bool = True) -> None:
+        """`populates`: bring the whole mapping in ahead of its use."""
         self._control = control
         # Watched by transfers without the interpreter lock, so it must stay this socket for as long as one of them runs.
         self._watch_fd = os.dup(control.fileno())
         weakref.finalize(self, os.close, self._watch_fd)
         self._map = mmap.mmap(fd, size_bytes)
         self._closed = False
-        threading.Thread(
-            target=populate, args=(self._map, lambda: self._closed), name="shm-populate", daemon=True
-        ).start()
+        if populates:
+            threading.Thread(
+                target=populate, args=(self._map, lambda: self._closed), name="shm-populate", daemon=True
+            ).start()
         self._memory = memoryview(self._map)
         self._put_times = PutTimes()
         self._hangup = select.poll()

@@ -14,7 +14,7 @@ from stratakv.cli.options import ConfigOption, JsonOption, SetOption, StateFileO
 from stratakv.errors import InvalidRequest
 from stratakv.process import reachable_host
 from stratakv.rest_client import RestClient
-from stratakv.wire import CacheRule, Done, Flush, Flushed, NamespaceState, SetCacheRule, Unpin
+from stratakv.wire import CacheRule, Done, Flush, Flushed, NamespaceState, SetCacheRule, SetNodeLimit, Unpin
 
 if TYPE_CHECKING:
     from stratakv.pool.meta_client import MetaClient
@@ -141,6 +141,26 @@ def _pin_body(text: str | None, system: str | None, raw: bool) -> dict[str, Any]
         return {"prompt": text}
     parts = (("system", system), ("user", text))
     return {"messages": [{"role": role, "content": content} for role, content in parts if content is not None]}
+
+
+def resize(
+    node: Annotated[str, typer.Argument(metavar="NODE", help="The daemon.")],
+    size: Annotated[
+        str, typer.Argument(metavar="SIZE", help="How much of its segment it may use; `full` for all of it.")
+    ],
+    state_file: StateFileOption = None,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+) -> None:
+    """Let a daemon use only a part of its memory: the coldest pages go to its disk or are dropped, the host gets the rest."""
+    limit_bytes = 0 if size == "full" else parse_size(size)
+    if size != "full" and not limit_bytes:
+        raise InvalidRequest("a daemon needs some memory", hint="`stratakv drain dmp` takes it out of service.")
+
+    async def ask(client: MetaClient) -> None:
+        await client.call(SetNodeLimit(node, limit_bytes), Done)
+
+    ask_meta(running_settings(config, sets, state_file), ask)
 
 
 def unpin(

@@ -64,6 +64,7 @@ def _node_row(nodes: Nodes, namespaces: Namespaces, index: int) -> dict[str, Any
         "size_bytes": segment.size_bytes,
         "read_only": state.read_only,
         "draining": state.is_draining,
+        "limit_bytes": state.limit_bytes,
     }
 
 
@@ -112,4 +113,7 @@ def _print(nodes: Nodes, namespaces: Namespaces, counters: Stats) -> None:
 
 def state_text(row: dict[str, Any]) -> str:
     """What is special about a segment now."""
-    return ", ".join(text for text, name in (("read-only", "read_only"), ("draining", "draining")) if row[name])
+    notes = [text for text, name in (("read-only", "read_only"), ("draining", "draining")) if row[name]]
+    if row["limit_bytes"]:
+        notes.append(f"limited to {show_bytes(row['limit_bytes'])}")
+    return ", ".join(notes)

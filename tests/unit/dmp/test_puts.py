@@ -155,3 +155,23 @@ def test_an_order_for_pages_of_an_undecided_put_means_that_it_was_committed(puts
     puts.free_due()
     assert puts.used_bytes == PAGE
     assert puts.num_open == 0
+
+
+@pytest.mark.parametrize("part_bytes", [ALIGNMENT_BYTES, 3 * PAGE, 100 * PAGE])
+def test_the_memory_of_all_that_is_free_is_given_back_in_parts(puts: PutTable, clock: Clock, part_bytes: int) -> None:
+    extents = puts.allocate(PUT, 10, PAGE, 1.0)
+    puts.commit([PUT])
+    puts.order_free([extents[i] for i in (0, 3, 4, 9)])
+    clock.now += FREE_GRACE_S
+    puts.free_due()
+    removed: list[int] = []
+
+    def remove(start: int, size: int) -> None:
+        assert size <= part_bytes
+        removed.extend(range(start, start + size, ALIGNMENT_BYTES))
+
+    at: int | None = 0
+    while at is not None:
+        at = puts.give_back(at, part_bytes, remove)
+    kept = {extents[i].offset + half for i in (1, 2, 5, 6, 7, 8) for half in (0, ALIGNMENT_BYTES)}
+    assert sorted(removed) == [at for at in range(0, 16 * PAGE, ALIGNMENT_BYTES) if at not in kept]

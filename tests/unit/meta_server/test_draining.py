@@ -121,7 +121,7 @@ def test_pages_for_which_nobody_has_room_go_to_the_daemons_disk(world: World) ->
         world.carry_out_moves()
     assert world.drain("a").is_done
     world.start_daemon("a", pages=PAGES)
-    world.heartbeat(disk)
+    assert world.heartbeat(disk).moves_away == [], "its daemon's start ended the draining"
     assert read(world, keys) == ["a/disk"] * 6
 
 

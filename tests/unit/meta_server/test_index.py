@@ -55,6 +55,17 @@ class IndexMachine(RuleBasedStateMachine):
         self._touched(added)
 
     @rule(space=spaces, keys=key_lists)
+    def find_by_the_ends_of_keys(self, space: bytes, keys: list[bytes]) -> None:
+        slots = self.index.find_low(space, [int.from_bytes(name[-8:], "big", signed=True) for name in keys])
+        for name, slot in zip(keys, slots.tolist(), strict=True):
+            page = self.pages.get((space, name))
+            if page is None or not self.reachable[page[0]]:
+                assert slot == -1
+            else:
+                segments, offsets, generations = self.index.places(np.array([slot]))
+                assert (segments[0], (offsets[0], generations[0])) == page
+
+    @rule(space=spaces, keys=key_lists)
     def match(self, space: bytes, keys: list[bytes]) -> None:
         slots = self.index.match(space, b"".join(keys))
         count = 0

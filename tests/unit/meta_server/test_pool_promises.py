@@ -198,6 +198,10 @@ class PoolMachine(RuleBasedStateMachine):
         with contextlib.suppress(InvalidRequest):  # not alive just now
             self.world.drain(name, is_draining=is_draining, is_whole=is_whole)
 
+    @rule(name=st.sampled_from(["a", "b"]), pages=st.integers(0, DAEMON_PAGES))
+    def limit(self, name: str, pages: int) -> None:
+        self.world.call(wire.SetNodeLimit(name, pages * PAGE_BYTES), wire.Done)
+
     @rule(name=st.sampled_from(["a", "b", "a/disk"]), is_finished=st.booleans())
     def copy_away(self, name: str, is_finished: bool) -> None:
         """A draining daemon begins to copy pages to another; what becomes of the put is as open as for any writer's."""

@@ -118,3 +118,58 @@ def test_what_is_not_there_cannot_be_pinned(world: World) -> None:
 def test_a_rule_that_makes_no_sense_is_refused(world: World, rule: dict[str, float]) -> None:
     with pytest.raises(InvalidRequest):
         set_rule(world, **rule)
+
+
+def limit(world: World, pages: int) -> None:
+    world.call(wire.SetNodeLimit("a", pages * PAGE_BYTES), wire.Done)
+
+
+def test_a_limited_daemon_gives_up_its_coldest_pages_and_takes_no_more_than_its_limit(world: World) -> None:
+    cold, hot = put(world, 8), put(world, 4)
+    limit(world, 8)
+    for _ in range(3):
+        world.tick(1.0)
+    assert found(world, hot) == 4
+    assert found(world, cold) == 0
+    assert world.daemons["a"].used_bytes == 4 * PAGE_BYTES
+    put(world, 4)
+    limit(world, 0)
+    put(world, 12)
+
+
+def test_a_limit_outlives_the_meta_server_as_the_daemon_knows_it(world: World) -> None:
+    limit(world, 8)
+    world.tick(1.0)
+    world.restart()
+    world.call(wire.RegisterNode(world.daemons["a"].segment), wire.Registered)
+    world.tick(1.0)
+    (node,) = world.call(wire.ListNodes(), wire.Nodes).nodes
+    assert (node.limit_bytes, node.free_bytes) == (8 * PAGE_BYTES, 8 * PAGE_BYTES)
+
+
+def test_pages_beyond_a_limit_go_to_the_disk_if_there_is_one() -> None:
+    world = World(reclaim_high=0.9, reclaim_low=0.5, demote_high=0.8, demote_low=0.5)
+    world.start_daemon("a", pages=PAGES)
+    world.start_disk("a", pages=PAGES)
+    keys = put(world, 12)
+    daemon = world.daemons["a"]
+    daemon.keys.update(zip(daemon.held, keys, strict=True))
+    limit(world, 8)
+    world.run(_tick(world))
+    for _ in range(3):
+        world.tick(0.5)
+        world.carry_out_moves()
+    assert found(world, keys) == 12
+    assert world.stats().evictions == 0
+    assert daemon.used_bytes <= 8 * PAGE_BYTES
+    world.close()
+
+
+async def _tick(world: World) -> None:
+    world.handlers.tick()
+
+
+@pytest.mark.parametrize(("node", "size_bytes"), [("nosuch", 1), ("a", -1), ("a", 1 << 40)])
+def test_a_limit_that_makes_no_sense_is_refused(world: World, node: str, size_bytes: int) -> None:
+    with pytest.raises(InvalidRequest):
+        world.call(wire.SetNodeLimit(node, size_bytes), wire.Done)

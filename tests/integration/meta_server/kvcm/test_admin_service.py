@@ -172,6 +172,15 @@ async def test_the_coldest_blocks_go_when_a_group_is_full(client: Client, regist
     assert await client.code("StartWriteCache", **asked) == "REACH_MAX_ENTITY_CAPACITY"
 
 
+async def test_room_for_a_prompts_new_blocks_is_not_made_with_its_old_ones(client: Client, register: Register) -> None:
+    group = await add_group(client, cache_config={"meta_indexer_config": {"max_key_count": 4}})
+    instance = await register(instance_group=group["name"])
+    await write(client, instance, [1, 2])
+    await write(client, instance, [3, 4])
+    assert (await write(client, instance, [1, 2, 5]))["block_mask"] == {"offset": 2}
+    assert await hits(client, instance, [1, 2, 3, 4, 5]) == [2, 2, 2, 0, 2]
+
+
 async def test_a_group_keeps_below_its_level_of_bytes(client: Client, register: Register) -> None:
     strategy = {"reclaim_strategy": {"trigger_strategy": {"used_percentage": 0.5}}}
     group = await add_group(client, quota={"capacity": 128 * 10}, cache_config=strategy)

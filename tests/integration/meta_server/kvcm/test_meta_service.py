@@ -260,7 +260,7 @@ async def test_locations_are_ranges_of_files_below_the_storage_root(
         assert parse_qs(uri.query) == {"offset": ["0"], "size": ["64"]}
 
 
-@pytest.mark.parametrize("name", ["GetHostCacheState", "ReportEvent", "GetCacheLocationsByBackend"])
+@pytest.mark.parametrize("name", ["ReportEvent", "GetCacheLocationsByBackend"])
 async def test_calls_that_are_not_there_say_so(client: Client, name: str) -> None:
     assert await client.code(name) == "UNSUPPORTED"
 

@@ -11,13 +11,15 @@ import grpc
 import pytest
 
 from meta_server.kvcm.protocol import meta_service_pb2 as meta
-from stratakv.wire import Registered, RegisterWorker, WorkerInfo, WorkerRole
+from stratakv.wire import Done, PutEnd, PutGrant, PutStart, Registered, RegisterWorker, WorkerInfo, WorkerRole
 from tests.integration.meta_server.kvcm.test_meta_service import hits, paths, start, write
+from tests.integration.meta_server.test_outage import database_away
 from tests.kvcm_clients import TRANSPORTS, Client, GrpcClient, HttpClient, KvcmProcess, running
-from tests.meta_process import NAMESPACE, TestDaemon, connected, new_keys, put
+from tests.meta_process import NAMESPACE, PAGE_BYTES, TestDaemon, connected, new_keys, put
 from tests.support import eventually_async
 
 SPECS = [{"name": "tp0", "size": 64}]
+STORAGE = {"global_unique_name": "s", "nfs": {"root_path": "/nowhere"}}
 INSTANCE = {"instance_id": "m", "instance_group": "default", "block_size": 4, "location_spec_infos": SPECS}
 
 
@@ -101,15 +103,49 @@ async def test_a_malformed_grpc_message_gets_an_answer(migrated_url: str, tmp_pa
     assert answer.header.status.code == meta.INVALID_ARGUMENT
 
 
-async def test_the_pools_own_blocks_are_visible(migrated_url: str, tmp_path: Path) -> None:
+async def test_while_the_database_is_away_reads_go_on_and_writes_are_told_to_come_back(
+    migrated_url: str, tmp_path: Path
+) -> None:
     with running(KvcmProcess(migrated_url, tmp_path)) as server:
+        client = GrpcClient(server.ports)
+        await client.ok("RegisterInstance", **INSTANCE)
+        await write(client, "m", [1])
+        opened = await start(client, "m", [2])
+        finish = {"instance_id": "m", "success_blocks": {"offset": 1}, "write_session_id": opened["write_session_id"]}
+        with database_away(migrated_url):
+            assert await client.code("FinishWriteCache", **finish) == "SERVICE_NOT_READY"
+            assert await client.code("StartWriteCache", instance_id="m", block_keys=[3]) == "SERVICE_NOT_READY"
+            assert await client.code("AddStorage", "admin", storage=STORAGE) == "SERVICE_NOT_READY"
+            assert (await client.ok("CheckHealth", "admin"))["is_health"] is False
+            assert await hits(client, "m", [1, 2]) == [1, 0]
+
+        async def is_finished() -> bool:
+            return await client.code("FinishWriteCache", **finish) == "OK"
+
+        await eventually_async(is_finished)
+        assert await hits(client, "m", [1, 2]) == [1, 1]
+        assert (await client.ok("CheckHealth", "admin"))["is_health"] is True
+
+
+async def test_the_pools_own_blocks_are_visible(migrated_url: str, tmp_path: Path) -> None:
+    # Nobody sends heartbeats here.
+    with running(KvcmProcess(migrated_url, tmp_path, heartbeat_s=60)) as server:
         native = await connected(server.endpoint)
         daemon = TestDaemon(native, "dmp-0", 64)
         await daemon.register()
-        info = WorkerInfo("w", os.urandom(16), "http://127.0.0.1:1", WorkerRole.BOTH, "model", NAMESPACE, 16, 1024)
-        await native.call(RegisterWorker(info), Registered)
+        for port, node in ((1, "dmp-0"), (2, "dmp-1"), (3, None)):
+            url = f"http://127.0.0.1:{port}"
+            epoch = os.urandom(16)
+            info = WorkerInfo(f"w{port}", epoch, url, WorkerRole.BOTH, "model", NAMESPACE, 16, 1024, node)
+            await native.call(RegisterWorker(info), Registered)
         keys = new_keys(3)
-        await put(native, daemon, keys)
+        await put(native, daemon, keys[:64])
+        other = TestDaemon(native, "dmp-1", 64)
+        await other.register()
+        put_id = os.urandom(16)
+        start_on_other = PutStart(put_id, NAMESPACE, keys[64:], PAGE_BYTES, 16, prefer_node="dmp-1")
+        assert (await native.call(start_on_other, PutGrant)).segment == other.segment
+        await native.call(PutEnd(put_id, other.segment.epoch, other.allocate(1)), Done)
         low = [int.from_bytes(keys[i * 32 + 24 : i * 32 + 32], "big", signed=True) for i in range(3)]
         instance = f"stratakv-{NAMESPACE.hex()}"
         clients: list[Client] = [transport(server.ports) for transport in TRANSPORTS.values()]
@@ -117,7 +153,8 @@ async def test_the_pools_own_blocks_are_visible(migrated_url: str, tmp_path: Pat
             found = await client.ok("GetCacheLocation", instance_id=instance, block_keys=[*low, 1])
             uris = [location["location_specs"][0]["uri"] for location in found["locations"]]
             assert len(uris) == 3
-            assert all(uri.startswith("dmp://127.0.0.1:1?node=dmp-0&epoch=") for uri in uris)
+            nodes = ["dmp-0", "dmp-0", "dmp-1"]
+            assert [uri.partition("&")[0] for uri in uris] == [f"dmp://127.0.0.1:1?node={node}" for node in nodes]
             assert await hits(client, instance, [1, low[1]], block_mask={"offset": 1}) == [1]
             told = (await client.ok("GetInstanceInfo", instance_id=instance))["instance_info"]
             assert (told["block_size"], told["model_deployment"]["model_name"]) == (16, "model")
@@ -126,6 +163,14 @@ async def test_the_pools_own_blocks_are_visible(migrated_url: str, tmp_path: Pat
             assert await client.code("StartWriteCache", instance_id=instance, block_keys=[1]) == "UNSUPPORTED"
             assert await client.code("RemoveCache", instance_id=instance, block_keys=low) == "UNSUPPORTED"
             assert await client.code("TrimCache", instance_id=instance) == "UNSUPPORTED"
+            hosts = await client.ok("GetHostCacheState", instance_id=instance, block_cache_keys=[*low, 1])
+            match = {"host_ip_port": "127.0.0.1:1", "local": "2", "p2p_1_fetch": "1", "p2p_1_total_match": "3"}
+            assert hosts["hosts"] == [match]
+            asked = {"instance_id": instance, "block_cache_keys": low}
+            assert (await client.ok("GetHostCacheState", medium=["disk"], **asked))["hosts"] == []
+            assert await client.code("GetHostCacheState", query_type="QT_BATCH_GET", **asked) == "UNSUPPORTED"
+            assert await client.code("GetHostCacheState", instance_id=instance) == "INVALID_ARGUMENT"
+            assert await client.code("GetHostCacheState", instance_id="nobody") == "INSTANCE_NOT_EXIST"
         more = new_keys(1)
         await put(native, daemon, more)
         assert await hits(clients[0], instance, [int.from_bytes(more[24:32], "big", signed=True)]) == [1]
