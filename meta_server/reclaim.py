@@ -37,7 +37,8 @@ class Reclaimer:
         """Reclaim if the segment is above the high water mark."""
         if node.limit_bytes and node.moving:
             return  # what a limit has made too much goes to the disk, as long as that takes it
-        if node.staying_bytes > self._high * node.capacity_bytes:
+        # What is on its way to the disk is leaving too; a put that finds no room does not wait for that.
+        if node.staying_bytes - node.moving_bytes > self._high * node.capacity_bytes:
             self.make_room(node, 0)
 
     def make_room(self, node: Node, size_bytes: int) -> None:

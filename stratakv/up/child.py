@@ -31,7 +31,7 @@ BACKOFF_MAX_S = 5.0
 DRAIN_TIMEOUT_S = 35.0
 """Longer than any service's own limit for draining."""
 LOG_TAIL_BYTES = 2000
-_SHARED_CORES = {"GOMP_SPINCOUNT": "500"}
+_SHARED_CORES = {"GOMP_SPINCOUNT": "2000"}
 """Several workers share this machine's cores: threads that spin for long while they wait take them from each other; ones that
 sleep at once wake too late for the small operations of a step."""
 
