@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -132,14 +133,18 @@ def test_shutdown_answers_what_is_unfinished_and_refuses_the_rest(tiny: Path) ->
 
 
 def test_a_dying_engine_answers_everybody_and_reports_it(tiny: Path) -> None:
+    all_are_in = threading.Event()
+
     class Broken:
         """A connector with a bug."""
 
         def save(self, keys: object, l1_blocks: object, on_finished: object) -> None:
+            assert all_are_in.wait(20.0)
             raise ZeroDivisionError
 
     with running(fp32(tiny, max_running=1), lambda cache: Broken()) as engine:
         listeners = [submit(engine, request(PROMPT, 40, request_id=str(i))) for i in range(3)]
+        all_are_in.set()
         events = [listener.result()[1] for listener in listeners]
         eventually(lambda: not engine.stats().healthy)
         with pytest.raises(EngineFailed):
