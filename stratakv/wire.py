@@ -8,6 +8,8 @@ reading, only as a length.
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Sequence
 from typing import TypeVar
 
 import msgspec
@@ -39,6 +41,10 @@ __all__ = [
     "WorkerLoad",
     "WorkerRole",
 ]
+
+
+_SEGMENT_INDEX = struct.Struct("<H")
+_EXTENT = struct.Struct("<qq")
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
@@ -227,11 +233,32 @@ class MatchPrefix(Message, frozen=True):
 
 
 class Match(Message, frozen=True):
+    """Where blocks lie, packed: thousands of places in one message are no thousands of objects for whoever passes them on."""
+
     num_blocks: int
-    places: list[Place] = []
     segments: list[Segment] = []
-    """The segments that `places` name."""
+    """That at least one block lies in."""
+    segment_of: bytes = b""
+    """Per block, an index into `segments`: 2 bytes, little-endian."""
+    extents: bytes = b""
+    """Per block, offset and generation: 8 bytes each, little-endian."""
     lease_id: int = 0
+
+    @classmethod
+    def of(cls, places: Sequence[Place], segments: Sequence[Segment], lease_id: int = 0) -> Match:
+        """The same from objects."""
+        index = {segment.node: at for at, segment in enumerate(segments)}
+        segment_of = b"".join(_SEGMENT_INDEX.pack(index[place.node]) for place in places)
+        extents = b"".join(_EXTENT.pack(place.offset, place.generation) for place in places)
+        return cls(len(places), list(segments), segment_of, extents, lease_id)
+
+    def places(self) -> list[Place]:
+        """One for each block; none if only their number was asked for."""
+        nodes = [segment.node for segment in self.segments]
+        which = _SEGMENT_INDEX.iter_unpack(self.segment_of)
+        return [
+            Place(nodes[at], *extent) for (at,), extent in zip(which, _EXTENT.iter_unpack(self.extents), strict=True)
+        ]
 
 
 class ReleaseLease(Message, frozen=True):

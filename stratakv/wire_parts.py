@@ -6,7 +6,7 @@ import enum
 
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MESSAGE_BYTES_MAX = 16 * 1024 * 1024
 """Larger frames are refused by both sides."""
 EPOCH_BYTES = 16
