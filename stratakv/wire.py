@@ -8,12 +8,11 @@ reading, only as a length.
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Sequence
 from typing import TypeVar
 
 import msgspec
 
+from stratakv.wire_lookups import Match, MatchPrefix, ReleaseLease
 from stratakv.wire_parts import (
     EPOCH_BYTES,
     MESSAGE_BYTES_MAX,
@@ -21,6 +20,7 @@ from stratakv.wire_parts import (
     PUT_ID_BYTES,
     CacheRule,
     Extent,
+    Message,
     Place,
     Segment,
     WorkerInfo,
@@ -35,20 +35,16 @@ __all__ = [
     "PUT_ID_BYTES",
     "CacheRule",
     "Extent",
+    "Match",
+    "MatchPrefix",
+    "Message",
     "Place",
+    "ReleaseLease",
     "Segment",
     "WorkerInfo",
     "WorkerLoad",
     "WorkerRole",
 ]
-
-
-_SEGMENT_INDEX = struct.Struct("<H")
-_EXTENT = struct.Struct("<qq")
-
-
-class Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
-    """Base of all messages; the class name is the tag."""
 
 
 class Failure(Message, frozen=True):
@@ -221,48 +217,6 @@ class NodeState(msgspec.Struct, frozen=True, omit_defaults=True):
 
 class Nodes(Message, frozen=True):
     nodes: list[NodeState]
-
-
-class MatchPrefix(Message, frozen=True):
-    """How many leading blocks of `keys` are in the pool, and where."""
-
-    namespace: bytes
-    keys: bytes
-    lease_s: float = 0.0
-    """Pin what is found for so long; 0 asks only for the count (routers do) and returns no places."""
-
-
-class Match(Message, frozen=True):
-    """Where blocks lie, packed: thousands of places in one message are no thousands of objects for whoever passes them on."""
-
-    num_blocks: int
-    segments: list[Segment] = []
-    """That at least one block lies in."""
-    segment_of: bytes = b""
-    """Per block, an index into `segments`: 2 bytes, little-endian."""
-    extents: bytes = b""
-    """Per block, offset and generation: 8 bytes each, little-endian."""
-    lease_id: int = 0
-
-    @classmethod
-    def of(cls, places: Sequence[Place], segments: Sequence[Segment], lease_id: int = 0) -> Match:
-        """The same from objects."""
-        index = {segment.node: at for at, segment in enumerate(segments)}
-        segment_of = b"".join(_SEGMENT_INDEX.pack(index[place.node]) for place in places)
-        extents = b"".join(_EXTENT.pack(place.offset, place.generation) for place in places)
-        return cls(len(places), list(segments), segment_of, extents, lease_id)
-
-    def places(self) -> list[Place]:
-        """One for each block; none if only their number was asked for."""
-        nodes = [segment.node for segment in self.segments]
-        which = _SEGMENT_INDEX.iter_unpack(self.segment_of)
-        return [
-            Place(nodes[at], *extent) for (at,), extent in zip(which, _EXTENT.iter_unpack(self.extents), strict=True)
-        ]
-
-
-class ReleaseLease(Message, frozen=True):
-    lease_id: int
 
 
 class PutStart(Message, frozen=True):

@@ -13,6 +13,10 @@ EPOCH_BYTES = 16
 PUT_ID_BYTES = 16
 
 
+class Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """Base of all messages; the class name is the tag."""
+
+
 class WorkerRole(enum.StrEnum):
     """What the router prefers a worker for; every worker can do the whole job."""
 
