@@ -30,7 +30,6 @@ from meta_server.puts import PutTable
 from meta_server.reclaim import Reclaimer
 from meta_server.records import Snapshot
 from meta_server.rules import Rules
-from meta_server.slots import SlotArray
 from meta_server.store import Store
 from meta_server.validate import (
     check_keys,
@@ -189,8 +188,9 @@ class Handlers:
         self._count_found(slots)
         self._index.touch(slots)
         self._moves.read(slots)
-        places, segments = self._places(slots)
-        return wire.Match(num_blocks=len(slots), places=places, segments=segments, lease_id=lease_id)
+        indexes, segment_of, extents = self._index.packed_places(slots)
+        segments = [self._segment_of(index) for index in indexes]
+        return wire.Match(len(slots), segments, segment_of, extents, lease_id)
 
     def release_lease(self, request: wire.ReleaseLease) -> wire.Done:
         self._catalog.unpinned(self._leases.release(request.lease_id))
@@ -282,13 +282,6 @@ class Handlers:
     async def _written(self, written: asyncio.Future[None], reply: Callable[[], wire.Message]) -> wire.Message:
         await confirmed(written)
         return reply()
-
-    def _places(self, slots: SlotArray) -> tuple[list[wire.Place], list[wire.Segment]]:
-        indexes, offsets, generations = self._index.places(slots)
-        segments = {index: self._segment_of(index) for index in set(indexes)}
-        names = {index: segment.node for index, segment in segments.items()}
-        places = [wire.Place(names[i], o, g) for i, o, g in zip(indexes, offsets, generations, strict=True)]
-        return places, list(segments.values())
 
     def _segment_of(self, index: int) -> wire.Segment:
         node = self._nodes.at(index)

@@ -155,7 +155,7 @@ class Tiers:
         segments = {segment.node: segment for segment in match.segments}
         pages = [
             FoundPage(key, place, segments[place.node], Tier.DISK if segments[place.node].is_disk else Tier.POOL)
-            for key, place in zip(keys, match.places, strict=False)
+            for key, place in zip(keys, match.places(), strict=False)
         ]
         return pages, match.lease_id
 
