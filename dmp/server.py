@@ -21,6 +21,7 @@ from stratakv.log import EventLogger
 from stratakv.pool import messages
 from stratakv.pool.auth import PoolCredentials
 from stratakv.pool.errors import TransportError
+from stratakv.pool.fence import TermFence
 from stratakv.pool.framing import send_frame, tune
 from stratakv.pool.messages import FrameKind, RefusalCode
 from stratakv.process import port_taken
@@ -48,6 +49,7 @@ class DaemonServer:
         credentials: PoolCredentials | None,
         disk: DiskStore | None = None,
         engine: str = "",
+        fence: TermFence | None = None,
     ) -> None:
         self._settings = settings
         self._segment = segment
@@ -57,7 +59,15 @@ class DaemonServer:
         self._past_read = 0
         self._past_written = 0
         self._served = Served(
-            settings.node, segment, puts, settings.idle_timeout_s, self.stats, credentials, disk, engine
+            settings.node,
+            segment,
+            puts,
+            settings.idle_timeout_s,
+            self.stats,
+            credentials,
+            disk,
+            fence or TermFence(),
+            engine,
         )
         self._tcp = self._listen_tcp()
         self._unix = self._listen_unix()

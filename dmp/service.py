@@ -23,6 +23,7 @@ from stratakv.errors import SetupError
 from stratakv.log import EventLogger
 from stratakv.pool.auth import PoolCredentials, require_credentials
 from stratakv.pool.dmp_client import ConnectionCache
+from stratakv.pool.fence import TermFence
 from stratakv.pool.meta_client import MetaClient
 from stratakv.pool.mooncake import transfer_engine
 from stratakv.process import advertised_host
@@ -46,7 +47,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     engine = transfer_engine(public_host, settings.pool.transfer_engine)
     if engine is not None:
         engine.register(memory.address, memory.size_bytes)
-    server = DaemonServer(dmp, memory, puts, credentials, store, engine.name if engine is not None else "")
+    fence = TermFence()
+    server = DaemonServer(dmp, memory, puts, credentials, store, engine.name if engine is not None else "", fence)
     connections = ConnectionCache(credentials=credentials)
     segment = Segment(
         node=dmp.node,
@@ -66,7 +68,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         disk_bytes=store.size_bytes if store is not None else 0,
     )
     try:
-        async with MetaClient(settings.meta, role="dmp", name=segment.node, credentials=credentials) as client:
+        client = MetaClient(settings.meta, role="dmp", name=segment.node, credentials=credentials, fence=fence)
+        async with client:
             drainer = Drainer(client, connections)
             parts = [server.accept(), _populate(memory, puts, stop), drainer.run()]
             if engine is None:
