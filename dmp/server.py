@@ -15,6 +15,7 @@ import time
 
 from dmp.connection import Connection, Served
 from dmp.disk.store import DiskStore
+from dmp.metrics import DaemonMetrics
 from dmp.puts import PutTable
 from dmp.segment import MemorySegment
 from stratakv.log import EventLogger
@@ -47,6 +48,7 @@ class DaemonServer:
         segment: MemorySegment,
         puts: PutTable,
         credentials: PoolCredentials | None,
+        metrics: DaemonMetrics,
         disk: DiskStore | None = None,
         engine: str = "",
         fence: TermFence | None = None,
@@ -65,10 +67,12 @@ class DaemonServer:
             settings.idle_timeout_s,
             self.stats,
             credentials,
+            metrics,
             disk,
             fence or TermFence(),
             engine,
         )
+        metrics.watch(puts, disk, self.stats)
         self._tcp = self._listen_tcp()
         self._unix = self._listen_unix()
 

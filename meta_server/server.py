@@ -14,9 +14,11 @@ from meta_server.elector import Elector, Server
 from meta_server.fill import Filler
 from meta_server.handlers import Handlers
 from meta_server.kvcm.server import KvcmServer
+from meta_server.metrics import metrics_app
 from meta_server.store import CONNECTION_ERRORS, Store
 from stratakv import migrate, wire
 from stratakv.errors import SetupError
+from stratakv.http_server import HttpServer
 from stratakv.log import EventLogger
 from stratakv.pool.auth import PoolCredentials, require_credentials
 from stratakv.process import first_setup_error, reachable_host, started
@@ -64,7 +66,11 @@ class MetaServer:
         self._endpoint = f"tcp://{meta.host}:{door.port}"
         address = f"{meta.public_host or reachable_host(meta.host)}:{door.port}"
         self._elector = Elector(self._url, settings.database, _server(address, meta), meta.leader_lease_s)
+        self._handlers: Handlers | None = None
         self._kvcm = KvcmServer(meta, self._elector) if meta.kvcm_enabled else None
+        self._metrics: HttpServer | None = None
+        if meta.metrics_port:
+            self._metrics = HttpServer(meta.host, meta.metrics_port, "meta", port_setting="meta.metrics_port")
 
     async def run(self, stop: asyncio.Event) -> None:
         """Lead and stand by in turn until `stop`. Raises SetupError."""
@@ -75,12 +81,16 @@ class MetaServer:
             self._door.open(self._elector)
             async with asyncio.TaskGroup() as tasks:
                 stopping = tasks.create_task(stop.wait())
+                if self._metrics is not None:
+                    tasks.create_task(self._metrics.run(metrics_app(self._elector, lambda: self._handlers)))
                 while not stop.is_set():
                     campaign = tasks.create_task(self._elector.campaign(self._stands_by))
                     await asyncio.wait((campaign, stopping), return_when=asyncio.FIRST_COMPLETED)
                     if campaign.done():
                         await self._lead(campaign.result(), stopping)
                     campaign.cancel()
+                if self._metrics is not None:
+                    self._metrics.stop()
         finally:
             if self._kvcm is not None:
                 await self._kvcm.close()
@@ -97,6 +107,7 @@ class MetaServer:
             # The database was there just now; it is asked again in the next campaign.
             _log.warning("leading_failed", error=type(error).__name__, detail=str(error))
         finally:
+            self._handlers = None
             self._door.stand_by()
             if self._kvcm is not None:
                 await self._kvcm.stand_by()
@@ -124,6 +135,7 @@ class MetaServer:
         async with asyncio.TaskGroup() as tasks:
             work = (handlers.journal.run, Filler(store).run, lambda: self._tick(handlers))
             background = [tasks.create_task(run()) for run in work]
+            self._handlers = handlers
             self._door.lead(handlers)
             started()
             _log.info("ready", endpoint=self._endpoint, term=self._elector.term)

@@ -5,27 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from meta_server.elector import Elector
-
 _SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
-
-
-class LeaderCollector(Collector):
-    """Gauges of this meta server's part in the election."""
-
-    def __init__(self, elector: Elector) -> None:
-        self._elector = elector
-
-    def collect(self) -> Iterator[Metric]:
-        elector = self._elector
-        yield GaugeMetricFamily("stratakv_meta_is_leader", "1 for the meta server that leads.", elector.is_leader)
-        yield GaugeMetricFamily("stratakv_meta_term", "Term of the leader; 0 for one that stands by.", elector.term)
-        yield CounterMetricFamily(
-            "stratakv_meta_take_overs", "How often this meta server has begun to lead.", elector.take_overs
-        )
 
 
 class Metrics:

@@ -13,7 +13,7 @@ from meta_server.kvcm.calls import Calls, Gate
 from meta_server.kvcm.cluster import Cluster
 from meta_server.kvcm.faces import Doorman, GrpcFace, check_reachable, http_app
 from meta_server.kvcm.meta_service import MetaService
-from meta_server.kvcm.metrics import LeaderCollector, Metrics
+from meta_server.kvcm.metrics import Metrics
 from meta_server.kvcm.protocol import admin_service_pb2 as admin
 from meta_server.kvcm.protocol import meta_service_pb2 as meta
 from meta_server.kvcm.state import KvcmState
@@ -42,7 +42,6 @@ class KvcmServer:
         self._grpc: list[GrpcFace] = []
         self._http: list[tuple[HttpServer, asyncio.Task[None]]] = []
         self._metrics, gate = Metrics(), Gate()
-        self._metrics.register(LeaderCollector(elector))
         self._cluster = Cluster(elector, self._is_healthy)
         services = meta.DESCRIPTOR.services_by_name["MetaService"], admin.DESCRIPTOR.services_by_name["AdminService"]
         self._meta, self._admin = (Calls(service, self._cluster, self._metrics, gate) for service in services)
