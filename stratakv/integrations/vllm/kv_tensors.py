@@ -75,7 +75,7 @@ def _runs(name: str, tensor: torch.Tensor, num_blocks: int) -> tuple[Run, ...]:
     by_block = tensor.view(num_blocks, -1, *tensor.shape[1:])
     item = tensor.element_size()
     strides = [int(stride) * item for stride in by_block.stride()]
-    axes = sorted(zip(strides[1:], by_block.shape[1:], strict=True), reverse=True)
+    axes = sorted(zip(strides[1:], map(int, by_block.shape[1:]), strict=True), reverse=True)
     size = item
     while axes and (axes[-1][1] == 1 or axes[-1][0] == size):
         size *= axes.pop()[1]
@@ -83,5 +83,5 @@ def _runs(name: str, tensor: torch.Tensor, num_blocks: int) -> tuple[Run, ...]:
     offsets = [sum(steps) for steps in itertools.product(*([n * s for n in range(length)] for s, length in outer))]
     if len(offsets) > RUNS_MAX:
         raise SetupError(f"a block of {name} lies in {len(offsets)} pieces; at most {RUNS_MAX} are moved")
-    first = tensor.storage_offset() * item
+    first = int(tensor.storage_offset()) * item
     return tuple(Run(first + offset, strides[0], size) for offset in sorted(offsets))

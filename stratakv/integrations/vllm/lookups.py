@@ -121,7 +121,7 @@ class Lookups:
         matches = await asyncio.gather(*(self._match(meta, spec, keys) for spec in self.specs.values()))
         num_blocks = min(match.num_blocks for match in matches)
         hits = {
-            rank: RankHit(match.places[:num_blocks], match.segments, match.lease_id)
+            rank: RankHit(match.places()[:num_blocks], match.segments, match.lease_id)
             for rank, match in zip(self.specs, matches, strict=True)
         }
         return Answer(num_blocks, hits)
