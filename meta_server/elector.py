@@ -91,6 +91,8 @@ class Elector:
         self._valid_until = 0.0
         self._not_before = 0.0
         self._connection: asyncpg.Connection | None = None
+        self._is_cut_off = False
+        """The last question to PostgreSQL was not answered."""
         self._lost = asyncio.Event()
 
     @property
@@ -103,7 +105,7 @@ class Elector:
         """Also a leader without standbys whose database does not answer: what it says is only looked up, and verified by who
         reads the pages; nothing can be written.
         """
-        return self.is_leader or (self.term > 0 and not self.standbys)
+        return self.is_leader or (self.term > 0 and not self.standbys and self._is_cut_off)
 
     @property
     def lease_left_s(self) -> float:
@@ -191,8 +193,10 @@ class Elector:
                 )
             answer = await question(self._connection)
         except CONNECTION_ERRORS:
+            self._is_cut_off = True
             self._disconnect()
             raise
+        self._is_cut_off = False
         self.last_loop_s = time.time()
         return answer
 

@@ -19,6 +19,7 @@ from stratakv.pool.meta_errors import NotLeader
 from stratakv.pool.meta_link import MetaLink
 from stratakv.settings import MetaSettings
 from stratakv.wire import (
+    PROTOCOL_VERSION,
     DemoteLeader,
     Done,
     GetLeader,
@@ -98,7 +99,7 @@ async def test_one_that_stands_by_answers_everything_with_the_leader(migrated_ur
         first = await stack.enter_async_context(meta_server(migrated_url))
         second = await stack.enter_async_context(meta_server(migrated_url))
         leader = first.removeprefix("tcp://")
-        welcome = await ask(second, Hello(1, "test", "test"))
+        welcome = await ask(second, Hello(PROTOCOL_VERSION, "test", "test"))
         assert isinstance(welcome, Welcome)
         assert (welcome.is_leader, welcome.leader) == (False, leader)
         with pytest.raises(NotLeader) as refused:
