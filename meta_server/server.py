@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from meta_server.errors import failure_of
+from meta_server.event_socket import EventSocket
 from meta_server.fill import Filler
 from meta_server.handlers import Handlers
 from meta_server.kvcm.server import KvcmServer
@@ -61,6 +62,7 @@ class MetaServer:
         self._handlers = handlers
         self._settings = settings
         self._socket = RouterSocket(self._on_message, credentials)
+        self._events = EventSocket(self._socket.context, credentials)
         self._waiting: set[asyncio.Task[None]] = set()
         self._kvcm: KvcmServer | None = None
 
@@ -70,9 +72,11 @@ class MetaServer:
 
     async def run(self, filler: Filler, stop: asyncio.Event, ready: Ready | None, store: Store) -> None:
         """Serve until `stop`, then let what is under way finish."""
-        port = self._socket.bind(self._settings.host, self._settings.native_port)
-        endpoint = f"tcp://{self._settings.host}:{port}"
         try:
+            port = self._socket.bind(self._settings.host, self._settings.native_port)
+            endpoint = f"tcp://{self._settings.host}:{port}"
+            self._handlers.events_port = self._events.bind(self._settings.host, self._settings.events_port)
+            self._handlers.events.subscribe(self._events.publish)
             if self._settings.kvcm_enabled:
                 self._kvcm = await KvcmServer.open(store, self._handlers, self._settings, time.monotonic)
             async with asyncio.TaskGroup() as tasks:
@@ -92,6 +96,7 @@ class MetaServer:
         finally:
             if self._kvcm is not None:
                 await self._kvcm.close()
+            self._events.close()
             self._socket.close()
 
     async def _drain(self) -> None:

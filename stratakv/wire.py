@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import msgspec
 
+from stratakv.wire_events import EventSnapshot, GetEventSnapshot
 from stratakv.wire_lookups import Match, MatchPrefix, ReleaseLease
 from stratakv.wire_parts import (
     EPOCH_BYTES,
@@ -34,7 +35,9 @@ __all__ = [
     "PROTOCOL_VERSION",
     "PUT_ID_BYTES",
     "CacheRule",
+    "EventSnapshot",
     "Extent",
+    "GetEventSnapshot",
     "Match",
     "MatchPrefix",
     "Message",
@@ -72,6 +75,8 @@ class Welcome(Message, frozen=True):
     server_version: str
     epoch: bytes
     """New at each start of the meta server."""
+    events_port: int = 0
+    """Where it publishes what changes, on the same host."""
 
 
 class RegisterNode(Message, frozen=True):
@@ -432,6 +437,7 @@ Request = (
     | SetDraining
     | SetNodeLimit
     | GetStats
+    | GetEventSnapshot
 )
 Reply = (
     Failure
@@ -452,6 +458,7 @@ Reply = (
     | Pinned
     | DrainProgress
     | Stats
+    | EventSnapshot
 )
 ReplyT = TypeVar("ReplyT", bound=Message)
 
