@@ -10,9 +10,12 @@ import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from meta_server.administration import PIN_S_MAX, Administration
 from meta_server.ages import Ages
 from meta_server.catalog import Catalog
+from meta_server.counts import PoolCounts, tier_of
 from meta_server.draining import Draining
 from meta_server.events import EventLog, Snapshots
 from meta_server.index import BlockIndex
@@ -28,6 +31,7 @@ from meta_server.puts import PutTable
 from meta_server.reclaim import Reclaimer
 from meta_server.records import Snapshot
 from meta_server.rules import Rules
+from meta_server.slots import SlotArray
 from meta_server.store import Store
 from meta_server.validate import (
     INT64_MAX,
@@ -106,6 +110,14 @@ class Handlers:
             wire.GetStats: self.stats,
         }
 
+    @property
+    def nodes(self) -> NodeTable:
+        return self._nodes
+
+    @property
+    def counts(self) -> PoolCounts:
+        return self._catalog.counts
+
     def tick(self) -> None:
         """Time has passed: leases and puts end, the silent are gone, full segments are reclaimed."""
         self._catalog.unpinned(self._leases.expire())
@@ -182,9 +194,11 @@ class Handlers:
         slots = self._index.match(request.namespace, request.keys)
         self._lookups += 1
         self._lookup_hits += len(slots) > 0
+        self._catalog.counts.asked += len(request.keys) // KEY_BYTES if request.lease_s else 0
         if not len(slots) or request.lease_s == 0:
             return wire.Match(num_blocks=len(slots))
         lease_id = self._leases.grant(slots, request.lease_s)
+        self._count_found(slots)
         self._index.touch(slots)
         self._moves.read(slots)
         indexes, segment_of, extents = self._index.packed_places(slots)
@@ -254,6 +268,13 @@ class Handlers:
         if node.is_reconciled:
             self._beat(node)
         return wire.Registered(heartbeat_s=self._settings.heartbeat_s)
+
+    def _count_found(self, slots: SlotArray) -> None:
+        segments, counts = np.unique(self._index.segments(slots), return_counts=True)
+        for segment, count in zip(segments.tolist(), counts.tolist(), strict=True):
+            node = self._nodes.at(segment)
+            if node is not None:
+                self._catalog.counts.found[tier_of(node)] += count
 
     def _beat(self, node: Node) -> None:
         node.pulse.beat()

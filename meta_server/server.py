@@ -14,10 +14,12 @@ from meta_server.event_socket import EventSocket
 from meta_server.fill import Filler
 from meta_server.handlers import Handlers
 from meta_server.kvcm.server import KvcmServer
+from meta_server.metrics import metrics_app
 from meta_server.router_socket import RouterSocket
 from meta_server.store import Store
 from stratakv import migrate, wire
 from stratakv.errors import InvalidRequest, Overloaded, SetupError, StrataError
+from stratakv.http_server import HttpServer
 from stratakv.log import EventLogger
 from stratakv.pool.auth import PoolCredentials, require_credentials
 from stratakv.process import first_setup_error, started
@@ -72,17 +74,22 @@ class MetaServer:
 
     async def run(self, filler: Filler, stop: asyncio.Event, ready: Ready | None, store: Store) -> None:
         """Serve until `stop`, then let what is under way finish."""
+        settings = self._settings
+        metrics = None
         try:
-            port = self._socket.bind(self._settings.host, self._settings.native_port)
-            endpoint = f"tcp://{self._settings.host}:{port}"
-            self._handlers.events_port = self._events.bind(self._settings.host, self._settings.events_port)
+            endpoint = f"tcp://{settings.host}:{self._socket.bind(settings.host, settings.native_port)}"
+            self._handlers.events_port = self._events.bind(settings.host, settings.events_port)
             self._handlers.events.subscribe(self._events.publish)
+            if settings.metrics_port:
+                metrics = HttpServer(settings.host, settings.metrics_port, "meta", port_setting="meta.metrics_port")
             if self._settings.kvcm_enabled:
                 self._kvcm = await KvcmServer.open(store, self._handlers, self._settings, time.monotonic)
             async with asyncio.TaskGroup() as tasks:
                 background = [
                     tasks.create_task(work()) for work in (self._handlers.journal.run, filler.run, self._tick)
                 ]
+                if metrics is not None:
+                    tasks.create_task(metrics.run(metrics_app(self._handlers)))
                 started()
                 _log.info("ready", endpoint=endpoint)
                 if ready is not None:
@@ -93,6 +100,8 @@ class MetaServer:
                 await self._drain()
                 for task in background:
                     task.cancel()
+                if metrics is not None:
+                    metrics.stop()
         finally:
             if self._kvcm is not None:
                 await self._kvcm.close()

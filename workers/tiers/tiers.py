@@ -239,6 +239,11 @@ class Tiers:
             return False
         return match.num_blocks == len(keys)
 
+    @property
+    def num_l2_pages(self) -> int:
+        """Pages of the local daemon that this worker knows."""
+        return len(self._l2)
+
     def drop_l2(self) -> int:
         """Forget the table; how many pages it knew."""
         return self._l2.clear()
