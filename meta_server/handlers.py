@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from meta_server.administration import PIN_S_MAX, Administration
@@ -37,6 +38,7 @@ from meta_server.validate import (
     INT64_MAX,
     check_keys,
     check_moves,
+    check_protocol,
     check_put,
     check_put_id,
     check_range,
@@ -47,7 +49,7 @@ from meta_server.workers import WorkerTable
 from stratakv import wire
 from stratakv.errors import InvalidRequest
 from stratakv.keys import KEY_BYTES
-from stratakv.pool.meta_errors import ProtocolMismatch, StaleEpoch
+from stratakv.pool.meta_errors import StaleEpoch
 from stratakv.settings import MetaSettings
 from stratakv.version import version
 
@@ -85,6 +87,8 @@ class Handlers:
         self._puts = PutTable(self._catalog, self.journal, store, clock, settings, placement)
         self._draining = Draining(self._catalog, self._moves, placement)
         self.administration = Administration(self._catalog, self.journal, self._workers, self._pins, self._rules)
+        self.term = 0
+        """In which this server leads."""
         self._lookups = self._lookup_hits = 0
         self._restore(snapshot)
         self.events.is_quiet = False
@@ -133,12 +137,8 @@ class Handlers:
         self.events.tick()
 
     def hello(self, request: wire.Hello) -> wire.Welcome:
-        if request.protocol != wire.PROTOCOL_VERSION:
-            raise ProtocolMismatch(
-                f"{request.role} {request.name} speaks protocol {request.protocol}, "
-                f"this meta server (version {version()}) speaks {wire.PROTOCOL_VERSION}"
-            )
-        return wire.Welcome(wire.PROTOCOL_VERSION, version(), self._epoch, self.events_port)
+        check_protocol(request)
+        return wire.Welcome(wire.PROTOCOL_VERSION, version(), self._epoch, term=self.term, events_port=self.events_port)
 
     def register_node(self, request: wire.RegisterNode) -> Answer:
         segment = request.segment
@@ -215,7 +215,8 @@ class Handlers:
 
     def put_start(self, request: wire.PutStart) -> wire.PutGrant:
         check_put(request)
-        return self._puts.start(request)
+        grant = self._puts.start(request)
+        return msgspec.structs.replace(grant, term=self.term) if grant.segment is not None else grant
 
     async def put_end(self, request: wire.PutEnd) -> wire.Done:
         check_put_id(request.put_id)
