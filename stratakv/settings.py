@@ -243,7 +243,7 @@ class RouterSettings:
     """[router] how the DB node chooses workers."""
 
     workers: tuple[WorkerAddress, ...] = setting(
-        (), "workers known from the start, besides those that register: http://host:port, vllm://host:port,role=…"
+        (), "workers known from the start, besides those that register: http://host:port, vllm://host:port,key=value"
     )
     vllm_api_key: Secret | None = setting(None, "what vLLM servers were given as --api-key")
     split_tokens_min: int = setting(512, "uncached prompt tokens from which prefill and decode are split")
