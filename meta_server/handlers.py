@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from meta_server.administration import PIN_S_MAX, Administration
@@ -30,10 +31,12 @@ from meta_server.puts import PutTable
 from meta_server.reclaim import Reclaimer
 from meta_server.records import Snapshot
 from meta_server.rules import Rules
+from meta_server.slots import SlotArray
 from meta_server.store import Store
 from meta_server.validate import (
     check_keys,
     check_moves,
+    check_protocol,
     check_put,
     check_put_id,
     check_segment,
@@ -43,7 +46,7 @@ from meta_server.workers import WorkerTable
 from stratakv import wire
 from stratakv.errors import InvalidRequest
 from stratakv.keys import KEY_BYTES
-from stratakv.pool.meta_errors import ProtocolMismatch, StaleEpoch
+from stratakv.pool.meta_errors import StaleEpoch
 from stratakv.settings import MetaSettings
 from stratakv.version import version
 
@@ -75,6 +78,8 @@ class Handlers:
         self._draining = Draining(self._catalog, self._moves, placement)
         self.administration = Administration(self._catalog, self.journal, self._workers, self._pins, self._rules)
         self._epoch = secrets.token_bytes(wire.EPOCH_BYTES)
+        self.term = 0
+        """In which this server leads."""
         self._lookups = self._lookup_hits = 0
         self._restore(snapshot)
         self.by_message: dict[type[wire.Message], Callable[[Any], Answer]] = {
@@ -120,12 +125,8 @@ class Handlers:
             self._reclaimer.check(node)
 
     def hello(self, request: wire.Hello) -> wire.Welcome:
-        if request.protocol != wire.PROTOCOL_VERSION:
-            raise ProtocolMismatch(
-                f"{request.role} {request.name} speaks protocol {request.protocol}, "
-                f"this meta server (version {version()}) speaks {wire.PROTOCOL_VERSION}"
-            )
-        return wire.Welcome(protocol=wire.PROTOCOL_VERSION, server_version=version(), epoch=self._epoch)
+        check_protocol(request)
+        return wire.Welcome(wire.PROTOCOL_VERSION, version(), self._epoch, term=self.term)
 
     def register_node(self, request: wire.RegisterNode) -> Answer:
         segment = request.segment
@@ -198,7 +199,8 @@ class Handlers:
 
     def put_start(self, request: wire.PutStart) -> wire.PutGrant:
         check_put(request)
-        return self._puts.start(request)
+        grant = self._puts.start(request)
+        return msgspec.structs.replace(grant, term=self.term) if grant.segment is not None else grant
 
     async def put_end(self, request: wire.PutEnd) -> wire.Done:
         check_put_id(request.put_id)
