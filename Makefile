@@ -4,6 +4,7 @@
 #   make test             lint, then all tests
 #   make test-debian      tests against the distribution's PostgreSQL server
 #   make test-sql-compat  suites of others, directly and through the DB node (SUITES="asyncpg pgbench" for some of them)
+#   make chaos            kills meta servers and PostgreSQL in every step of a write (MINUTES=10, SEED=7)
 #   make bench            quick benchmarks
 #   make protocol         generates the messages of the KVCM API from its .proto files
 #   make mooncake         installs what `stratakv bench dmp` compares with
@@ -18,7 +19,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 BENCHMARKS ?= chat_warm sql zero_hit
 
-.PHONY: install demo test lint format test-debian test-sql-compat bench mooncake protocol clean
+.PHONY: install demo test lint format test-debian test-sql-compat chaos bench mooncake protocol clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -54,6 +55,9 @@ test-debian: install
 
 test-sql-compat: install
 	$(PY) -m tests.compat $(SUITES)
+
+chaos: install
+	$(PY) -m tests.chaos --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
 
 bench: install
 	@for name in $(BENCHMARKS); do $(PY) -m stratakv.cli bench $$name --quick --json || exit 1; done
