@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import aiohttp
 import msgspec
 
-from dbnode.errors import WorkerLost, WorkerRefused, WorkerUnreachable
+from dbnode.errors import HandoverFailed, WorkerLost, WorkerRefused, WorkerUnreachable
 from dbnode.worker_messages import UsageOptions, WorkerChunk, WorkerError, WorkerFacts, WorkerRequest
 from stratakv.errors import DeadlineExceeded, InvalidRequest, Overloaded, StrataError
 from stratakv.keys import NAMESPACE_BYTES
@@ -236,6 +236,8 @@ def _told(url: str, error: WorkerError, status: int | None) -> StrataError:
         return kind(error.message, param=error.param)
     if error.code == Overloaded.code or status == Overloaded.http_status:
         return Overloaded(error.message)
+    if error.code == HandoverFailed.code:
+        return HandoverFailed(f"{url}: {error.message}")
     return WorkerRefused(f"{url}: {error.message}")
 
 

@@ -17,6 +17,11 @@ class KVTransfer(msgspec.Struct, frozen=True, omit_defaults=True):
     remote_epoch: str = ""
     num_tokens: int = 0
     output_token_ids: list[int] = []
+    is_followed: bool = False
+    """Of a prefill: the decode worker follows it already, and takes the first token from it."""
+    remote_url: str = ""
+    remote_request_id: str = ""
+    """Of a decode: the prefill to follow."""
 
 
 class UsageOptions(msgspec.Struct, frozen=True):
@@ -106,3 +111,5 @@ class WorkerFacts(msgspec.Struct, frozen=True):
     block_size: int
     max_model_len: int
     dtype: str = "bf16"
+    hands_over: bool = False
+    """Prompts can be handed over, to it and from it, while they are computed."""
