@@ -10,9 +10,13 @@ import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+import msgspec
+import numpy as np
+
 from meta_server.administration import PIN_S_MAX, Administration
 from meta_server.ages import Ages
 from meta_server.catalog import Catalog
+from meta_server.counts import PoolCounts, tier_of
 from meta_server.draining import Draining
 from meta_server.index import BlockIndex
 from meta_server.journal import Journal, confirmed
@@ -32,6 +36,7 @@ from meta_server.store import Store
 from meta_server.validate import (
     check_keys,
     check_moves,
+    check_protocol,
     check_put,
     check_put_id,
     check_segment,
@@ -41,7 +46,7 @@ from meta_server.workers import WorkerTable
 from stratakv import wire
 from stratakv.errors import InvalidRequest
 from stratakv.keys import KEY_BYTES
-from stratakv.pool.meta_errors import ProtocolMismatch, StaleEpoch
+from stratakv.pool.meta_errors import StaleEpoch
 from stratakv.settings import MetaSettings
 from stratakv.version import version
 
@@ -73,6 +78,8 @@ class Handlers:
         self._draining = Draining(self._catalog, self._moves, placement)
         self.administration = Administration(self._catalog, self.journal, self._workers, self._pins, self._rules)
         self._epoch = secrets.token_bytes(wire.EPOCH_BYTES)
+        self.term = 0
+        """In which this server leads."""
         self._lookups = self._lookup_hits = 0
         self._restore(snapshot)
         self.by_message: dict[type[wire.Message], Callable[[Any], Answer]] = {
@@ -96,6 +103,14 @@ class Handlers:
             wire.GetStats: self.stats,
         }
 
+    @property
+    def nodes(self) -> NodeTable:
+        return self._nodes
+
+    @property
+    def counts(self) -> PoolCounts:
+        return self._catalog.counts
+
     def tick(self) -> None:
         """Time has passed: leases and puts end, the silent are gone, full segments are reclaimed."""
         self._catalog.unpinned(self._leases.expire())
@@ -110,12 +125,8 @@ class Handlers:
             self._reclaimer.check(node)
 
     def hello(self, request: wire.Hello) -> wire.Welcome:
-        if request.protocol != wire.PROTOCOL_VERSION:
-            raise ProtocolMismatch(
-                f"{request.role} {request.name} speaks protocol {request.protocol}, "
-                f"this meta server (version {version()}) speaks {wire.PROTOCOL_VERSION}"
-            )
-        return wire.Welcome(protocol=wire.PROTOCOL_VERSION, server_version=version(), epoch=self._epoch)
+        check_protocol(request)
+        return wire.Welcome(wire.PROTOCOL_VERSION, version(), self._epoch, term=self.term)
 
     def register_node(self, request: wire.RegisterNode) -> Answer:
         segment = request.segment
@@ -171,13 +182,16 @@ class Handlers:
         slots = self._index.match(request.namespace, request.keys)
         self._lookups += 1
         self._lookup_hits += len(slots) > 0
+        self._catalog.counts.asked += len(request.keys) // KEY_BYTES if request.lease_s else 0
         if not len(slots) or request.lease_s == 0:
             return wire.Match(num_blocks=len(slots))
         lease_id = self._leases.grant(slots, request.lease_s)
+        self._count_found(slots)
         self._index.touch(slots)
         self._moves.read(slots)
-        places, segments = self._places(slots)
-        return wire.Match(num_blocks=len(slots), places=places, segments=segments, lease_id=lease_id)
+        indexes, segment_of, extents = self._index.packed_places(slots)
+        segments = [self._segment_of(index) for index in indexes]
+        return wire.Match(len(slots), segments, segment_of, extents, lease_id)
 
     def release_lease(self, request: wire.ReleaseLease) -> wire.Done:
         self._catalog.unpinned(self._leases.release(request.lease_id))
@@ -185,7 +199,8 @@ class Handlers:
 
     def put_start(self, request: wire.PutStart) -> wire.PutGrant:
         check_put(request)
-        return self._puts.start(request)
+        grant = self._puts.start(request)
+        return msgspec.structs.replace(grant, term=self.term) if grant.segment is not None else grant
 
     async def put_end(self, request: wire.PutEnd) -> wire.Done:
         check_put_id(request.put_id)
@@ -239,6 +254,13 @@ class Handlers:
             self._beat(node)
         return wire.Registered(heartbeat_s=self._settings.heartbeat_s)
 
+    def _count_found(self, slots: SlotArray) -> None:
+        segments, counts = np.unique(self._index.segments(slots), return_counts=True)
+        for segment, count in zip(segments.tolist(), counts.tolist(), strict=True):
+            node = self._nodes.at(segment)
+            if node is not None:
+                self._catalog.counts.found[tier_of(node)] += count
+
     def _beat(self, node: Node) -> None:
         node.pulse.beat()
         if not node.reachable:
@@ -262,13 +284,6 @@ class Handlers:
     async def _written(self, written: asyncio.Future[None], reply: Callable[[], wire.Message]) -> wire.Message:
         await confirmed(written)
         return reply()
-
-    def _places(self, slots: SlotArray) -> tuple[list[wire.Place], list[wire.Segment]]:
-        indexes, offsets, generations = self._index.places(slots)
-        segments = {index: self._segment_of(index) for index in set(indexes)}
-        names = {index: segment.node for index, segment in segments.items()}
-        places = [wire.Place(names[i], o, g) for i, o, g in zip(indexes, offsets, generations, strict=True)]
-        return places, list(segments.values())
 
     def _segment_of(self, index: int) -> wire.Segment:
         node = self._nodes.at(index)

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from stratakv.errors import InvalidRequest
 from stratakv.keys import KEY_BYTES, NAMESPACE_BYTES
-from stratakv.wire import EPOCH_BYTES, PUT_ID_BYTES, CacheRule, PutStart, ReportMoves, Segment, WorkerInfo
+from stratakv.pool.meta_errors import ProtocolMismatch
+from stratakv.version import version
+from stratakv.wire import (
+    EPOCH_BYTES,
+    PROTOCOL_VERSION,
+    PUT_ID_BYTES,
+    CacheRule,
+    Hello,
+    PutStart,
+    ReportMoves,
+    Segment,
+    WorkerInfo,
+)
 
 KEYS_MAX = 131_072
 """In one request: two million tokens of 16-token blocks."""
@@ -14,6 +26,15 @@ SIZE_BYTES_MAX = 1 << 60
 INT32_MAX = (1 << 31) - 1
 TTL_S_MAX = 7 * 24 * 3600.0
 INT64_MAX = (1 << 63) - 1
+
+
+def check_protocol(hello: Hello) -> None:
+    """Raises ProtocolMismatch."""
+    if hello.protocol != PROTOCOL_VERSION:
+        raise ProtocolMismatch(
+            f"{hello.role} {hello.name} speaks protocol {hello.protocol}, "
+            f"this meta server (version {version()}) speaks {PROTOCOL_VERSION}"
+        )
 
 
 def check_segment(segment: Segment) -> None:

@@ -78,7 +78,13 @@ class MetaSettings:
     """[meta] the meta server, and where others find it."""
 
     host: str = setting("127.0.0.1", "address to listen on, and where others find it")
+    public_host: str = setting("", "where others reach it; by default `host`")
     native_port: int = setting(6383, "port of the native protocol")
+    addresses: tuple[str, ...] = setting(
+        (), "host:port of every meta server, where there are several; by default the one at `host`"
+    )
+    leader_lease_s: float = setting(5.0, "a leader that is not heard of for so long is replaced by one that stands by")
+    metrics_port: int = setting(0, "port of the pool's Prometheus metrics (HTTP, `/metrics`); 0: none")
     heartbeat_s: float = setting(1.0, "how often daemons and workers report; three misses and they count as gone")
     lease_s_max: float = setting(60.0, "longest read lease granted")
     put_timeout_s_max: float = setting(120.0, "longest time a put may stay unfinished")

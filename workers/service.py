@@ -125,6 +125,7 @@ def _build(
         tiers = Tiers(info, layout, worker, meta, connections, engine.kv_cache, rates, metrics, loop, listen)
         client = HandoverClient(credentials)
         taker = HandoverTaker(namespace, tiers, engine.reservations, engine.num_cached_blocks, client, metrics)
+    metrics.watch(engine.kv_cache, lambda: tiers.num_l2_pages if tiers is not None else 0, layout.page_bytes)
     engine.attach(tiers)
     tokenizer = load_tokenizer(directory)
     structures = Structures(tokenizer, facts.vocab_size, sorted(facts.eos_token_ids))

@@ -179,7 +179,7 @@ class Tiers:
         segments = {segment.node: segment for segment in match.segments}
         pages = [
             FoundPage(key, place, segments[place.node], Tier.DISK if segments[place.node].is_disk else Tier.POOL)
-            for key, place in zip(keys, match.places, strict=False)
+            for key, place in zip(keys, match.places(), strict=False)
         ]
         return pages, match.lease_id
 
@@ -283,6 +283,11 @@ class Tiers:
     def handed_over(self, num_pages: int, seconds: float) -> None:
         """So many announced pages are whole in L1."""
         self._metrics.loaded(Tier.POOL, num_pages, num_pages * self._layout.data_bytes, seconds)
+
+    @property
+    def num_l2_pages(self) -> int:
+        """Pages of the local daemon that this worker knows."""
+        return len(self._l2)
 
     def drop_l2(self) -> int:
         """Forget the table; how many pages it knew."""
