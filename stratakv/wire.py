@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import msgspec
 
+from stratakv.wire_events import EventSnapshot, GetEventSnapshot
 from stratakv.wire_lookups import Match, MatchPrefix, ReleaseLease
 from stratakv.wire_parts import (
     EPOCH_BYTES,
@@ -38,7 +39,9 @@ __all__ = [
     "PROTOCOL_VERSION",
     "PUT_ID_BYTES",
     "CacheRule",
+    "EventSnapshot",
     "Extent",
+    "GetEventSnapshot",
     "Match",
     "MatchPrefix",
     "Message",
@@ -88,6 +91,8 @@ class Welcome(Message, frozen=True):
     """Of the leader; a higher one than all leaders before had."""
     leader: str = ""
     """host:port of the leader, as far as one that stands by knows it."""
+    events_port: int = 0
+    """Where the leader publishes what changes, on its host."""
 
 
 class GetLeader(Message, frozen=True):
@@ -437,6 +442,7 @@ Request = (
     | SetDraining
     | SetNodeLimit
     | GetStats
+    | GetEventSnapshot
 )
 Reply = (
     Failure
@@ -458,6 +464,7 @@ Reply = (
     | Pinned
     | DrainProgress
     | Stats
+    | EventSnapshot
 )
 ReplyT = TypeVar("ReplyT", bound=Message)
 

@@ -11,7 +11,7 @@ from meta_server.journal import Journal
 from meta_server.kvcm.admin_service import AdminService
 from meta_server.kvcm.calls import Calls, Gate
 from meta_server.kvcm.cluster import Cluster
-from meta_server.kvcm.faces import Doorman, GrpcFace, check_reachable, http_app
+from meta_server.kvcm.faces import Doorman, GrpcFace, HttpFace, check_reachable
 from meta_server.kvcm.meta_service import MetaService
 from meta_server.kvcm.metrics import Metrics
 from meta_server.kvcm.protocol import admin_service_pb2 as admin
@@ -101,7 +101,7 @@ class KvcmServer:
         for calls, name in ((self._meta, "kvcm"), (self._admin, "admin")):
             if port := getattr(settings, f"{name}_http_port"):
                 server = HttpServer(settings.kvcm_host, port, "meta", port_setting=f"meta.{name}_http_port")
-                servers.append((server, http_app(calls, doorman, self._metrics.registry)))
+                servers.append((server, HttpFace(calls, doorman, self._metrics.registry)))
         self._http = [(server, asyncio.create_task(server.run(app))) for server, app in servers]
         _log.info("listening", host=settings.kvcm_host)
 
