@@ -42,7 +42,7 @@ class KvcmServer:
         self._grpc: list[GrpcFace] = []
         self._http: list[tuple[HttpServer, asyncio.Task[None]]] = []
         self._metrics, gate = Metrics(), Gate()
-        self._cluster = Cluster(elector, self._is_healthy)
+        self._cluster = Cluster(elector, self._leads, self._is_healthy)
         services = meta.DESCRIPTOR.services_by_name["MetaService"], admin.DESCRIPTOR.services_by_name["AdminService"]
         self._meta, self._admin = (Calls(service, self._cluster, self._metrics, gate) for service in services)
         for calls in (self._meta, self._admin):
@@ -84,6 +84,9 @@ class KvcmServer:
     def tick(self) -> None:
         if self._state is not None:
             self._state.tick()
+
+    def _leads(self) -> bool:
+        return self._state is not None and self._elector.is_leader
 
     def _refusal(self) -> NotLeader | None:
         return None if self._elector.may_answer else self._cluster.refusal()
