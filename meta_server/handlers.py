@@ -86,6 +86,7 @@ class Handlers:
             wire.ListWorkers: lambda _: wire.Workers(self._workers.states()),
             wire.ListNodes: lambda _: wire.Nodes(self._nodes.states()),
             wire.MatchPrefix: self.match_prefix,
+            wire.FindBlocks: self.find_blocks,
             wire.ReleaseLease: self.release_lease,
             wire.PutStart: self.put_start,
             wire.PutEnd: self.put_end,
@@ -178,6 +179,10 @@ class Handlers:
         self._moves.read(slots)
         places, segments = self._places(slots)
         return wire.Match(num_blocks=len(slots), places=places, segments=segments, lease_id=lease_id)
+
+    def find_blocks(self, request: wire.FindBlocks) -> wire.FoundBlocks:
+        check_keys(request.namespace, request.keys)
+        return wire.FoundBlocks(missing=self._index.absent(request.namespace, request.keys))
 
     def release_lease(self, request: wire.ReleaseLease) -> wire.Done:
         self._catalog.unpinned(self._leases.release(request.lease_id))

@@ -234,6 +234,18 @@ class Match(Message, frozen=True):
     lease_id: int = 0
 
 
+class FindBlocks(Message, frozen=True):
+    """Which of `keys` are in the pool, each by itself; they need not be one prefix, and nothing is pinned."""
+
+    namespace: bytes
+    keys: bytes
+
+
+class FoundBlocks(Message, frozen=True):
+    missing: list[int]
+    """Indexes into the request's keys, ascending."""
+
+
 class ReleaseLease(Message, frozen=True):
     lease_id: int
 
@@ -437,6 +449,7 @@ Request = (
     | ListWorkers
     | ListNodes
     | MatchPrefix
+    | FindBlocks
     | ReleaseLease
     | PutStart
     | PutEnd
@@ -464,6 +477,7 @@ Reply = (
     | Workers
     | Nodes
     | Match
+    | FoundBlocks
     | PutGrant
     | Flushed
     | Namespaces
