@@ -17,7 +17,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from dmp import http_face
 from dmp.disk.store import DiskStore
+from dmp.metrics import DaemonMetrics, Tier
 from dmp.puts import PutTable
 from dmp.segment import MemorySegment
 from stratakv.errors import InvalidRequest, StrataError
@@ -59,6 +61,7 @@ class Served:
     idle_timeout_s: float
     stats: Callable[[], messages.DaemonStats]
     credentials: PoolCredentials | None
+    metrics: DaemonMetrics
     disk: DiskStore | None = None
     """Attached to by its own epoch, and only read."""
     engine: str = ""
@@ -103,9 +106,13 @@ class Connection:
         is_neighbour = self._is_attached and self._sock.family == socket.AF_UNIX
         idle_timeout_ms = None if is_neighbour else self._served.idle_timeout_s * 1000
         try:
-            if not poller.poll(idle_timeout_ms) or not self._sock.recv(1, socket.MSG_PEEK):
-                return None
+            first = self._sock.recv(1, socket.MSG_PEEK) if poller.poll(idle_timeout_ms) else b""
         except ConnectionError:
+            return None
+        if first == http_face.FIRST_BYTE and not self._is_attached and self._sock.family != socket.AF_UNIX:
+            http_face.answer(self._sock, self._served.metrics.registry)
+            return None
+        if not first:
             return None
         return receive_header(self._sock, time.monotonic() + FRAME_TIMEOUT_S)
 
@@ -202,7 +209,9 @@ class Connection:
             raise PutRefused("nothing is written to a disk from outside; pages get there from the daemon's memory")
         if isinstance(request, messages.Allocate):
             _check_allocate(request)
-            return messages.Extents(puts.allocate(request.put_id, request.count, request.page_bytes, request.timeout_s))
+            extents = puts.allocate(request.put_id, request.count, request.page_bytes, request.timeout_s)
+            self._served.metrics.granted(request.count, request.count * request.page_bytes)
+            return messages.Extents(extents)
         if isinstance(request, messages.Release):
             puts.release(request.put_id)
             return messages.Done()
@@ -219,10 +228,16 @@ class Connection:
             return
         total = int(sizes.sum(dtype=np.uint64))
         header = frame_header(FrameKind.DATA, 0, total)
+        started = time.perf_counter()
         send_all(self._sock, [header, *self._views(offsets, sizes)], deadline)
-        self.traffic.bytes_read += total
+        self._sent(Tier.MEMORY, len(sizes), total, started)
+
+    def _sent(self, tier: Tier, num_ranges: int, size_bytes: int, started: float) -> None:
+        self.traffic.bytes_read += size_bytes
+        self._served.metrics.sent(tier, num_ranges, size_bytes, time.perf_counter() - started)
 
     def _read_disk(self, disk: DiskStore, body: bytes, deadline: float) -> None:
+        started = time.perf_counter()
         try:
             ranges = _parse_ranges(body)
             data = memoryview(bytearray(int(ranges["size"].sum(dtype=np.uint64))))
@@ -234,7 +249,7 @@ class Connection:
             self._refuse(error, deadline)
             return
         send_all(self._sock, [frame_header(FrameKind.DATA, 0, len(data)), data], deadline)
-        self.traffic.bytes_read += len(data)
+        self._sent(Tier.DISK, len(ranges), len(data), started)
 
     def _write(self, header: FrameHeader, body: bytes, deadline: float) -> None:
         put_id = body[:PUT_ID_BYTES]
@@ -244,6 +259,7 @@ class Connection:
             offsets, sizes = self._ranges(body[PUT_ID_BYTES:])
             if int(sizes.sum(dtype=np.uint64)) != header.payload_bytes:
                 raise InvalidRequest("the payload is not as long as its ranges")
+            started = time.perf_counter()
             with self._served.puts.writing(put_id, offsets, sizes):
                 receive_all(self._sock, self._views(offsets, sizes), deadline)
         except InvalidRequest as error:
@@ -252,6 +268,7 @@ class Connection:
             self._refuse(error, deadline)
             return
         self.traffic.bytes_written += header.payload_bytes
+        self._served.metrics.received(len(sizes), header.payload_bytes, time.perf_counter() - started)
         self._reply(messages.Done(), deadline)
 
     def _discard(self, size_bytes: int, deadline: float) -> None:

@@ -13,6 +13,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from dmp.metrics import DaemonMetrics
 from stratakv.errors import StrataError, Unavailable
 from stratakv.keys import pack_keys
 from stratakv.layout import HEADER_BYTES, PageHeader
@@ -37,6 +38,7 @@ from stratakv.wire import (
 BATCH_BYTES = 16 * 1024 * 1024
 BATCH_PAGES = 512
 WAITING_MAX = 65_536
+"""Orders beyond are refused; the meta server forgets them after a while and gives them again."""
 PUT_TIMEOUT_S = 30.0
 COPY_TIMEOUT_S = 20.0
 END_RETRY_S = 0.5
@@ -56,15 +58,21 @@ class _Page:
 class Drainer:
     """One queue for the daemon's memory and its disk."""
 
-    def __init__(self, client: MetaClient, connections: ConnectionCache) -> None:
+    def __init__(self, client: MetaClient, connections: ConnectionCache, metrics: DaemonMetrics) -> None:
         self._client = client
         self._connections = connections
-        self._waiting: deque[tuple[Segment, ReadPage, Move]] = deque(maxlen=WAITING_MAX)
+        self._metrics = metrics
+        self._waiting: deque[tuple[Segment, ReadPage, Move]] = deque()
         self._wake = asyncio.Event()
 
     def send_away(self, source: Segment, read: ReadPage, moves: Iterable[Move]) -> None:
         """Copy these pages of one of the daemon's segments to others."""
-        self._waiting.extend((source, read, move) for move in moves)
+        orders = [(source, read, move) for move in moves]
+        room = WAITING_MAX - len(self._waiting)
+        self._waiting.extend(orders[:room])
+        if len(orders) > room:
+            log.warning("orders_refused", orders=len(orders) - room)
+            self._metrics.orders_refused(len(orders) - room)
         self._wake.set()
 
     async def run(self) -> None:

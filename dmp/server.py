@@ -15,6 +15,7 @@ import time
 
 from dmp.connection import Connection, Served
 from dmp.disk.store import DiskStore
+from dmp.metrics import DaemonMetrics
 from dmp.puts import PutTable
 from dmp.segment import MemorySegment
 from stratakv.log import EventLogger
@@ -46,6 +47,7 @@ class DaemonServer:
         segment: MemorySegment,
         puts: PutTable,
         credentials: PoolCredentials | None,
+        metrics: DaemonMetrics,
         disk: DiskStore | None = None,
         engine: str = "",
     ) -> None:
@@ -57,8 +59,9 @@ class DaemonServer:
         self._past_read = 0
         self._past_written = 0
         self._served = Served(
-            settings.node, segment, puts, settings.idle_timeout_s, self.stats, credentials, disk, engine
+            settings.node, segment, puts, settings.idle_timeout_s, self.stats, credentials, metrics, disk, engine
         )
+        metrics.watch(puts, disk, self.stats)
         self._tcp = self._listen_tcp()
         self._unix = self._listen_unix()
 

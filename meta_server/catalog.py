@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from meta_server.counts import PoolCounts
 from meta_server.index import BlockIndex, ExtentArray
 from meta_server.journal import Journal
 from meta_server.leases import LeaseTable
@@ -53,6 +54,7 @@ class Catalog:
         self.index = index
         self._pins = pins
         self.nodes = nodes
+        self.counts = PoolCounts()
         self._journal = journal
         self._last_removal_id = last_removal_id
         self._unfreed: Counter[int] = Counter()
@@ -73,6 +75,7 @@ class Catalog:
     def void_segment(self, node: Node) -> None:
         """The node's epoch is over: its pages are gone, and its memory is no concern of ours any more."""
         self.index.set_available(node.index, False)
+        self.counts.removal(node, "void", node.committed_pages, node.committed_bytes)
         self.index.remove(self.index.in_segment(node.index))
         for slot in [slot for slot, held in self._held_back.items() if held.segment == node.index]:
             del self._held_back[slot]
@@ -88,6 +91,7 @@ class Catalog:
         self.remove(self.index.unreachable(namespace, keys), "replaced")
         surplus = self.index.insert(namespace, keys, node.index, extents, page_bytes)
         node.committed_bytes += (len(extents) - len(surplus)) * page_bytes
+        node.committed_pages += len(extents) - len(surplus)
         if len(surplus):
             sizes = np.full(len(surplus), page_bytes, np.int64)
             self._take_out(node, surplus, sizes, "surplus", pinned={})
@@ -128,6 +132,8 @@ class Catalog:
             mine = removed.segments == segment
             extents, sizes = removed.extents[mine], removed.page_bytes[mine]
             node.committed_bytes -= int(sizes.sum())
+            node.committed_pages -= len(sizes)
+            self.counts.removal(node, reason, len(sizes), int(sizes.sum()))
             pinned_slots = removed.slots[mine & removed.pinned].tolist()
             pinned_at = np.flatnonzero(removed.pinned[mine]).tolist()
             self._take_out(node, extents, sizes, reason, dict(zip(pinned_at, pinned_slots, strict=True)))

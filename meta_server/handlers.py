@@ -10,9 +10,12 @@ import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from meta_server.administration import PIN_S_MAX, Administration
 from meta_server.ages import Ages
 from meta_server.catalog import Catalog
+from meta_server.counts import PoolCounts, tier_of
 from meta_server.draining import Draining
 from meta_server.index import BlockIndex
 from meta_server.journal import Journal, confirmed
@@ -27,7 +30,6 @@ from meta_server.puts import PutTable
 from meta_server.reclaim import Reclaimer
 from meta_server.records import Snapshot
 from meta_server.rules import Rules
-from meta_server.slots import SlotArray
 from meta_server.store import Store
 from meta_server.validate import (
     check_keys,
@@ -96,6 +98,14 @@ class Handlers:
             wire.SetDraining: self._draining.set,
             wire.GetStats: self.stats,
         }
+
+    @property
+    def nodes(self) -> NodeTable:
+        return self._nodes
+
+    @property
+    def counts(self) -> PoolCounts:
+        return self._catalog.counts
 
     def tick(self) -> None:
         """Time has passed: leases and puts end, the silent are gone, full segments are reclaimed."""
@@ -172,13 +182,16 @@ class Handlers:
         slots = self._index.match(request.namespace, request.keys)
         self._lookups += 1
         self._lookup_hits += len(slots) > 0
+        self._catalog.counts.asked += len(request.keys) // KEY_BYTES if request.lease_s else 0
         if not len(slots) or request.lease_s == 0:
             return wire.Match(num_blocks=len(slots))
         lease_id = self._leases.grant(slots, request.lease_s)
+        self._count_found(slots)
         self._index.touch(slots)
         self._moves.read(slots)
-        places, segments = self._places(slots)
-        return wire.Match(num_blocks=len(slots), places=places, segments=segments, lease_id=lease_id)
+        indexes, segment_of, extents = self._index.packed_places(slots)
+        segments = [self._segment_of(index) for index in indexes]
+        return wire.Match(len(slots), segments, segment_of, extents, lease_id)
 
     def find_blocks(self, request: wire.FindBlocks) -> wire.FoundBlocks:
         check_keys(request.namespace, request.keys)
@@ -244,6 +257,13 @@ class Handlers:
             self._beat(node)
         return wire.Registered(heartbeat_s=self._settings.heartbeat_s)
 
+    def _count_found(self, slots: SlotArray) -> None:
+        segments, counts = np.unique(self._index.segments(slots), return_counts=True)
+        for segment, count in zip(segments.tolist(), counts.tolist(), strict=True):
+            node = self._nodes.at(segment)
+            if node is not None:
+                self._catalog.counts.found[tier_of(node)] += count
+
     def _beat(self, node: Node) -> None:
         node.pulse.beat()
         if not node.reachable:
@@ -267,13 +287,6 @@ class Handlers:
     async def _written(self, written: asyncio.Future[None], reply: Callable[[], wire.Message]) -> wire.Message:
         await confirmed(written)
         return reply()
-
-    def _places(self, slots: SlotArray) -> tuple[list[wire.Place], list[wire.Segment]]:
-        indexes, offsets, generations = self._index.places(slots)
-        segments = {index: self._segment_of(index) for index in set(indexes)}
-        names = {index: segment.node for index, segment in segments.items()}
-        places = [wire.Place(names[i], o, g) for i, o, g in zip(indexes, offsets, generations, strict=True)]
-        return places, list(segments.values())
 
     def _segment_of(self, index: int) -> wire.Segment:
         node = self._nodes.at(index)

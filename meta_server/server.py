@@ -13,10 +13,12 @@ from meta_server.errors import failure_of
 from meta_server.fill import Filler
 from meta_server.handlers import Handlers
 from meta_server.kvcm.server import KvcmServer
+from meta_server.metrics import metrics_app
 from meta_server.router_socket import RouterSocket
 from meta_server.store import Store
 from stratakv import migrate, wire
 from stratakv.errors import InvalidRequest, Overloaded, SetupError, StrataError
+from stratakv.http_server import HttpServer
 from stratakv.log import EventLogger
 from stratakv.pool.auth import PoolCredentials, require_credentials
 from stratakv.process import first_setup_error, started
@@ -70,8 +72,11 @@ class MetaServer:
 
     async def run(self, filler: Filler, stop: asyncio.Event, ready: Ready | None, store: Store) -> None:
         """Serve until `stop`, then let what is under way finish."""
-        port = self._socket.bind(self._settings.host, self._settings.native_port)
-        endpoint = f"tcp://{self._settings.host}:{port}"
+        settings = self._settings
+        endpoint = f"tcp://{settings.host}:{self._socket.bind(settings.host, settings.native_port)}"
+        metrics = None
+        if settings.metrics_port:
+            metrics = HttpServer(settings.host, settings.metrics_port, "meta", port_setting="meta.metrics_port")
         try:
             if self._settings.kvcm_enabled:
                 self._kvcm = await KvcmServer.open(store, self._handlers, self._settings, time.monotonic)
@@ -79,6 +84,8 @@ class MetaServer:
                 background = [
                     tasks.create_task(work()) for work in (self._handlers.journal.run, filler.run, self._tick)
                 ]
+                if metrics is not None:
+                    tasks.create_task(metrics.run(metrics_app(self._handlers)))
                 started()
                 _log.info("ready", endpoint=endpoint)
                 if ready is not None:
@@ -89,6 +96,8 @@ class MetaServer:
                 await self._drain()
                 for task in background:
                     task.cancel()
+                if metrics is not None:
+                    metrics.stop()
         finally:
             if self._kvcm is not None:
                 await self._kvcm.close()

@@ -79,6 +79,7 @@ class MetaSettings:
 
     host: str = setting("127.0.0.1", "address to listen on, and where others find it")
     native_port: int = setting(6383, "port of the native protocol")
+    metrics_port: int = setting(0, "port of the pool's Prometheus metrics (HTTP, `/metrics`); 0: none")
     heartbeat_s: float = setting(1.0, "how often daemons and workers report; three misses and they count as gone")
     lease_s_max: float = setting(60.0, "longest read lease granted")
     put_timeout_s_max: float = setting(120.0, "longest time a put may stay unfinished")

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import msgspec
 
+from stratakv.wire_lookups import FindBlocks, FoundBlocks, Match, MatchPrefix, ReleaseLease
 from stratakv.wire_parts import (
     EPOCH_BYTES,
     MESSAGE_BYTES_MAX,
@@ -19,6 +20,7 @@ from stratakv.wire_parts import (
     PUT_ID_BYTES,
     CacheRule,
     Extent,
+    Message,
     Place,
     Segment,
     WorkerInfo,
@@ -33,16 +35,18 @@ __all__ = [
     "PUT_ID_BYTES",
     "CacheRule",
     "Extent",
+    "FindBlocks",
+    "FoundBlocks",
+    "Match",
+    "MatchPrefix",
+    "Message",
     "Place",
+    "ReleaseLease",
     "Segment",
     "WorkerInfo",
     "WorkerLoad",
     "WorkerRole",
 ]
-
-
-class Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
-    """Base of all messages; the class name is the tag."""
 
 
 class Failure(Message, frozen=True):
@@ -215,39 +219,6 @@ class NodeState(msgspec.Struct, frozen=True, omit_defaults=True):
 
 class Nodes(Message, frozen=True):
     nodes: list[NodeState]
-
-
-class MatchPrefix(Message, frozen=True):
-    """How many leading blocks of `keys` are in the pool, and where."""
-
-    namespace: bytes
-    keys: bytes
-    lease_s: float = 0.0
-    """Pin what is found for so long; 0 asks only for the count (routers do) and returns no places."""
-
-
-class Match(Message, frozen=True):
-    num_blocks: int
-    places: list[Place] = []
-    segments: list[Segment] = []
-    """The segments that `places` name."""
-    lease_id: int = 0
-
-
-class FindBlocks(Message, frozen=True):
-    """Which of `keys` are in the pool, each by itself; they need not be one prefix, and nothing is pinned."""
-
-    namespace: bytes
-    keys: bytes
-
-
-class FoundBlocks(Message, frozen=True):
-    missing: list[int]
-    """Indexes into the request's keys, ascending."""
-
-
-class ReleaseLease(Message, frozen=True):
-    lease_id: int
 
 
 class PutStart(Message, frozen=True):

@@ -6,11 +6,15 @@ import enum
 
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MESSAGE_BYTES_MAX = 16 * 1024 * 1024
 """Larger frames are refused by both sides."""
 EPOCH_BYTES = 16
 PUT_ID_BYTES = 16
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """Base of all messages; the class name is the tag."""
 
 
 class WorkerRole(enum.StrEnum):

@@ -1,5 +1,5 @@
 """What Python is too slow for. Moves of KV pages that do not need the interpreter lock: copies with checksums, headers, and
-waiting for layers. And the walker that follows the messages of SQL sessions.
+waiting for layers. And the walker that follows the messages of SQL sessions, and the table that the meta server finds blocks in.
 
 `moves` is the C++ module where it was built, else the Python one, which does the same, slower, and in step with whatever else
 Python does. `STRATAKV_NATIVE=0` chooses the Python one. Used by `stratakv.pool` and the workers' tiers.
@@ -12,25 +12,28 @@ from typing import Any, cast
 
 from stratakv._native import fallback
 from stratakv._native.base import Ended, Gate, HeaderState, LayerMove, Moves, RangeMove, Wire
+from stratakv._native.key_table import KeyTable, PythonKeyTable
 from stratakv.config import NATIVE_ENV
 
 __all__ = [
     "Ended",
     "Gate",
     "HeaderState",
+    "KeyTable",
     "LayerMove",
     "Moves",
     "RangeMove",
     "Wire",
     "is_built",
     "make_gate",
+    "make_key_table",
     "message_walker",
     "moves",
     "wire",
 ]
 
 
-INTERFACE = 2
+INTERFACE = 3
 """Counted up with every change of what the C++ module offers: one that was built from older sources is not used."""
 
 
@@ -52,6 +55,12 @@ moves = _load()
 def make_gate() -> Gate:
     """A gate for the functions of `moves`."""
     return moves.Gate()
+
+
+def make_key_table(row_words: int, first_word: int, num_words: int) -> KeyTable:
+    """An empty table of rows by their keys."""
+    kind = moves.KeyTable if is_built() else PythonKeyTable  # type: ignore[attr-defined]
+    return cast(KeyTable, kind(row_words, first_word, num_words))
 
 
 def is_built() -> bool:

@@ -106,10 +106,11 @@ class PageStore:
         loaded = [False] * len(keys)
         deadline = time.monotonic() + self._patience.load_s
         match = self._match(keys, lease_s=self._patience.load_s)
+        places = match.places()
         segments = {segment.node: segment for segment in match.segments}
         try:
-            for node, indices in _by_node(match.places).items():
-                for index in self._load_from(segments[node], indices, match.places, keys, memory, deadline):
+            for node, indices in _by_node(places).items():
+                for index in self._load_from(segments[node], indices, places, keys, memory, deadline):
                     loaded[index] = True
         finally:
             if match.lease_id:
