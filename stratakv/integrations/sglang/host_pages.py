@@ -224,7 +224,7 @@ def _storages(pool: Any) -> Iterator[torch.Tensor]:
             if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
                 storage = tensor.untyped_storage()
                 if storage.nbytes():
-                    yield torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),))
+                    yield torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),), (1,))
 
 
 def _containing(storages: Sequence[torch.Tensor], start: int, end: int) -> torch.Tensor | None:

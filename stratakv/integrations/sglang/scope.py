@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -94,6 +95,6 @@ def page_key(key: str) -> BlockKey:
     return BlockKey(raw if len(raw) == hashlib.sha256().digest_size else hashlib.sha256(key.encode()).digest())
 
 
-def _share_of(declared: Namespace, shape: dict[str, object]) -> Namespace:
-    text = json.dumps(shape, sort_keys=True).encode()
+def _share_of(declared: Namespace, shape: Mapping[str, object]) -> Namespace:
+    text = json.dumps(dict(shape), sort_keys=True).encode()
     return Namespace(hashlib.sha256(declared + text).digest()[:NAMESPACE_BYTES])

@@ -10,6 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, TypeVar
 
 import torch
@@ -239,10 +240,10 @@ class StrataKVStorage(HiCacheStorage):
             self._node = self._link.local_node()
         return self._node
 
-    def _restorable(self, transfer: PoolTransfer, policy: Policy, keys: list[str]) -> set[int]:
+    def _restorable(self, transfer: PoolTransfer, policy: Policy, keys: list[str]) -> AbstractSet[int]:
         pool = self._pools.get(str(transfer.name))
         if pool is None:
-            return set()
+            return frozenset()
         present = self._guarded("exists", lambda: pool.present(keys), [False] * len(keys))
         return restorable(policy, present, len(transfer.keys or ()))
 
