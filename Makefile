@@ -4,6 +4,7 @@
 #   make test             lint, then all tests
 #   make test-debian      tests against the distribution's PostgreSQL server
 #   make test-sql-compat  suites of others, directly and through the DB node (SUITES="asyncpg pgbench" for some of them)
+#   make test-sglang      the SGLang integration against SGLang's published classes, in a venv of its own (SGLANG_VENV)
 #   make bench            quick benchmarks
 #   make protocol         generates the messages of the KVCM API from its .proto files
 #   make mooncake         installs what `stratakv bench dmp` compares with
@@ -16,9 +17,12 @@ TORCH_INDEX ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+SGLANG_VENV ?= $(HOME)/.cache/stratakv/sglang
+# What SGLang's storage interface and host memory pools import; torchvision and SGLang themselves come without requirements.
+SGLANG_NEEDS := apache-tvm-ffi compressed-tensors dill ipython orjson pillow pybase64 requests sentencepiece triton
 BENCHMARKS ?= chat_warm sql zero_hit
 
-.PHONY: install demo test lint format test-debian test-sql-compat bench mooncake protocol clean
+.PHONY: install demo test lint format test-debian test-sql-compat test-sglang bench mooncake protocol clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -54,6 +58,19 @@ test-debian: install
 
 test-sql-compat: install
 	$(PY) -m tests.compat $(SUITES)
+
+test-sglang: $(SGLANG_VENV)/.installed
+	$(SGLANG_VENV)/bin/python setup.py --quiet build_ext --inplace
+	$(SGLANG_VENV)/bin/python -m pytest tests/sglang $(PYTEST_ARGS)
+
+$(SGLANG_VENV)/.installed: pyproject.toml constraints.txt constraints-sglang.txt
+	$(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -c constraints-sglang.txt \
+		-e '.[dev]' $(SGLANG_NEEDS)
+	$(SGLANG_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		-c constraints.txt -c constraints-sglang.txt sglang torchvision
+	touch $@
 
 bench: install
 	@for name in $(BENCHMARKS); do $(PY) -m stratakv.cli bench $$name --quick --json || exit 1; done

@@ -30,6 +30,7 @@ from meta_server.puts import PutTable
 from meta_server.reclaim import Reclaimer
 from meta_server.records import Snapshot
 from meta_server.rules import Rules
+from meta_server.slots import SlotArray
 from meta_server.store import Store
 from meta_server.validate import (
     check_keys,

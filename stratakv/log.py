@@ -61,6 +61,18 @@ class _JsonFormatter(logging.Formatter):
         return json.dumps(entry, default=str)
 
 
+def log_as_guest() -> None:
+    """Inside another program: show what StrataKV itself has to say, with its fields, which other formats leave out."""
+    ours = logging.getLogger("stratakv")
+    if ours.handlers:
+        return
+    ours.propagate = False
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_ConsoleFormatter())
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+
+
 def configure_logging(settings: LogSettings) -> None:
     """Set up the root logger of this process."""
     handler = logging.StreamHandler(sys.stderr)

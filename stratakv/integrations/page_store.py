@@ -138,7 +138,7 @@ class PageStore:
     def _ask(self, request: Message, reply_type: type[ReplyT], timeout_s: float = REPLY_S_MAX) -> ReplyT:
         try:
             return self._link.call(request, reply_type, timeout_s).result(REPLY_S_MAX)
-        except (TimeoutError, CancelledError, RuntimeError) as error:
+        except (TimeoutError, CancelledError) as error:
             raise Unavailable("the connection to the pool is closed") from error
 
     def _load_from(

@@ -47,7 +47,7 @@ _tokens = itertools.count(1)
 def make_storage(host_pool: Any, meta: str, *, config: HiCacheStorageConfig = CONFIG, **extra: Any) -> StrataKVStorage:
     """By SGLang's factory, from the configuration of the documentation."""
     names = {"backend_name": "stratakv", "module_path": "stratakv.integrations.sglang", "class_name": "StrataKVStorage"}
-    config = replace(config, extra_config=names | {"interface_v1": 1, "meta": meta} | extra)
+    config = replace(config, extra_config=names | {"interface_v1": 1, "meta": meta, "model_revision": "1"} | extra)
     storage = StorageBackendFactory.create_backend("dynamic", config, host_pool)
     assert isinstance(storage, StrataKVStorage)
     storage.register_mem_pool_host(host_pool)

@@ -19,15 +19,14 @@ class EngineFacts:
     model_path: str
     revision: str
     numerics: str
-    version: str
 
 
 def engine_facts(model_name: str | None) -> EngineFacts:
     """From the server's arguments; `model_name` stands in where there are none."""
     args = _server_args()
-    numerics = ",".join(f"{name}={getattr(args, name, None)}" for name in _NUMERICS)
+    numerics = ",".join([f"sglang={_version()}", *(f"{name}={getattr(args, name, None)}" for name in _NUMERICS)])
     path = getattr(args, "model_path", None) or model_name or ""
-    return EngineFacts(str(path), str(getattr(args, "revision", None) or ""), numerics, _version())
+    return EngineFacts(str(path), str(getattr(args, "revision", None) or ""), numerics)
 
 
 def _server_args() -> Any:

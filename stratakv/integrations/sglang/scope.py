@@ -12,6 +12,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
 from stratakv.errors import SetupError
 from stratakv.integrations.sglang.options import Options, declared_namespace
 from stratakv.keys import NAMESPACE_BYTES, BlockKey, Namespace, NamespaceScope
@@ -69,21 +72,31 @@ class ServerScope:
 
 
 def weights_of(options: Options, model_path: str, revision: str) -> str:
-    """What was declared; else, for a directory, a digest of its files; else the model's name and revision.
+    """What was declared; else, for a directory, a digest of its files; else the model's name and commit on the hub.
 
     Raises SetupError.
     """
     if options.model_revision:
         return options.model_revision
-    directory = Path(model_path).expanduser()
-    if model_path and directory.is_dir():
+    hint = 'Name them in the extra config, for example "model_revision": "1".'
+    if model_path and (directory := Path(model_path).expanduser()).is_dir():
         try:
             return model_identity(directory).revision
         except SetupError as error:
-            raise SetupError(error.message, hint="Say with model_revision which weights these are.") from error
-    if not model_path:
-        raise SetupError("SGLang tells no model", hint="Say with model_revision in the extra config which one it is.")
-    return f"{model_path}@{revision}"
+            raise SetupError(error.message, hint=hint) from error
+    commit = _commit_in_cache(model_path, revision)
+    if not commit:
+        raise SetupError(f"cannot tell which weights {model_path or 'the model'} are", hint=hint)
+    return f"{model_path}@{commit}"
+
+
+def _commit_in_cache(model_path: str, revision: str) -> str:
+    """Of the hub's snapshot that this host has; empty if there is none."""
+    try:
+        found = try_to_load_from_cache(model_path, "config.json", revision=revision or None)
+    except HFValidationError:
+        return ""
+    return Path(found).parent.name if isinstance(found, str) else ""
 
 
 def page_key(key: str) -> BlockKey:

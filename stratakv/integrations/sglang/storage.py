@@ -38,7 +38,7 @@ from stratakv.integrations.sglang.options import parse_options
 from stratakv.integrations.sglang.pool_pages import PoolPages
 from stratakv.integrations.sglang.scope import Ranks, ServerScope, weights_of
 from stratakv.keys import NAMESPACE_BYTES
-from stratakv.log import EventLogger
+from stratakv.log import EventLogger, log_as_guest
 from stratakv.wire import Flush, Flushed
 
 log = EventLogger("stratakv.sglang.storage")
@@ -58,6 +58,7 @@ class StrataKVStorage(HiCacheStorage):
 
     def __init__(self, storage_config: HiCacheStorageConfig, kwargs: dict[str, Any] | None = None) -> None:
         """Raises SetupError for options that cannot be meant; a meta server that is away is waited for in the background."""
+        log_as_guest()
         self._config = storage_config
         self._options = parse_options(storage_config.extra_config)
         facts = engine_facts(storage_config.model_name)
@@ -77,7 +78,7 @@ class StrataKVStorage(HiCacheStorage):
         self._has_no_kv = False
         """The host pool is only an anchor for others: its pages hold nothing."""
         self.registered_pools: dict[str, HostKVCache] = {}
-        log.info("storage_started", meta=self._options.meta, node=self._node, sglang=facts.version)
+        log.info("storage_started", meta=self._options.meta, node=self._node, numerics=facts.numerics)
 
     def register_mem_pool_host(self, mem_pool_host: HostKVCache) -> None:
         """The pool of `batch_get_v1` and `batch_set_v1`. Raises StrataError."""

@@ -19,6 +19,7 @@ LAYOUT = KVLayout.for_attention(
     num_layers=2, num_kv_heads=1, head_dim=8, page_tokens=4, dtype="bfloat16", element_bytes=2
 )
 DECLARED = "ab" * 16
+COMMIT = "c0" * 20
 
 
 def scope(**options: str) -> ServerScope:
@@ -69,13 +70,22 @@ def test_a_declared_namespace_is_taken_as_it_is_and_only_for_whole_pages_of_kv()
     assert len(set(spaces)) == len(spaces)
 
 
-def test_weights_are_what_was_declared_else_what_the_directory_holds_else_a_name(tmp_path: Path) -> None:
+def test_weights_are_what_was_declared_else_what_is_on_this_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert weights_of(Options(model_revision="r7"), str(tmp_path), "") == "r7"
-    assert weights_of(Options(), "org/model", "main") == "org/model@main"
+    for unknown in ("org/not-on-this-host", ""):
+        with pytest.raises(SetupError, match="cannot tell which weights"):
+            weights_of(Options(), unknown, "")
     with pytest.raises(SetupError, match="holds no model"):
         weights_of(Options(), str(tmp_path), "")
-    with pytest.raises(SetupError, match="tells no model"):
-        weights_of(Options(), "", "")
+    snapshot = tmp_path / "hub" / "models--org--model" / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert weights_of(Options(), "org/model", "") == f"org/model@{COMMIT}"
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"1")
     before = weights_of(Options(), str(tmp_path), "")
