@@ -27,7 +27,7 @@ BENCHMARKS ?= chat_warm sql zero_hit
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard stratakv/_native/*.cpp stratakv/_native/*.h)
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard stratakv/_native/*.cpp stratakv/_native/*.h workers/engine/kernels/*.cpp workers/engine/kernels/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check \
 		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e '.[dev]'

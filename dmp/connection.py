@@ -11,7 +11,7 @@ import select
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
@@ -27,6 +27,7 @@ from stratakv.layout import ALIGNMENT_BYTES
 from stratakv.pool import messages
 from stratakv.pool.auth import NONCE_BYTES, PoolCredentials
 from stratakv.pool.errors import NotAMember, OutOfBounds, ProtocolMismatch, PutRefused, SegmentFull, TransportError
+from stratakv.pool.fence import TermFence
 from stratakv.pool.framing import receive_all, receive_exactly, receive_header, send_all, send_frame
 from stratakv.pool.messages import FrameHeader, FrameKind, RefusalCode, frame_header
 from stratakv.wire import PUT_ID_BYTES
@@ -64,6 +65,7 @@ class Served:
     metrics: DaemonMetrics
     disk: DiskStore | None = None
     """Attached to by its own epoch, and only read."""
+    fence: TermFence = field(default_factory=TermFence)
     engine: str = ""
     """Name of the transfer engine that reaches the segment too, if there is one."""
 
@@ -209,6 +211,8 @@ class Connection:
             raise PutRefused("nothing is written to a disk from outside; pages get there from the daemon's memory")
         if isinstance(request, messages.Allocate):
             _check_allocate(request)
+            if request.term and not self._served.fence.admits(request.term):
+                raise PutRefused("a meta server has granted this that no longer leads")
             extents = puts.allocate(request.put_id, request.count, request.page_bytes, request.timeout_s)
             self._served.metrics.granted(request.count, request.count * request.page_bytes)
             return messages.Extents(extents)

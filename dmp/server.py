@@ -22,6 +22,7 @@ from stratakv.log import EventLogger
 from stratakv.pool import messages
 from stratakv.pool.auth import PoolCredentials
 from stratakv.pool.errors import TransportError
+from stratakv.pool.fence import TermFence
 from stratakv.pool.framing import send_frame, tune
 from stratakv.pool.messages import FrameKind, RefusalCode
 from stratakv.process import port_taken
@@ -50,6 +51,7 @@ class DaemonServer:
         metrics: DaemonMetrics,
         disk: DiskStore | None = None,
         engine: str = "",
+        fence: TermFence | None = None,
     ) -> None:
         self._settings = settings
         self._segment = segment
@@ -59,7 +61,16 @@ class DaemonServer:
         self._past_read = 0
         self._past_written = 0
         self._served = Served(
-            settings.node, segment, puts, settings.idle_timeout_s, self.stats, credentials, metrics, disk, engine
+            settings.node,
+            segment,
+            puts,
+            settings.idle_timeout_s,
+            self.stats,
+            credentials,
+            metrics,
+            disk,
+            fence or TermFence(),
+            engine,
         )
         metrics.watch(puts, disk, self.stats)
         self._tcp = self._listen_tcp()

@@ -24,6 +24,7 @@ from stratakv.errors import SetupError
 from stratakv.log import EventLogger
 from stratakv.pool.auth import PoolCredentials, require_credentials
 from stratakv.pool.dmp_client import ConnectionCache
+from stratakv.pool.fence import TermFence
 from stratakv.pool.meta_client import MetaClient
 from stratakv.pool.mooncake import transfer_engine
 from stratakv.process import advertised_host
@@ -47,8 +48,9 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     engine = transfer_engine(public_host, settings.pool.transfer_engine)
     if engine is not None:
         engine.register(memory.address, memory.size_bytes)
-    metrics = DaemonMetrics()
-    server = DaemonServer(dmp, memory, puts, credentials, metrics, store, engine.name if engine is not None else "")
+    fence, metrics = TermFence(), DaemonMetrics()
+    engine_name = engine.name if engine is not None else ""
+    server = DaemonServer(dmp, memory, puts, credentials, metrics, store, engine_name, fence)
     connections = ConnectionCache(credentials=credentials)
     segment = Segment(
         node=dmp.node,
@@ -68,7 +70,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         disk_bytes=store.size_bytes if store is not None else 0,
     )
     try:
-        async with MetaClient(settings.meta, role="dmp", name=segment.node, credentials=credentials) as client:
+        client = MetaClient(settings.meta, role="dmp", name=segment.node, credentials=credentials, fence=fence)
+        async with client:
             drainer = Drainer(client, connections, metrics)
             parts = [server.accept(), _populate(memory, puts, stop), drainer.run()]
             if engine is None:

@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from meta_server.administration import PIN_S_MAX, Administration
@@ -17,6 +18,7 @@ from meta_server.ages import Ages
 from meta_server.catalog import Catalog
 from meta_server.counts import PoolCounts, tier_of
 from meta_server.draining import Draining
+from meta_server.events import EventLog, Snapshots
 from meta_server.index import BlockIndex
 from meta_server.journal import Journal, confirmed
 from meta_server.leases import LeaseTable
@@ -33,10 +35,13 @@ from meta_server.rules import Rules
 from meta_server.slots import SlotArray
 from meta_server.store import Store
 from meta_server.validate import (
+    INT64_MAX,
     check_keys,
     check_moves,
+    check_protocol,
     check_put,
     check_put_id,
+    check_range,
     check_segment,
     check_worker,
 )
@@ -44,7 +49,7 @@ from meta_server.workers import WorkerTable
 from stratakv import wire
 from stratakv.errors import InvalidRequest
 from stratakv.keys import KEY_BYTES
-from stratakv.pool.meta_errors import ProtocolMismatch, StaleEpoch
+from stratakv.pool.meta_errors import StaleEpoch
 from stratakv.settings import MetaSettings
 from stratakv.version import version
 
@@ -66,7 +71,14 @@ class Handlers:
         self.own_blocks = OwnBlocks(self._index, self._nodes, self._workers)
         self._leases = LeaseTable(self._index, clock, leases_max=settings.leases_max, lease_s_max=settings.lease_s_max)
         self._pins = LeaseTable(self._index, clock, leases_max=settings.pins_max, lease_s_max=PIN_S_MAX)
-        self._catalog = Catalog(self._index, self._nodes, self.journal, self._pins, snapshot.last_removal_id)
+        self._epoch = secrets.token_bytes(wire.EPOCH_BYTES)
+        self.events_port = 0
+        """Where events are published."""
+        self.events = EventLog(self._epoch, clock)
+        self.snapshots = Snapshots(self.events, self._index, self._nodes)
+        self._catalog = Catalog(
+            self._index, self._nodes, self.journal, self._pins, self.events, snapshot.last_removal_id
+        )
         ages = Ages(clock)
         self._rules = Rules(self._catalog, self.journal, clock, ages, snapshot.rules)
         self._reclaimer = Reclaimer(self._catalog, clock, ages, high=settings.reclaim_high, low=settings.reclaim_low)
@@ -75,9 +87,11 @@ class Handlers:
         self._puts = PutTable(self._catalog, self.journal, store, clock, settings, placement)
         self._draining = Draining(self._catalog, self._moves, placement)
         self.administration = Administration(self._catalog, self.journal, self._workers, self._pins, self._rules)
-        self._epoch = secrets.token_bytes(wire.EPOCH_BYTES)
+        self.term = 0
+        """In which this server leads."""
         self._lookups = self._lookup_hits = 0
         self._restore(snapshot)
+        self.events.is_quiet = False
         self.by_message: dict[type[wire.Message], Callable[[Any], Answer]] = {
             wire.Hello: self.hello,
             wire.RegisterNode: self.register_node,
@@ -91,6 +105,7 @@ class Handlers:
             wire.MatchPrefix: self.match_prefix,
             wire.FindBlocks: self.find_blocks,
             wire.ReleaseLease: self.release_lease,
+            wire.GetEventSnapshot: self.event_snapshot,
             wire.PutStart: self.put_start,
             wire.PutEnd: self.put_end,
             wire.PutRevoke: self.put_revoke,
@@ -120,14 +135,11 @@ class Handlers:
             if node.limit_bytes:
                 self._moves.demote(node)
             self._reclaimer.check(node)
+        self.events.tick()
 
     def hello(self, request: wire.Hello) -> wire.Welcome:
-        if request.protocol != wire.PROTOCOL_VERSION:
-            raise ProtocolMismatch(
-                f"{request.role} {request.name} speaks protocol {request.protocol}, "
-                f"this meta server (version {version()}) speaks {wire.PROTOCOL_VERSION}"
-            )
-        return wire.Welcome(protocol=wire.PROTOCOL_VERSION, server_version=version(), epoch=self._epoch)
+        check_protocol(request)
+        return wire.Welcome(wire.PROTOCOL_VERSION, version(), self._epoch, term=self.term, events_port=self.events_port)
 
     def register_node(self, request: wire.RegisterNode) -> Answer:
         segment = request.segment
@@ -202,9 +214,14 @@ class Handlers:
         self._catalog.unpinned(self._leases.release(request.lease_id))
         return wire.Done()
 
+    def event_snapshot(self, request: wire.GetEventSnapshot) -> wire.EventSnapshot:
+        check_range("after", request.after, 0, INT64_MAX)
+        return self.snapshots.part(request.after)
+
     def put_start(self, request: wire.PutStart) -> wire.PutGrant:
         check_put(request)
-        return self._puts.start(request)
+        grant = self._puts.start(request)
+        return msgspec.structs.replace(grant, term=self.term) if grant.segment is not None else grant
 
     async def put_end(self, request: wire.PutEnd) -> wire.Done:
         check_put_id(request.put_id)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -14,15 +14,20 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from meta_server.counts import AGE_BOUNDS_S, PoolCounts, Tier, tier_of
+from meta_server.elector import Elector
 from meta_server.handlers import Handlers
 from meta_server.nodes import Node
 from stratakv.wire import GetStats, Stats
 
 
-def metrics_app(handlers: Handlers) -> Starlette:
-    """`GET /metrics`; it runs on the server's event loop, so that the figures of one answer belong together."""
+def metrics_app(elector: Elector, leading: Callable[[], Handlers | None]) -> Starlette:
+    """`GET /metrics`; of the pool only while this meta server leads.
+
+    It runs on the server's event loop, so that the figures of one answer belong together.
+    """
     registry = CollectorRegistry()
-    registry.register(PoolCollector(handlers))
+    registry.register(PoolCollector(leading))
+    registry.register(LeaderCollector(elector))
 
     async def metrics(_: Request) -> Response:
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
@@ -33,13 +38,30 @@ def metrics_app(handlers: Handlers) -> Starlette:
 class PoolCollector(Collector):
     """Everything is read when it is asked for."""
 
-    def __init__(self, handlers: Handlers) -> None:
-        self._handlers = handlers
+    def __init__(self, leading: Callable[[], Handlers | None]) -> None:
+        self._leading = leading
 
     def collect(self) -> Iterator[Metric]:
-        yield from _totals(self._handlers.stats(GetStats()))
-        yield from _segments([node for node in self._handlers.nodes if node.reachable])
-        yield from _pages(self._handlers.counts)
+        handlers = self._leading()
+        if handlers is not None:
+            yield from _totals(handlers.stats(GetStats()))
+            yield from _segments([node for node in handlers.nodes if node.reachable])
+            yield from _pages(handlers.counts)
+
+
+class LeaderCollector(Collector):
+    """This meta server's part in the election."""
+
+    def __init__(self, elector: Elector) -> None:
+        self._elector = elector
+
+    def collect(self) -> Iterator[Metric]:
+        elector = self._elector
+        yield GaugeMetricFamily("stratakv_meta_is_leader", "1 for the meta server that leads", elector.is_leader)
+        yield GaugeMetricFamily("stratakv_meta_term", "Term of the leader; 0 for one that stands by", elector.term)
+        yield CounterMetricFamily(
+            "stratakv_meta_take_overs", "How often this meta server has begun to lead", elector.take_overs
+        )
 
 
 def _totals(stats: Stats) -> Iterator[Metric]:

@@ -42,7 +42,7 @@ def test_those_of_a_daemon(tmp_path: Path) -> None:
 
 def test_those_of_the_meta_server() -> None:
     world = World()
-    assert told(PoolCollector(world.handlers)) == documented("stratakv_pool_") - {"stratakv_pool_errors_total"}
+    assert told(PoolCollector(lambda: world.handlers)) == documented("stratakv_pool_") - {"stratakv_pool_errors_total"}
     world.close()
 
 

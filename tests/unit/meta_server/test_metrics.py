@@ -28,7 +28,7 @@ def world() -> Iterator[World]:
 def told(world: World) -> dict[str, float]:
     """name{label values} → value, as a monitoring system reads it."""
     registry = CollectorRegistry()
-    registry.register(PoolCollector(world.handlers))
+    registry.register(PoolCollector(lambda: world.handlers))
     text = generate_latest(registry).decode()
     return {
         f"{s.name.removeprefix('stratakv_pool_')}{sorted(s.labels.values())}": s.value
