@@ -19,6 +19,7 @@ from meta_server.kvcm.protocol import (
     debug_service_pb2,
     event_service_pb2,
     meta_service_pb2,
+    operator_service_pb2,
 )
 from tests.meta_process import MetaProcess
 from tests.support import eventually, free_port
@@ -28,8 +29,9 @@ SERVICES = {
     "admin": admin_service_pb2.DESCRIPTOR.services_by_name["AdminService"],
     "debug": debug_service_pb2.DESCRIPTOR.services_by_name["DebugService"],
     "events": event_service_pb2.DESCRIPTOR.services_by_name["EventService"],
+    "operator": operator_service_pb2.DESCRIPTOR.services_by_name["OperatorService"],
 }
-PORT_NAMES = {"meta": "kvcm", "admin": "admin", "debug": "admin", "events": "kvcm"}
+PORT_NAMES = {"meta": "kvcm", "admin": "admin", "debug": "admin", "operator": "admin", "events": "kvcm"}
 
 
 @dataclass

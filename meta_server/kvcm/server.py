@@ -18,10 +18,12 @@ from meta_server.kvcm.faces import Doorman, GrpcFace, HttpFace, check_reachable
 from meta_server.kvcm.faults import DebugService, Faults
 from meta_server.kvcm.meta_service import MetaService
 from meta_server.kvcm.metrics import Metrics
+from meta_server.kvcm.operator_service import OperatorService
 from meta_server.kvcm.protocol import admin_service_pb2 as admin
 from meta_server.kvcm.protocol import debug_service_pb2 as debug
 from meta_server.kvcm.protocol import event_service_pb2 as events
 from meta_server.kvcm.protocol import meta_service_pb2 as meta
+from meta_server.kvcm.protocol import operator_service_pb2 as operator
 from meta_server.kvcm.state import KvcmState
 from meta_server.kvcm.store import Changes, load
 from meta_server.store import CONNECTION_ERRORS, Store
@@ -52,8 +54,9 @@ class KvcmServer:
         self._meta = self._calls(meta.DESCRIPTOR.services_by_name["MetaService"], self._cluster)
         self._admin = self._calls(admin.DESCRIPTOR.services_by_name["AdminService"], self._cluster)
         self._events = self._calls(events.DESCRIPTOR.services_by_name["EventService"], None)
+        self._operator = self._calls(operator.DESCRIPTOR.services_by_name["OperatorService"], None)
         self._streams = EventStreams()
-        for calls in (self._meta, self._admin, self._events):
+        for calls in self._led:
             calls.stand_by(self._cluster.refusal)
 
     async def listen(self) -> None:
@@ -80,12 +83,13 @@ class KvcmServer:
         meta_service = MetaService(state, handlers.own_blocks)
         self._meta.lead(meta_service, self._refusal)
         self._admin.lead(AdminService(state, meta_service, self._metrics), self._refusal)
+        self._operator.lead(OperatorService(state), self._refusal)
         self._events.lead(EventCalls(handlers), self._refusal)
         self._streams.lead(handlers)
 
     async def stand_by(self) -> None:
         """The term is over. Safe to repeat."""
-        for calls in (self._meta, self._admin, self._events):
+        for calls in self._led:
             calls.stand_by(self._cluster.refusal)
         self._streams.stand_by()
         state, self._state, self._store, self._journal = self._state, None, None, None
@@ -96,6 +100,11 @@ class KvcmServer:
         if self._state is not None:
             self._state.tick()
 
+    @property
+    def _led(self) -> tuple[Calls, ...]:
+        """Services that the leader answers."""
+        return self._meta, self._admin, self._operator, self._events
+
     def _leads(self) -> bool:
         return self._state is not None and self._elector.is_leader
 
@@ -104,9 +113,9 @@ class KvcmServer:
 
     def _admin_services(self) -> tuple[Calls, ...]:
         if not self._settings.debug_service:
-            return (self._admin,)
+            return self._admin, self._operator
         service = DebugService(self._faults, [*self._meta.by_name, *self._admin.by_name])
-        return self._admin, self._calls(debug.DESCRIPTOR.services_by_name["DebugService"], service)
+        return self._admin, self._operator, self._calls(debug.DESCRIPTOR.services_by_name["DebugService"], service)
 
     def _refusal(self) -> NotLeader | None:
         return None if self._elector.may_answer else self._cluster.refusal()
