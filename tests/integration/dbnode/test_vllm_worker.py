@@ -14,15 +14,16 @@ import pytest_asyncio
 from dbnode.errors import WorkerRefused
 from dbnode.generate import GenerateRequest, Sampling, Source, StructuredOutputs
 from dbnode.vllm import client
+from stratakv.cli.status import Report, _ask_db_node, _print
 from stratakv.keys import KEY_BYTES, block_keys
-from stratakv.settings import Secret
+from stratakv.settings import RestSettings, Secret, Settings
 from stratakv.text import encode, load_tokenizer
 from stratakv.wire import MatchPrefix
 from tests.integration.dbnode.running_node import CACHE_DIR, PoolOfBlocks, RunningNode, running_node
 from tests.kv_event_publisher import publishing, removed, stored
 from tests.stand_in_vllm import BLOCK_SIZE, StandInVllm
 from tests.stand_in_worker import MODEL, StandInWorker, expected_tokens, token_at
-from tests.support import eventually_async
+from tests.support import eventually_async, free_port
 
 PROMPT = list(range(1000, 1080))
 LONG = list(range(2000, 2800))
@@ -263,3 +264,18 @@ async def test_events_decide_where_a_prompt_goes(vllm: StandInVllm, other: Stand
                 states = {state["url"]: state for state in (await answer.json())["workers"]}
             assert states[other.url]["events"]["state"] == "live"
             assert states[vllm.url]["info"]["engine"] == "vllm"
+
+
+async def test_status_shows_the_servers_and_what_is_wrong_with_them(
+    vllm: StandInVllm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vllm.running = 3
+    gone = f"vllm://127.0.0.1:{free_port()}"
+    async with running_node(also=(f"{vllm.url},role=decode",), later=(gone,)) as node:
+        await eventually_async(lambda: all(r.alive or r.problem for r in node.node.directory.records), what="a reason")
+        report = Report()
+        await _ask_db_node(Settings(rest=RestSettings(port=int(node.url.rsplit(":", 1)[1]))), report)
+    _print(report)
+    shown = {line.split("│")[1].strip(): line for line in capsys.readouterr().out.splitlines() if "vllm://" in line}
+    assert [cell.strip() for cell in shown[vllm.url].split("│")[2:6]] == ["yes", "decode", MODEL, "3"]
+    assert "no: " in shown[gone]
