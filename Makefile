@@ -4,7 +4,11 @@
 #   make test             lint, then all tests
 #   make test-debian      tests against the distribution's PostgreSQL server
 #   make test-sql-compat  suites of others, directly and through the DB node (SUITES="asyncpg pgbench" for some of them)
+#   make chaos            kills meta servers and PostgreSQL in every step of a write (MINUTES=10, SEED=7)
 #   make bench            quick benchmarks
+#   make vllm-venv        vLLM in an environment of its own, ~/.cache/stratakv/vllm
+#   make test-vllm        tests of vLLM's connector to the pool, with that vLLM
+#   make test-sglang      tests of SGLang's storage backend on the pool, in an environment of its own, ~/.cache/stratakv/sglang
 #   make protocol         generates the messages of the KVCM API from its .proto files
 #   make mooncake         installs what `stratakv bench dmp` compares with
 #
@@ -16,9 +20,15 @@ TORCH_INDEX ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+VLLM_VENV ?= $(HOME)/.cache/stratakv/vllm
+VLLM_PY := $(VLLM_VENV)/bin/python
+SGLANG_VENV ?= $(HOME)/.cache/stratakv/sglang
+SGLANG_PY := $(SGLANG_VENV)/bin/python
+# What SGLang's storage interface and host memory pools import; torchvision and SGLang themselves come without requirements.
+SGLANG_NEEDS := apache-tvm-ffi compressed-tensors dill ipython orjson pillow pybase64 requests sentencepiece triton
 BENCHMARKS ?= chat_warm sql zero_hit
 
-.PHONY: install demo test lint format test-debian test-sql-compat bench mooncake protocol clean
+.PHONY: install demo test lint format test-debian test-sql-compat test-vllm vllm-venv test-sglang chaos bench mooncake protocol clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -54,6 +64,36 @@ test-debian: install
 
 test-sql-compat: install
 	$(PY) -m tests.compat $(SUITES)
+
+# The list is complete, so that nothing is resolved anew; our own package is taken from this checkout when it is run from here.
+vllm-venv: $(VLLM_VENV)/.installed
+
+$(VLLM_VENV)/.installed: constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PY) -m pip install --quiet --disable-pip-version-check \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --no-deps -r constraints-vllm.txt
+	$(VLLM_PY) -m pip install --quiet --disable-pip-version-check --no-deps .
+	touch $@
+
+test-vllm: install vllm-venv
+	$(PY) -m stratakv.cli model pull smollm2-135m
+	STRATAKV_VLLM_VENV=$(VLLM_VENV) $(PY) -m pytest -m vllm $(PYTEST_ARGS) tests/vllm
+
+test-sglang: $(SGLANG_VENV)/.installed
+	$(SGLANG_PY) setup.py --quiet build_ext --inplace
+	$(SGLANG_PY) -m pytest tests/sglang $(PYTEST_ARGS)
+
+$(SGLANG_VENV)/.installed: pyproject.toml constraints.txt constraints-sglang.txt
+	$(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_PY) -m pip install --quiet --disable-pip-version-check \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -c constraints-sglang.txt \
+		-e '.[dev]' $(SGLANG_NEEDS)
+	$(SGLANG_PY) -m pip install --quiet --disable-pip-version-check --no-deps \
+		-c constraints.txt -c constraints-sglang.txt sglang torchvision
+	touch $@
+
+chaos: install
+	$(PY) -m tests.chaos --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
 
 bench: install
 	@for name in $(BENCHMARKS); do $(PY) -m stratakv.cli bench $$name --quick --json || exit 1; done

@@ -13,6 +13,7 @@ import msgspec
 
 from meta_server.elector import Elector
 from meta_server.errors import failure_of
+from meta_server.event_socket import EventSocket
 from meta_server.handlers import Handlers
 from meta_server.router_socket import RouterSocket
 from meta_server.validate import check_protocol
@@ -21,6 +22,7 @@ from stratakv.errors import InvalidRequest, Overloaded, StrataError
 from stratakv.log import EventLogger
 from stratakv.pool.auth import PoolCredentials
 from stratakv.pool.meta_errors import NotLeader
+from stratakv.settings import MetaSettings
 from stratakv.version import version
 
 REQUESTS_WAITING_MAX = 20_000
@@ -30,12 +32,14 @@ Reply = Callable[[wire.Message], None]
 
 
 class Door:
-    """One socket, for as long as the process runs."""
+    """One socket for requests and one for events, for as long as the process runs."""
 
-    def __init__(self, host: str, port: int, credentials: PoolCredentials | None) -> None:
+    def __init__(self, settings: MetaSettings, credentials: PoolCredentials | None) -> None:
         """Raises SetupError. Requests wait at the socket until `open`."""
         self._socket = RouterSocket(self._on_message, credentials)
-        self.port = self._socket.bind(host, port)
+        self._events = EventSocket(self._socket.context, credentials)
+        self.port = self._socket.bind(settings.host, settings.native_port)
+        self._events_port = self._events.bind(settings.host, settings.events_port)
         self._handlers: Handlers | None = None
         self._elector: Elector | None = None
         self._waiting: set[asyncio.Task[None]] = set()
@@ -45,8 +49,10 @@ class Door:
         self._elector = elector
 
     def lead(self, handlers: Handlers) -> None:
-        """Answer everything."""
+        """Answer everything, and publish what changes."""
         self._handlers = handlers
+        handlers.events_port = self._events_port
+        handlers.events.subscribe(self._events.publish)
 
     def stand_by(self) -> None:
         """Turn requests away; those that wait for PostgreSQL are for the next leader to answer."""
@@ -60,6 +66,7 @@ class Door:
             await asyncio.wait(self._waiting)
 
     def close(self) -> None:
+        self._events.close()
         self._socket.close()
 
     def _on_message(self, client: bytes, request_id: bytes, payload: bytes) -> None:

@@ -189,7 +189,7 @@ class Elector:
                     self._url,
                     timeout=min(self._settings.connect_timeout_s, self.lease_s),
                     command_timeout=self.lease_s,
-                    server_settings={"application_name": "stratakv meta lease"},
+                    server_settings={"application_name": "stratakv meta lease", "synchronous_commit": "on"},
                 )
             answer = await question(self._connection)
         except CONNECTION_ERRORS:

@@ -18,6 +18,7 @@ from meta_server.ages import Ages
 from meta_server.catalog import Catalog
 from meta_server.counts import PoolCounts, tier_of
 from meta_server.draining import Draining
+from meta_server.events import EventLog, Snapshots
 from meta_server.index import BlockIndex
 from meta_server.journal import Journal, confirmed
 from meta_server.leases import LeaseTable
@@ -34,11 +35,13 @@ from meta_server.rules import Rules
 from meta_server.slots import SlotArray
 from meta_server.store import Store
 from meta_server.validate import (
+    INT64_MAX,
     check_keys,
     check_moves,
     check_protocol,
     check_put,
     check_put_id,
+    check_range,
     check_segment,
     check_worker,
 )
@@ -68,7 +71,14 @@ class Handlers:
         self.own_blocks = OwnBlocks(self._index, self._nodes, self._workers)
         self._leases = LeaseTable(self._index, clock, leases_max=settings.leases_max, lease_s_max=settings.lease_s_max)
         self._pins = LeaseTable(self._index, clock, leases_max=settings.pins_max, lease_s_max=PIN_S_MAX)
-        self._catalog = Catalog(self._index, self._nodes, self.journal, self._pins, snapshot.last_removal_id)
+        self._epoch = secrets.token_bytes(wire.EPOCH_BYTES)
+        self.events_port = 0
+        """Where events are published."""
+        self.events = EventLog(self._epoch, clock)
+        self.snapshots = Snapshots(self.events, self._index, self._nodes)
+        self._catalog = Catalog(
+            self._index, self._nodes, self.journal, self._pins, self.events, snapshot.last_removal_id
+        )
         ages = Ages(clock)
         self._rules = Rules(self._catalog, self.journal, clock, ages, snapshot.rules)
         self._reclaimer = Reclaimer(self._catalog, clock, ages, high=settings.reclaim_high, low=settings.reclaim_low)
@@ -77,11 +87,11 @@ class Handlers:
         self._puts = PutTable(self._catalog, self.journal, store, clock, settings, placement)
         self._draining = Draining(self._catalog, self._moves, placement)
         self.administration = Administration(self._catalog, self.journal, self._workers, self._pins, self._rules)
-        self._epoch = secrets.token_bytes(wire.EPOCH_BYTES)
         self.term = 0
         """In which this server leads."""
         self._lookups = self._lookup_hits = 0
         self._restore(snapshot)
+        self.events.is_quiet = False
         self.by_message: dict[type[wire.Message], Callable[[Any], Answer]] = {
             wire.Hello: self.hello,
             wire.RegisterNode: self.register_node,
@@ -93,7 +103,9 @@ class Handlers:
             wire.ListWorkers: lambda _: wire.Workers(self._workers.states()),
             wire.ListNodes: lambda _: wire.Nodes(self._nodes.states()),
             wire.MatchPrefix: self.match_prefix,
+            wire.FindBlocks: self.find_blocks,
             wire.ReleaseLease: self.release_lease,
+            wire.GetEventSnapshot: self.event_snapshot,
             wire.PutStart: self.put_start,
             wire.PutEnd: self.put_end,
             wire.PutRevoke: self.put_revoke,
@@ -123,10 +135,11 @@ class Handlers:
             if node.limit_bytes:
                 self._moves.demote(node)
             self._reclaimer.check(node)
+        self.events.tick()
 
     def hello(self, request: wire.Hello) -> wire.Welcome:
         check_protocol(request)
-        return wire.Welcome(wire.PROTOCOL_VERSION, version(), self._epoch, term=self.term)
+        return wire.Welcome(wire.PROTOCOL_VERSION, version(), self._epoch, term=self.term, events_port=self.events_port)
 
     def register_node(self, request: wire.RegisterNode) -> Answer:
         segment = request.segment
@@ -193,9 +206,17 @@ class Handlers:
         segments = [self._segment_of(index) for index in indexes]
         return wire.Match(len(slots), segments, segment_of, extents, lease_id)
 
+    def find_blocks(self, request: wire.FindBlocks) -> wire.FoundBlocks:
+        check_keys(request.namespace, request.keys)
+        return wire.FoundBlocks(missing=self._index.absent(request.namespace, request.keys))
+
     def release_lease(self, request: wire.ReleaseLease) -> wire.Done:
         self._catalog.unpinned(self._leases.release(request.lease_id))
         return wire.Done()
+
+    def event_snapshot(self, request: wire.GetEventSnapshot) -> wire.EventSnapshot:
+        check_range("after", request.after, 0, INT64_MAX)
+        return self.snapshots.part(request.after)
 
     def put_start(self, request: wire.PutStart) -> wire.PutGrant:
         check_put(request)

@@ -260,6 +260,26 @@ class BlockIndex:
         namespaces = [self._names_by_id[names_id].namespace for names_id in table.namespace[slots].tolist()]
         return list(zip(namespaces, (row.tobytes() for row in table.key[slots]), strict=True))
 
+    def packed_keys(self, slots: SlotArray) -> bytes:
+        """Keys of the slots' pages."""
+        return self._table.key[slots].tobytes()
+
+    def by_place(self, slots: SlotArray) -> list[tuple[bytes, int, SlotArray]]:
+        """The slots by namespace and segment of their pages."""
+        table, found = self._table, []
+        ids, segments = table.namespace[slots], table.segment[slots]
+        for names_id in np.unique(ids).tolist():
+            for segment in np.unique(segments[ids == names_id]).tolist():
+                mine = slots[(ids == names_id) & (segments == segment)]
+                found.append((self._names_by_id[names_id].namespace, segment, mine))
+        return found
+
+    def groups(self, first: int, count: int) -> tuple[list[tuple[bytes, int, SlotArray]], int]:
+        """Of `count` slots from `first` on, those with pages, by namespace and segment; the slot behind them, 0 at the end."""
+        table, end = self._table, min(first + count, self._table.num_rows)
+        slots = first + np.flatnonzero(table.segment[first:end] != NO_SEGMENT)
+        return self.by_place(slots), end if first < end < table.num_rows else 0
+
     def unpinned(self, segment: int, namespace: bytes = b"") -> SlotArray:
         """Pages of a segment (of one namespace or of all) that nobody holds a lease on."""
         table = self._table

@@ -44,7 +44,7 @@ async def serve(settings: Settings, stop: asyncio.Event, ready: Ready | None = N
     if meta.leader_lease_s < LEADER_LEASE_S_MIN:
         raise SetupError(f"meta.leader_lease_s = {meta.leader_lease_s}: at least {LEADER_LEASE_S_MIN}")
     await asyncio.to_thread(migrate.check, settings.database.url)
-    door = Door(meta.host, meta.native_port, credentials)
+    door = Door(meta, credentials)
     try:
         await MetaServer(settings, door, ready).run(stop)
     except* SetupError as group:

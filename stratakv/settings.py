@@ -82,6 +82,7 @@ class MetaSettings:
     host: str = setting("127.0.0.1", "address to listen on, and where others find it")
     public_host: str = setting("", "where others reach it; by default `host`")
     native_port: int = setting(6383, "port of the native protocol")
+    events_port: int = setting(0, "port of the events; 0: any free one, which clients are told")
     addresses: tuple[str, ...] = setting(
         (), "host:port of every meta server, where there are several; by default the one at `host`"
     )
@@ -108,6 +109,7 @@ class MetaSettings:
     kvcm_http_port: int = setting(6382, "port of the KVCM API, HTTP; 0: none")
     admin_grpc_port: int = setting(6491, "port of the KVCM API's admin service, gRPC; 0: none")
     admin_http_port: int = setting(6492, "port of the KVCM API's admin service, HTTP; 0: none")
+    debug_service: bool = setting(False, "let clients of the admin ports inject faults into the KVCM API")
     kvcm_file_dir: Path = setting(
         Path("~/.local/share/stratakv/kvcm"), "root of the KVCM API's first storage, which its clients write into"
     )

@@ -12,7 +12,8 @@ from typing import TypeVar
 
 import msgspec
 
-from stratakv.wire_lookups import Match, MatchPrefix, ReleaseLease
+from stratakv.wire_events import EventSnapshot, GetEventSnapshot
+from stratakv.wire_lookups import FindBlocks, FoundBlocks, Match, MatchPrefix, ReleaseLease
 from stratakv.wire_parts import (
     EPOCH_BYTES,
     MESSAGE_BYTES_MAX,
@@ -38,7 +39,11 @@ __all__ = [
     "PROTOCOL_VERSION",
     "PUT_ID_BYTES",
     "CacheRule",
+    "EventSnapshot",
     "Extent",
+    "FindBlocks",
+    "FoundBlocks",
+    "GetEventSnapshot",
     "Match",
     "MatchPrefix",
     "Message",
@@ -88,6 +93,8 @@ class Welcome(Message, frozen=True):
     """Of the leader; a higher one than all leaders before had."""
     leader: str = ""
     """host:port of the leader, as far as one that stands by knows it."""
+    events_port: int = 0
+    """Where the leader publishes what changes, on its host."""
 
 
 class GetLeader(Message, frozen=True):
@@ -423,6 +430,7 @@ Request = (
     | ListWorkers
     | ListNodes
     | MatchPrefix
+    | FindBlocks
     | ReleaseLease
     | PutStart
     | PutEnd
@@ -437,6 +445,7 @@ Request = (
     | SetDraining
     | SetNodeLimit
     | GetStats
+    | GetEventSnapshot
 )
 Reply = (
     Failure
@@ -451,6 +460,7 @@ Reply = (
     | Workers
     | Nodes
     | Match
+    | FoundBlocks
     | PutGrant
     | Flushed
     | Namespaces
@@ -458,6 +468,7 @@ Reply = (
     | Pinned
     | DrainProgress
     | Stats
+    | EventSnapshot
 )
 ReplyT = TypeVar("ReplyT", bound=Message)
 
