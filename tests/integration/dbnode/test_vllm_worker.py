@@ -240,6 +240,14 @@ async def test_blocks_that_do_not_get_into_the_pool_keep_the_answer_where_it_beg
     assert (len(vllm.requests), len(other.requests)) == (2, 0)
 
 
+async def test_a_connector_tells_its_namespace_itself(vllm: StandInVllm, other: StandInVllm) -> None:
+    vllm.namespace = other.namespace = NAMESPACE
+    pair = f"{vllm.url},role=prefill", f"{other.url},role=decode"
+    async with running_node(also=pair, meta=PoolAfterPrefill(vllm)) as node:
+        await tokens_of(node, LONG, 4)
+    assert (len(vllm.requests), len(other.requests)) == (1, 1)
+
+
 async def test_servers_without_a_common_namespace_are_not_split_over(vllm: StandInVllm, other: StandInVllm) -> None:
     pair = f"{vllm.url},role=prefill", f"{other.url},role=decode"
     async with running_node(also=pair, meta=PoolOfBlocks(1000)) as node:
