@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
-from stratakv.errors import SetupError, StrataError
+from stratakv.errors import SetupError, StrataError, Unavailable
 from stratakv.log import EventLogger
 from stratakv.pool.auth import PoolCredentials
 from stratakv.pool.dmp_client import ConnectionCache
@@ -70,8 +70,12 @@ class PoolLink:
         return self.meta.available
 
     def submit(self, work: Coroutine[Any, Any, ResultT]) -> Future[ResultT]:
-        """Run on the link's event loop."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+        """Run on the link's event loop. Raises Unavailable once the link is closed."""
+        try:
+            return asyncio.run_coroutine_threadsafe(work, self._loop)
+        except RuntimeError:
+            work.close()
+            raise Unavailable("the connection to the pool was closed") from None
 
     def call(self, request: Message, reply_type: type[ReplyT], timeout_s: float | None = None) -> Future[ReplyT]:
         """Ask the meta server; the future fails with what `MetaClient.call` raises."""
