@@ -69,16 +69,16 @@ class DaemonServer:
 
     def stats(self) -> messages.DaemonStats:
         with self._lock:
-            traffic = [connection.traffic for connection, _ in self._connections.values()]
+            moved = [connection.moved for connection, _ in self._connections.values()]
             read, written = self._past_read, self._past_written
         return messages.DaemonStats(
             size_bytes=self._segment.size_bytes,
             used_bytes=self._puts.used_bytes,
             extents=self._puts.num_extents,
             puts_open=self._puts.num_open,
-            connections=len(traffic),
-            bytes_read=read + sum(t.bytes_read for t in traffic),
-            bytes_written=written + sum(t.bytes_written for t in traffic),
+            connections=len(moved),
+            bytes_read=read + sum(int(m[0]) for m in moved),
+            bytes_written=written + sum(int(m[1]) for m in moved),
         )
 
     async def accept(self) -> None:
@@ -160,8 +160,8 @@ class DaemonServer:
         finally:
             with self._lock:
                 del self._connections[sock]
-                self._past_read += connection.traffic.bytes_read
-                self._past_written += connection.traffic.bytes_written
+                self._past_read += int(connection.moved[0])
+                self._past_written += int(connection.moved[1])
             sock.close()
 
 

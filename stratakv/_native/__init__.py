@@ -1,5 +1,5 @@
-"""What Python is too slow for. Moves of KV pages that do not need the interpreter lock: copies with checksums, headers, and
-waiting for layers. And the walker that follows the messages of SQL sessions.
+"""What Python is too slow for. Moves of KV pages that do not need the interpreter lock: copies with checksums, headers, waiting
+for layers, and both ends of the pool protocol. And the walker that follows the messages of SQL sessions.
 
 `moves` is the C++ module where it was built, else the Python one, which does the same, slower, and in step with whatever else
 Python does. `STRATAKV_NATIVE=0` chooses the Python one. Used by `stratakv.pool` and the workers' tiers.
@@ -11,12 +11,14 @@ import os
 from typing import Any, cast
 
 from stratakv._native import fallback
-from stratakv._native.base import Ended, Gate, HeaderState, LayerMove, Moves, RangeMove, Wire
+from stratakv._native.base import Ended, Entered, Gate, Grants, HeaderState, LayerMove, Moves, RangeMove, Wire
 from stratakv.config import NATIVE_ENV
 
 __all__ = [
     "Ended",
+    "Entered",
     "Gate",
+    "Grants",
     "HeaderState",
     "LayerMove",
     "Moves",
@@ -24,13 +26,14 @@ __all__ = [
     "Wire",
     "is_built",
     "make_gate",
+    "make_grants",
     "message_walker",
     "moves",
     "wire",
 ]
 
 
-INTERFACE = 2
+INTERFACE = 3
 """Counted up with every change of what the C++ module offers: one that was built from older sources is not used."""
 
 
@@ -52,6 +55,11 @@ moves = _load()
 def make_gate() -> Gate:
     """A gate for the functions of `moves`."""
     return moves.Gate()
+
+
+def make_grants() -> Grants:
+    """A table of grants for the functions of `moves`."""
+    return moves.Grants()
 
 
 def is_built() -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from stratakv._native.base import Buffer, Int64s, LayerMove, UInt64s
+from stratakv._native.base import Buffer, Int64s, LayerMove, UInt32s, UInt64s
 
 INTERFACE: int
 KERNEL: str
@@ -15,6 +15,12 @@ class Gate:
     def open(self, layers: int, /) -> None: ...
     def close(self) -> None: ...
     def wait(self, layers: int, deadline: float, /) -> bool: ...
+
+class Grants:
+    def open(self, put_id: bytes, starts: UInt64s, ends: UInt64s, deadline: float, /) -> None: ...
+    def close(self, put_id: bytes, /) -> bool: ...
+    def enter(self, put_id: bytes, offsets: UInt64s, sizes: UInt32s, now: float, /) -> int: ...
+    def leave(self, put_id: bytes, /) -> None: ...
 
 class MessageWalker:
     at_boundary: bool
@@ -96,3 +102,15 @@ def push_pages(
     deadline: float,
     /,
 ) -> tuple[int, int, int, bytes]: ...
+def serve_frames(
+    fd: int,
+    segment: memoryview,
+    grants: Grants,
+    opening: bytes,
+    done: bytes,
+    limits: tuple[int, int, int],
+    idle_s: float,
+    frame_s: float,
+    moved: Int64s,
+    /,
+) -> tuple[int, bytes, bytes]: ...

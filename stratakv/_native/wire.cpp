@@ -1,17 +1,14 @@
 #include "wire.h"
 
-#include <errno.h>
 #include <sys/socket.h>
-#include <sys/time.h>
-#include <sys/uio.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <string>
 #include <system_error>
 #include <thread>
 
+#include "frames.h"
 #include "xxh3.h"
 
 namespace strata {
@@ -21,75 +18,6 @@ constexpr size_t kCallBytes = 256 * 1024;             // asked of one call, so t
 constexpr size_t kIovecsMax = 1024;                    // the kernel's IOV_MAX
 constexpr size_t kFramesAhead = 2;                     // requests sent before their data is received
 constexpr size_t kReplyBytesMax = 64 * 1024;
-constexpr size_t kOpeningBytes = 6;                    // magic and version
-constexpr size_t kPutIdBytes = 16;
-
-enum Kind : uint16_t { kRead = 2, kWrite = 3, kReply = 4, kData = 5 };
-
-#pragma pack(push, 1)
-struct Header {
-  uint8_t opening[kOpeningBytes];
-  uint16_t kind;
-  uint32_t body_bytes;
-  uint64_t payload_bytes;
-};
-struct WireRange {
-  uint64_t offset;
-  uint32_t size;
-};
-#pragma pack(pop)
-
-// A socket, until a deadline.
-class Wire {
- public:
-  Wire(int fd, double deadline_s) : fd_(fd), deadline_s_(deadline_s) {}
-
-  Ended send(std::vector<iovec>& parts) const { return move(parts, SO_SNDTIMEO, true); }
-  Ended receive(std::vector<iovec>& parts) const { return move(parts, SO_RCVTIMEO, false); }
-  Ended send(const std::string& bytes) const {
-    std::vector<iovec> one{{const_cast<char*>(bytes.data()), bytes.size()}};
-    return send(one);
-  }
-  Ended receive(void* into, size_t size) const {
-    std::vector<iovec> one{{into, size}};
-    return receive(one);
-  }
-
- private:
-  Ended move(std::vector<iovec>& parts, int timeout_option, bool sends) const {
-    size_t first = 0;
-    while (first < parts.size()) {
-      if (!bound(timeout_option)) return Ended::kLate;
-      msghdr message{};
-      message.msg_iov = &parts[first];
-      message.msg_iovlen = std::min(parts.size() - first, kIovecsMax);
-      const ssize_t moved = sends ? ::sendmsg(fd_, &message, MSG_NOSIGNAL) : ::recvmsg(fd_, &message, MSG_WAITALL);
-      if (moved < 0 && errno == EINTR) continue;
-      if (moved < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return Ended::kLate;
-      if (moved <= 0) return Ended::kGone;
-      size_t left = static_cast<size_t>(moved);
-      while (first < parts.size() && left >= parts[first].iov_len) left -= parts[first++].iov_len;
-      if (left != 0) {
-        parts[first].iov_base = static_cast<uint8_t*>(parts[first].iov_base) + left;
-        parts[first].iov_len -= left;
-      }
-    }
-    return Ended::kWhole;
-  }
-
-  // The kernel keeps the time of the next call. False if there is none left.
-  bool bound(int option) const {
-    const double left_s = std::fmin(deadline_s_ - monotonic_s(), 1e6);
-    if (left_s <= 0) return false;
-    timeval time{};
-    time.tv_sec = static_cast<time_t>(left_s);
-    time.tv_usec = std::max<suseconds_t>(1000, static_cast<suseconds_t>((left_s - std::floor(left_s)) * 1e6));
-    return ::setsockopt(fd_, SOL_SOCKET, option, &time, sizeof time) == 0;
-  }
-
-  int fd_;
-  double deadline_s_;
-};
 
 // One layer of one page is an item; those of some consecutive pages are numbered layer by layer.
 class Items {
@@ -214,17 +142,8 @@ struct Answer {
   std::string said;  // a frame that is no data: its header, and its body if that is short
 };
 
-std::string header(const Framing& framing, Kind kind, size_t body_bytes, size_t payload_bytes) {
-  Header made{};
-  memcpy(made.opening, framing.opening.data(), kOpeningBytes);
-  made.kind = kind;
-  made.body_bytes = static_cast<uint32_t>(body_bytes);
-  made.payload_bytes = payload_bytes;
-  return {reinterpret_cast<const char*>(&made), sizeof made};
-}
-
 Ended request(const Wire& wire, const Framing& framing, const Frame& frame) {
-  return wire.send(header(framing, kRead, frame.ranges.size(), 0) + frame.ranges);
+  return wire.send(frame_header(framing.opening, kRead, frame.ranges.size(), 0) + frame.ranges);
 }
 
 // Reads a frame that ought to open with `kind`; what else comes is kept for the caller to read. Says whether it was `kind`.
@@ -308,7 +227,7 @@ Answer fetch_all(const Wire& wire, const Framing& framing, const Items& items, c
 
 Ended push_frame(const Wire& wire, const Framing& framing, const std::string& put_id, const Items& items,
                  const Frame& frame, uint64_t* checksums) {
-  Ended ended = wire.send(header(framing, kWrite, put_id.size() + frame.ranges.size(), frame.bytes) + put_id + frame.ranges);
+  Ended ended = wire.send(frame_header(framing.opening, kWrite, put_id.size() + frame.ranges.size(), frame.bytes) + put_id + frame.ranges);
   Parts parts(items, frame.first, frame.stop);
   for (std::vector<iovec> call = parts.next(); ended == Ended::kWhole && !call.empty(); call = parts.next()) {
     parts.checksum(call, [&](size_t item, uint64_t checksum) {
@@ -346,11 +265,6 @@ Answer push_all(const Wire& wire, const Framing& framing, const std::string& put
     }
   }
   return answer;
-}
-
-std::string text(const Bytes& bytes, size_t size, const char* name) {
-  if (size != 0) bytes.numbers<uint8_t>(size, name);
-  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
 }
 
 Framing framing_of(const Bytes& opening, Py_ssize_t bytes, Py_ssize_t ranges) {
