@@ -11,7 +11,18 @@ import os
 from typing import Any, cast
 
 from stratakv._native import fallback
-from stratakv._native.base import Ended, Entered, Gate, Grants, HeaderState, LayerMove, Moves, RangeMove, Wire
+from stratakv._native.base import (
+    Ended,
+    Entered,
+    Gate,
+    Grants,
+    HeaderState,
+    LayerMove,
+    Moves,
+    PageHeaders,
+    RangeMove,
+    Wire,
+)
 from stratakv.config import NATIVE_ENV
 
 __all__ = [
@@ -22,6 +33,7 @@ __all__ = [
     "HeaderState",
     "LayerMove",
     "Moves",
+    "PageHeaders",
     "RangeMove",
     "Wire",
     "is_built",

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from stratakv._native.base import Buffer, Int64s, LayerMove, UInt32s, UInt64s
+from stratakv._native.base import Buffer, Int64s, LayerMove, PageHeaders, UInt32s, UInt64s
 
 INTERFACE: int
 KERNEL: str
@@ -85,6 +85,7 @@ def fetch_pages(
     checksums: UInt64s,
     done: Gate,
     deadline: float,
+    headers: PageHeaders | None,
     /,
 ) -> tuple[int, int, int, bytes]: ...
 def push_pages(
@@ -100,6 +101,7 @@ def push_pages(
     checksums: UInt64s,
     ready: Gate,
     deadline: float,
+    headers: PageHeaders | None,
     /,
 ) -> tuple[int, int, int, bytes]: ...
 def serve_frames(

@@ -30,6 +30,8 @@ class Ended(enum.IntEnum):
     """The watched socket was hung up, or the one that carries the bytes."""
     ANSWERED = 6
     """The other end sent another frame than the one that was due."""
+    HEADER = 7
+    """That page's header is not the one that was due; in place of the layer stands a `HeaderState`."""
 
 
 class HeaderState(enum.IntEnum):
@@ -57,6 +59,16 @@ class LayerMove(NamedTuple):
     number: int
     page_start: int
     ranges: tuple[RangeMove, ...]
+
+
+class PageHeaders(NamedTuple):
+    """What the headers of some pages say besides the checksums; `keys` are packed."""
+
+    namespace: bytes
+    keys: bytes
+    generations: UInt64s
+    data_bytes: int
+    num_layers: int
 
 
 class Gate(Protocol):
@@ -215,12 +227,14 @@ class Wire(Protocol):
         checksums: UInt64s,
         done: _Gate,
         deadline: float,
+        headers: PageHeaders | None,
         /,
     ) -> tuple[int, int, int, bytes]:
         """As `read_pages`, from the daemon at the other end.
 
         `opening` is how frames begin, `frame_bytes` and `frame_ranges` are what one carries at most. The fourth value is the
-        frame that came instead of data, if one did: header and body.
+        frame that came instead of data, if one did: header and body. With `headers`, those of the pages come along: all layers must
+        be asked for, each page's header is checked, and `checksums` is filled from it.
         """
 
     def push_pages(
@@ -237,9 +251,13 @@ class Wire(Protocol):
         checksums: UInt64s,
         ready: _Gate,
         deadline: float,
+        headers: PageHeaders | None,
         /,
     ) -> tuple[int, int, int, bytes]:
-        """As `write_pages`; every frame is answered with `thanks`, or was refused."""
+        """As `write_pages`; every frame is answered with `thanks`, or was refused.
+
+        With `headers`, those of the pages are made and sent behind all layers.
+        """
 
     def serve_frames(
         self,

@@ -4,11 +4,13 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <string>
 #include <system_error>
 #include <thread>
 
 #include "frames.h"
+#include "headers.h"
 #include "xxh3.h"
 
 namespace strata {
@@ -32,7 +34,8 @@ class Items {
   size_t page(size_t item) const { return first_page_ + item % pages_; }
   bool ends_layer(size_t item) const { return item % pages_ + 1 == pages_; }
   // Where the item's checksum is in a table [layer][page] of the batch.
-  size_t checksum_at(size_t item) const { return layer_index(item) * batch_.pages() + page(item); }
+  size_t checksum_at(size_t item) const { return layer(item).index * batch_.pages() + page(item); }
+  size_t first_page() const { return first_page_; }
   uint64_t offset(size_t item) const {
     return static_cast<uint64_t>(batch_.page_offset(page(item)) + layer(item).page_start);
   }
@@ -181,8 +184,25 @@ class Arrivals {
   Gate& done_;
 };
 
-Answer fetch_frame(const Wire& wire, const Items& items, const Frame& frame, const uint64_t* checksums,
-                   Arrivals& arrivals) {
+// The caller's tables for a batch, and what its headers say if they travel along.
+struct Sealed {
+  uint64_t* checksums;
+  const Seals* seals = nullptr;
+  uint8_t* headers = nullptr;
+
+  uint8_t* header(size_t page) const { return headers + page * seals->header_bytes(); }
+};
+
+Ended check_item(const Items& items, size_t item, uint64_t checksum, const Sealed& sealed, Answer& answer) {
+  const Layer& layer = items.layer(item);
+  answer.page = items.page(item);
+  answer.layer = layer.index;
+  if (!layer.is_header) return checksum == sealed.checksums[items.checksum_at(item)] ? Ended::kWhole : Ended::kDamaged;
+  answer.layer = sealed.seals->check(answer.page, sealed.header(answer.page), layer.size, sealed.checksums);
+  return answer.layer == kGood ? Ended::kWhole : Ended::kHeader;
+}
+
+Answer fetch_frame(const Wire& wire, const Items& items, const Frame& frame, const Sealed& sealed, Arrivals& arrivals) {
   Answer answer;
   Parts parts(items, frame.first, frame.stop);
   for (std::vector<iovec> call = parts.next(); !call.empty(); call = parts.next()) {
@@ -191,22 +211,17 @@ Answer fetch_frame(const Wire& wire, const Items& items, const Frame& frame, con
     if (answer.ended == Ended::kWhole && arrivals.is_stopped()) answer.ended = Ended::kStopped;
     if (answer.ended != Ended::kWhole) return answer;
     const bool is_good = parts.checksum(call, [&](size_t item, uint64_t checksum) {
-      answer.layer = items.layer_index(item);
-      answer.page = items.page(item);
-      if (checksum != checksums[items.checksum_at(item)]) return false;
-      if (items.ends_layer(item)) arrivals.arrived(items, item);
+      answer.ended = check_item(items, item, checksum, sealed, answer);
+      if (answer.ended != Ended::kWhole) return false;
+      if (!items.layer(item).is_header && items.ends_layer(item)) arrivals.arrived(items, item);
       return true;
     });
-    if (!is_good) {
-      answer.ended = Ended::kDamaged;
-      return answer;
-    }
+    if (!is_good) return answer;
   }
   return answer;
 }
 
-Answer fetch_all(const Wire& wire, const Framing& framing, const Items& items, const uint64_t* checksums,
-                 Arrivals& arrivals) {
+Answer fetch_all(const Wire& wire, const Framing& framing, const Items& items, const Sealed& sealed, Arrivals& arrivals) {
   Answer answer;
   std::vector<Frame> frames;
   for (size_t at = 0; at < items.count(); at = frames.back().stop) frames.emplace_back(items, framing, at, items.count());
@@ -216,7 +231,7 @@ Answer fetch_all(const Wire& wire, const Framing& framing, const Items& items, c
   }
   for (size_t i = 0; i < frames.size(); ++i) {
     if (!is_next(wire, framing, kData, frames[i].bytes, answer)) return answer;
-    answer = fetch_frame(wire, items, frames[i], checksums, arrivals);
+    answer = fetch_frame(wire, items, frames[i], sealed, arrivals);
     if (answer.ended == Ended::kWhole && i + kFramesAhead < frames.size()) {
       answer.ended = request(wire, framing, frames[i + kFramesAhead]);
     }
@@ -225,22 +240,40 @@ Answer fetch_all(const Wire& wire, const Framing& framing, const Items& items, c
   return answer;
 }
 
+// Whether all layers of the items' pages have been dealt with when this one has.
+bool ends_layers(const Items& items, size_t item) {
+  const size_t headers = items.batch().layers().back().is_header ? 1 : 0;
+  return !items.layer(item).is_header && items.layer_index(item) + 1 + headers == items.batch().layers().size() &&
+         items.ends_layer(item);
+}
+
 Ended push_frame(const Wire& wire, const Framing& framing, const std::string& put_id, const Items& items,
-                 const Frame& frame, uint64_t* checksums) {
-  Ended ended = wire.send(frame_header(framing.opening, kWrite, put_id.size() + frame.ranges.size(), frame.bytes) + put_id + frame.ranges);
+                 const Frame& frame, const Sealed& sealed) {
+  const std::string opening =
+      frame_header(framing.opening, kWrite, put_id.size() + frame.ranges.size(), frame.bytes) + put_id + frame.ranges;
+  Ended ended = Ended::kWhole;
+  bool is_opened = false;
   Parts parts(items, frame.first, frame.stop);
   for (std::vector<iovec> call = parts.next(); ended == Ended::kWhole && !call.empty(); call = parts.next()) {
     parts.checksum(call, [&](size_t item, uint64_t checksum) {
-      checksums[items.checksum_at(item)] = checksum;
+      if (!items.layer(item).is_header) sealed.checksums[items.checksum_at(item)] = checksum;
+      if (sealed.seals != nullptr && ends_layers(items, item)) {
+        for (size_t page = items.first_page(); page < items.first_page() + items.pages(); ++page) {
+          sealed.seals->pack(page, sealed.checksums, sealed.header(page));
+        }
+      }
       return true;
     });
+    // One message, so that the other end wakes once.
+    if (!is_opened) call.insert(call.begin(), {const_cast<char*>(opening.data()), opening.size()});
+    is_opened = true;
     ended = wire.send(call);
   }
   return ended;
 }
 
 Answer push_all(const Wire& wire, const Framing& framing, const std::string& put_id, const std::string& thanks,
-                const Items& items, uint64_t* checksums, Gate& ready, double deadline_s) {
+                const Items& items, const Sealed& sealed, Gate& ready, double deadline_s) {
   Answer answer;
   size_t num_frames = 0;
   for (size_t at = 0; at < items.count();) {
@@ -251,7 +284,7 @@ Answer push_all(const Wire& wire, const Framing& framing, const std::string& put
     size_t limit = items.layer_index(at) * items.pages();
     while (limit < items.count() && items.layer(limit).number < ready.open_layers()) limit += items.pages();
     const Frame frame(items, framing, at, limit);
-    answer.ended = push_frame(wire, framing, put_id, items, frame, checksums);
+    answer.ended = push_frame(wire, framing, put_id, items, frame, sealed);
     if (answer.ended != Ended::kWhole) return answer;
     at = frame.stop;
     ++num_frames;
@@ -338,20 +371,48 @@ bool fits_wire(const Batch& batch, const Framing& framing) {
 
 constexpr size_t kAnySegment = INT64_MAX;  // the daemon knows its size and checks every range
 
+// Has the headers travel along that a tuple (namespace, keys, generations, data_bytes, num_layers) tells of; None: without them.
+class Headers {
+ public:
+  Headers(PyObject* told, Batch& batch, bool before) {
+    if (told == Py_None) return;
+    PyObject *name_space, *keys, *generations;
+    unsigned long long data_bytes;
+    Py_ssize_t num_layers;
+    if (!PyArg_ParseTuple(told, "OOOKn", &name_space, &keys, &generations, &data_bytes, &num_layers)) throw PythonError();
+    seals_ = std::make_unique<Seals>(name_space, keys, generations, data_bytes, num_layers, batch.pages());
+    bool is_whole = batch.layers().size() == seals_->num_layers();
+    for (const Layer& layer : batch.layers()) is_whole = is_whole && layer.number == static_cast<int64_t>(layer.index);
+    if (!is_whole) {
+      PyErr_SetString(PyExc_ValueError, "headers travel with all layers of their pages, in order");
+      throw PythonError();
+    }
+    batch.add_headers(memory_, seals_->header_bytes(), before);
+  }
+
+  Sealed sealed(uint64_t* checksums) { return {checksums, seals_.get(), memory_.data()}; }
+
+ private:
+  std::unique_ptr<Seals> seals_;
+  std::vector<uint8_t> memory_;
+};
+
 }  // namespace
 
 PyObject* fetch_pages(PyObject*, PyObject* args) {
   return guarded([&]() -> PyObject* {
-    PyObject *sockets, *opening_bytes, *page_offsets, *layers, *rows, *checksums, *done;
+    PyObject *sockets, *opening_bytes, *page_offsets, *layers, *rows, *checksums, *done, *told_headers;
     Py_ssize_t frame_bytes, frame_ranges;
     double deadline_s;
-    if (!PyArg_ParseTuple(args, "O!OnnOOOOOd", &PyTuple_Type, &sockets, &opening_bytes, &frame_bytes, &frame_ranges, &page_offsets, &layers, &rows, &checksums, &done,
-                          &deadline_s)) {
+    if (!PyArg_ParseTuple(args, "O!OnnOOOOOdO", &PyTuple_Type, &sockets, &opening_bytes, &frame_bytes, &frame_ranges,
+                          &page_offsets, &layers, &rows, &checksums, &done, &deadline_s, &told_headers)) {
       return nullptr;
     }
-    const Batch batch(page_offsets, layers, rows, true);
-    const Bytes expected(checksums, false), start(opening_bytes, false);
-    const auto* const sums = expected.numbers<uint64_t>(batch.pages() * batch.layers().size(), "checksums");
+    Batch batch(page_offsets, layers, rows, true);
+    const Bytes sums(checksums, told_headers != Py_None), start(opening_bytes, false);
+    auto* const table = sums.numbers<uint64_t>(batch.pages() * batch.layers().size(), "checksums");
+    Headers headers(told_headers, batch, true);
+    const Sealed sealed = headers.sealed(table);
     const Framing framing = framing_of(start, frame_bytes, frame_ranges);
     Gate& gate = gate_of(done);
     const std::vector<int> fds = sockets_of(sockets, batch);
@@ -362,7 +423,7 @@ PyObject* fetch_pages(PyObject*, PyObject* args) {
       if (fits_wire(batch, framing) && batch.is_within(kAnySegment)) {
         Arrivals arrivals(batch, fds.size(), gate);
         answer = in_lanes(fds, batch, [&](int fd, const Items& items) {
-          return fetch_all(Wire(fd, deadline_s), framing, items, sums, arrivals);
+          return fetch_all(Wire(fd, deadline_s), framing, items, sealed, arrivals);
         });
       }
     }
@@ -372,16 +433,18 @@ PyObject* fetch_pages(PyObject*, PyObject* args) {
 
 PyObject* push_pages(PyObject*, PyObject* args) {
   return guarded([&]() -> PyObject* {
-    PyObject *sockets, *opening_bytes, *put, *thanks_bytes, *page_offsets, *layers, *rows, *checksums, *ready;
+    PyObject *sockets, *opening_bytes, *put, *thanks_bytes, *page_offsets, *layers, *rows, *checksums, *ready, *told_headers;
     Py_ssize_t frame_bytes, frame_ranges;
     double deadline_s;
-    if (!PyArg_ParseTuple(args, "O!OnnOOOOOOOd", &PyTuple_Type, &sockets, &opening_bytes, &frame_bytes, &frame_ranges, &put, &thanks_bytes, &page_offsets, &layers, &rows,
-                          &checksums, &ready, &deadline_s)) {
+    if (!PyArg_ParseTuple(args, "O!OnnOOOOOOOdO", &PyTuple_Type, &sockets, &opening_bytes, &frame_bytes, &frame_ranges, &put,
+                          &thanks_bytes, &page_offsets, &layers, &rows, &checksums, &ready, &deadline_s, &told_headers)) {
       return nullptr;
     }
-    const Batch batch(page_offsets, layers, rows, false);
-    const Bytes sums_out(checksums, true), start(opening_bytes, false), id(put, false), end(thanks_bytes, false);
-    auto* const sums = sums_out.numbers<uint64_t>(batch.pages() * batch.layers().size(), "checksums");
+    Batch batch(page_offsets, layers, rows, false);
+    const Bytes sums(checksums, true), start(opening_bytes, false), id(put, false), end(thanks_bytes, false);
+    auto* const table = sums.numbers<uint64_t>(batch.pages() * batch.layers().size(), "checksums");
+    Headers headers(told_headers, batch, false);
+    const Sealed sealed = headers.sealed(table);
     const Framing framing = framing_of(start, frame_bytes, frame_ranges);
     const std::string put_id = text(id, kPutIdBytes, "put_id"), thanks = text(end, 0, "thanks");
     Gate& gate = gate_of(ready);
@@ -392,7 +455,7 @@ PyObject* push_pages(PyObject*, PyObject* args) {
       answer.ended = Ended::kOutOfBounds;
       if (fits_wire(batch, framing) && batch.is_within(kAnySegment)) {
         answer = in_lanes(fds, batch, [&](int fd, const Items& items) {
-          return push_all(Wire(fd, deadline_s), framing, put_id, thanks, items, sums, gate, deadline_s);
+          return push_all(Wire(fd, deadline_s), framing, put_id, thanks, items, sealed, gate, deadline_s);
         });
       }
     }

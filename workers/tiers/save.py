@@ -164,8 +164,7 @@ class Saver:
         try:
             extents = connection.allocate(put_id, len(keys), self._layout.page_bytes, PUT_TIMEOUT_S, deadline=deadline)
             pages = self._writer.begin(connection, put_id, extents, keys)
-            _write_layers(pages, window, range(len(self._layout.layers)), save.ready, deadline)
-            pages.write_headers(deadline=deadline)
+            _write_pages(pages, window, len(self._layout.layers), save.ready, deadline)
         except TransportError as error:
             self._connections.drop(connection, error.message)
             raise
@@ -191,13 +190,14 @@ class Saver:
         return asyncio.run_coroutine_threadsafe(call, self._loop).result(PUT_TIMEOUT_S)
 
 
-def _write_layers(pages: WritePages, window: Window, layers: range, ready: Gate, deadline: float) -> None:
+def _write_pages(pages: WritePages, window: Window, num_layers: int, ready: Gate, deadline: float) -> None:
     """Raises TransferCancelled if the step fails, TransportError, PutRefused."""
     if window.is_l1:
-        pages.write_layers(layers, window.memory, ready=ready, deadline=deadline)
+        pages.write(window.memory, ready=ready, deadline=deadline)
         return
-    for layer in layers:
+    for layer in range(num_layers):
         if not ready.wait(layer + 1, deadline):
             raise TransferCancelled("the step that was to fill these blocks failed")
         window.fetch(layer)
         pages.write_layers([layer], window.memory, deadline=deadline)
+    pages.write_headers(deadline=deadline)
