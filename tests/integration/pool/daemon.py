@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -19,10 +19,16 @@ class DaemonProcess(ServiceProcess):
     """`python -m dmp` on a free port; `segment` is what it would tell the meta server."""
 
     def __init__(
-        self, log_file: Path, *, node: str = "dmp-t", meta_port: int | None = None, flags: Sequence[str] = ()
+        self,
+        log_file: Path,
+        *,
+        node: str = "dmp-t",
+        meta_port: int | None = None,
+        flags: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
     ) -> None:
         own = ["--format", "json", "--node", node, "--port", "0", "--segment-bytes", "16MiB"]
-        super().__init__("dmp", [*own, "--native-port", str(meta_port or free_port()), *flags], {}, log_file)
+        super().__init__("dmp", [*own, "--native-port", str(meta_port or free_port()), *flags], env or {}, log_file)
         log_file.write_bytes(b"")
         self.start()
         eventually(lambda: self.has_ended() or self._serving() is not None, what="daemon to start")
