@@ -4,7 +4,10 @@
 #   make test             lint, then all tests
 #   make test-debian      tests against the distribution's PostgreSQL server
 #   make test-sql-compat  suites of others, directly and through the DB node (SUITES="asyncpg pgbench" for some of them)
+#   make chaos            kills meta servers and PostgreSQL in every step of a write (MINUTES=10, SEED=7)
 #   make bench            quick benchmarks
+#   make vllm-venv        vLLM in an environment of its own, ~/.cache/stratakv/vllm
+#   make test-vllm        tests of vLLM's connector to the pool, with that vLLM
 #   make protocol         generates the messages of the KVCM API from its .proto files
 #   make mooncake         installs what `stratakv bench dmp` compares with
 #
@@ -16,14 +19,16 @@ TORCH_INDEX ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+VLLM_VENV ?= $(HOME)/.cache/stratakv/vllm
+VLLM_PY := $(VLLM_VENV)/bin/python
 BENCHMARKS ?= chat_warm sql zero_hit
 
-.PHONY: install demo test lint format test-debian test-sql-compat bench mooncake protocol clean
+.PHONY: install demo test lint format test-debian test-sql-compat test-vllm vllm-venv chaos bench mooncake protocol clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard stratakv/_native/*.cpp stratakv/_native/*.h)
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard stratakv/_native/*.cpp stratakv/_native/*.h workers/engine/kernels/*.cpp workers/engine/kernels/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check \
 		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e '.[dev]'
@@ -54,6 +59,23 @@ test-debian: install
 
 test-sql-compat: install
 	$(PY) -m tests.compat $(SUITES)
+
+# The list is complete, so that nothing is resolved anew; our own package is taken from this checkout when it is run from here.
+vllm-venv: $(VLLM_VENV)/.installed
+
+$(VLLM_VENV)/.installed: constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PY) -m pip install --quiet --disable-pip-version-check \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --no-deps -r constraints-vllm.txt
+	$(VLLM_PY) -m pip install --quiet --disable-pip-version-check --no-deps .
+	touch $@
+
+test-vllm: install vllm-venv
+	$(PY) -m stratakv.cli model pull smollm2-135m
+	STRATAKV_VLLM_VENV=$(VLLM_VENV) $(PY) -m pytest -m vllm $(PYTEST_ARGS) tests/vllm
+
+chaos: install
+	$(PY) -m tests.chaos --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
 
 bench: install
 	@for name in $(BENCHMARKS); do $(PY) -m stratakv.cli bench $$name --quick --json || exit 1; done

@@ -18,7 +18,7 @@ from dbnode.errors import NoWorker, WorkerLost, WorkerRefused, WorkersExhausted,
 from dbnode.generate import FinishReason, PromptTiers, Sampling
 from dbnode.scheduler.scheduler import Plan, PromptKeys, Scheduler
 from dbnode.scheduler.workers import Sent, WorkerRecord
-from dbnode.worker_client import WorkerClient
+from dbnode.worker_base import WorkerDoor
 from dbnode.worker_messages import KVTransfer, WorkerChunk, WorkerRequest, WorkerUsage
 from stratakv.errors import DeadlineExceeded, Overloaded, StrataError
 from stratakv.log import EventLogger
@@ -50,7 +50,7 @@ class Job:
 class Dispatch:
     """The workers' side of one request."""
 
-    def __init__(self, client: WorkerClient, scheduler: Scheduler, job: Job) -> None:
+    def __init__(self, client: WorkerDoor, scheduler: Scheduler, job: Job) -> None:
         self._client = client
         self._scheduler = scheduler
         self._job = job
@@ -115,15 +115,18 @@ class Dispatch:
     async def _prefill(self, record: WorkerRecord, num_tokens: int) -> AsyncGenerator[WorkerChunk, None]:
         """Compute the prompt and the first token on one worker, to go on elsewhere.
 
-        The token comes at once; the hand-over follows when the prompt's blocks can be found.
+        The token comes at once; the hand-over follows when the prompt's blocks can be found. Some answers cannot go on from a
+        token that another worker made; then only the hand-over comes.
         """
         request = msgspec.structs.replace(self._body(KVTransfer(do_remote_decode=True)), max_tokens=1)
         reason: FinishReason | None = None
+        is_handed_over = False
         async with aclosing(self._chunks(record, request, num_tokens)) as chunks:
             async for chunk in chunks:
                 reason = chunk.finish_reason or reason
+                is_handed_over = is_handed_over or chunk.transfer is not None
                 yield chunk
-        if reason is None or (not self.output and reason is not FinishReason.STOP):
+        if reason is None or not (self.output or reason is FinishReason.STOP or is_handed_over):
             raise _Failed(record, WorkerRefused(f"{record.url} answered without a token"))
         if reason is FinishReason.STOP:
             self.finish_reason = FinishReason.STOP

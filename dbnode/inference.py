@@ -29,7 +29,7 @@ from dbnode.generate import (
     Usage,
 )
 from dbnode.scheduler.scheduler import PromptKeys, Scheduler
-from dbnode.worker_client import WorkerClient
+from dbnode.worker_base import WorkerDoor
 from stratakv.errors import Cancelled, ContextTooLong, InvalidRequest, ModelNotFound, StrataError, Unavailable
 from stratakv.log import EventLogger
 from stratakv.text import Detokenizer, chat_text, encode
@@ -91,7 +91,7 @@ class InferenceService:
         self,
         model: str,
         tokenizer: PreTrainedTokenizerFast,
-        client: WorkerClient,
+        client: WorkerDoor,
         scheduler: Scheduler,
         observers: tuple[Observer, ...],
         waiting_max: dict[Source, int],

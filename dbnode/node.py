@@ -9,6 +9,7 @@ import asyncio
 import json
 from pathlib import Path
 
+from dbnode.all_workers import AllWorkers
 from dbnode.generate import Source
 from dbnode.inference import InferenceService
 from dbnode.metrics import NodeMetrics
@@ -19,13 +20,17 @@ from dbnode.scheduler.scheduler import Scheduler
 from dbnode.scheduler.workers import WorkerDirectory
 from dbnode.statement_stats import StatementStats
 from dbnode.usage import UsageWriter
+from dbnode.vllm.client import GoldenText, VllmClient
 from dbnode.worker_client import WorkerClient
 from stratakv.models import resolve, served_name
 from stratakv.pool.auth import PoolCredentials
 from stratakv.settings import Settings
-from stratakv.text import load_tokenizer
+from stratakv.text import encode, load_tokenizer
+from stratakv.worker_address import vllm_addresses
 
 KV_ELEMENT_BYTES = 2
+GOLDEN_TEXT = "Fünf große Äpfel cost 3.50 €,\n\tfor i in range(10): 漢字 🙂 don't!"
+"""What tokenizers differ on: accents, digits, spaces, code, signs of more than one token."""
 
 
 class Node:
@@ -37,7 +42,16 @@ class Node:
         model_dir = resolve(settings.model.name, settings.model.cache_dir.expanduser())
         tokenizer = load_tokenizer(model_dir)
         pool = PoolView(meta)
-        self.client = WorkerClient(PoolCredentials.from_settings(settings.pool))
+        self.client = AllWorkers(
+            WorkerClient(PoolCredentials.from_settings(settings.pool)),
+            VllmClient(
+                vllm_addresses(settings.router.workers).values(),
+                self.model,
+                GoldenText(GOLDEN_TEXT, encode(tokenizer, GOLDEN_TEXT, special=False)),
+                pool,
+                settings.router.vllm_api_key,
+            ),
+        )
         self.metrics = NodeMetrics(self.model)
         self._pool = pool
         self.usage = UsageWriter(settings.database, self.metrics.usage_dropped.inc)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+
 import msgspec
 
 from dbnode.generate import FinishReason, PromptTiers, StructuredOutputs
@@ -95,6 +97,13 @@ class WorkerChunk(msgspec.Struct, frozen=True):
         return self.kv_transfer_params or next((params for params in in_choices if params), None)
 
 
+class Engine(enum.StrEnum):
+    """What a worker runs."""
+
+    STRATAKV = "stratakv"
+    VLLM = "vllm"
+
+
 class WorkerFacts(msgspec.Struct, frozen=True):
     """GET /info."""
 
@@ -106,3 +115,10 @@ class WorkerFacts(msgspec.Struct, frozen=True):
     block_size: int
     max_model_len: int
     dtype: str = "bf16"
+    engine: Engine = Engine.STRATAKV
+    is_pooled: bool = True
+    """Whether its blocks can be in the pool."""
+    events: str = ""
+    """ZeroMQ endpoint on which it publishes KV events; empty: it does not."""
+    replay: str = ""
+    """ZeroMQ endpoint at which missed ones can be asked for."""

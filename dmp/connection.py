@@ -13,15 +13,18 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from dmp import http_face
 from dmp.disk.store import DiskStore
+from dmp.metrics import DaemonMetrics
 from dmp.puts import PutTable
 from dmp.segment import MemorySegment
+from dmp.traffic import Flow, count, no_traffic
 from stratakv import _native
 from stratakv._native import Ended
 from stratakv.errors import InvalidRequest, StrataError
@@ -37,6 +40,7 @@ from stratakv.pool.errors import (
     TransportError,
     TransportTimeout,
 )
+from stratakv.pool.fence import TermFence
 from stratakv.pool.framing import receive_all, receive_exactly, receive_header, send_all, send_frame
 from stratakv.pool.messages import (
     FrameHeader,
@@ -76,8 +80,10 @@ class Served:
     idle_timeout_s: float
     stats: Callable[[], messages.DaemonStats]
     credentials: PoolCredentials | None
+    metrics: DaemonMetrics
     disk: DiskStore | None = None
     """Attached to by its own epoch, and only read."""
+    fence: TermFence = field(default_factory=TermFence)
     engine: str = ""
     """Name of the transfer engine that reaches the segment too, if there is one."""
 
@@ -93,8 +99,8 @@ class Connection:
         """What is read, if not the memory."""
         self._nonces: tuple[bytes, bytes] | None = None
         """The client's and ours, while its proof is awaited."""
-        self.moved = np.zeros(2, dtype=np.int64)
-        """Bytes read and written; counted by this connection's thread only."""
+        self.traffic = no_traffic()
+        """Counted by this connection's thread only."""
 
     def run(self) -> None:
         """Serve until the client leaves or breaks the protocol. Raises TransportError when it does the latter."""
@@ -119,7 +125,7 @@ class Connection:
         served = self._served
         idle_s = -1.0 if self._is_neighbour else served.idle_timeout_s
         what = (served.segment.memory, served.puts.grants, _OPENING, _DONE_FRAME, _LIMITS)
-        ended, raw, body = wire.serve_frames(self._sock.fileno(), *what, idle_s, FRAME_TIMEOUT_S, self.moved)
+        ended, raw, body = wire.serve_frames(self._sock.fileno(), *what, idle_s, FRAME_TIMEOUT_S, self.traffic)
         if ended == Ended.LATE:
             raise TransportTimeout("a frame was not over in time")
         if ended != Ended.WHOLE:
@@ -142,9 +148,13 @@ class Connection:
         poller.register(self._sock, select.POLLIN)
         idle_timeout_ms = None if self._is_neighbour else self._served.idle_timeout_s * 1000
         try:
-            if not poller.poll(idle_timeout_ms) or not self._sock.recv(1, socket.MSG_PEEK):
-                return None
+            first = self._sock.recv(1, socket.MSG_PEEK) if poller.poll(idle_timeout_ms) else b""
         except ConnectionError:
+            return None
+        if first == http_face.FIRST_BYTE and not self._is_attached and self._sock.family != socket.AF_UNIX:
+            http_face.answer(self._sock, self._served.metrics.registry)
+            return None
+        if not first:
             return None
         deadline = time.monotonic() + FRAME_TIMEOUT_S
         header = receive_header(self._sock, deadline)
@@ -244,7 +254,11 @@ class Connection:
             raise PutRefused("nothing is written to a disk from outside; pages get there from the daemon's memory")
         if isinstance(request, messages.Allocate):
             _check_allocate(request)
-            return messages.Extents(puts.allocate(request.put_id, request.count, request.page_bytes, request.timeout_s))
+            if request.term and not self._served.fence.admits(request.term):
+                raise PutRefused("a meta server has granted this that no longer leads")
+            extents = puts.allocate(request.put_id, request.count, request.page_bytes, request.timeout_s)
+            self._served.metrics.granted(request.count, request.count * request.page_bytes)
+            return messages.Extents(extents)
         if isinstance(request, messages.Release):
             puts.release(request.put_id)
             return messages.Done()
@@ -261,10 +275,12 @@ class Connection:
             return
         total = int(sizes.sum(dtype=np.uint64))
         header = frame_header(FrameKind.DATA, 0, total)
+        started = time.perf_counter()
         send_all(self._sock, [header, *self._views(offsets, sizes)], deadline)
-        self.moved[0] += total
+        count(self.traffic, Flow.READ, len(sizes), total, time.perf_counter() - started)
 
     def _read_disk(self, disk: DiskStore, body: bytes, deadline: float) -> None:
+        started = time.perf_counter()
         try:
             ranges = _parse_ranges(body)
             data = memoryview(bytearray(int(ranges["size"].sum(dtype=np.uint64))))
@@ -276,7 +292,7 @@ class Connection:
             self._refuse(error, deadline)
             return
         send_all(self._sock, [frame_header(FrameKind.DATA, 0, len(data)), data], deadline)
-        self.moved[0] += len(data)
+        count(self.traffic, Flow.READ_FROM_DISK, len(ranges), len(data), time.perf_counter() - started)
 
     def _write(self, header: FrameHeader, body: bytes, deadline: float) -> None:
         put_id = body[:PUT_ID_BYTES]
@@ -286,6 +302,7 @@ class Connection:
             offsets, sizes = self._ranges(body[PUT_ID_BYTES:])
             if int(sizes.sum(dtype=np.uint64)) != header.payload_bytes:
                 raise InvalidRequest("the payload is not as long as its ranges")
+            started = time.perf_counter()
             with self._served.puts.writing(put_id, offsets, sizes):
                 receive_all(self._sock, self._views(offsets, sizes), deadline)
         except InvalidRequest as error:
@@ -293,7 +310,7 @@ class Connection:
             self._discard(header.payload_bytes, deadline)
             self._refuse(error, deadline)
             return
-        self.moved[1] += header.payload_bytes
+        count(self.traffic, Flow.WRITTEN, len(sizes), header.payload_bytes, time.perf_counter() - started)
         self._reply(messages.Done(), deadline)
 
     def _discard(self, size_bytes: int, deadline: float) -> None:

@@ -13,7 +13,8 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from stratakv.errors import StrataError, Unavailable
+from dmp.metrics import DaemonMetrics
+from stratakv.errors import StrataError
 from stratakv.keys import pack_keys
 from stratakv.layout import HEADER_BYTES, PageHeader
 from stratakv.log import EventLogger
@@ -37,9 +38,9 @@ from stratakv.wire import (
 BATCH_BYTES = 16 * 1024 * 1024
 BATCH_PAGES = 512
 WAITING_MAX = 65_536
+"""Orders beyond are refused; the meta server forgets them after a while and gives them again."""
 PUT_TIMEOUT_S = 30.0
 COPY_TIMEOUT_S = 20.0
-END_RETRY_S = 0.5
 log = EventLogger("dmp.drain")
 
 ReadPage = Callable[[Move], bytearray | None]
@@ -56,15 +57,21 @@ class _Page:
 class Drainer:
     """One queue for the daemon's memory and its disk."""
 
-    def __init__(self, client: MetaClient, connections: ConnectionCache) -> None:
+    def __init__(self, client: MetaClient, connections: ConnectionCache, metrics: DaemonMetrics) -> None:
         self._client = client
         self._connections = connections
-        self._waiting: deque[tuple[Segment, ReadPage, Move]] = deque(maxlen=WAITING_MAX)
+        self._metrics = metrics
+        self._waiting: deque[tuple[Segment, ReadPage, Move]] = deque()
         self._wake = asyncio.Event()
 
     def send_away(self, source: Segment, read: ReadPage, moves: Iterable[Move]) -> None:
         """Copy these pages of one of the daemon's segments to others."""
-        self._waiting.extend((source, read, move) for move in moves)
+        orders = [(source, read, move) for move in moves]
+        room = WAITING_MAX - len(self._waiting)
+        self._waiting.extend(orders[:room])
+        if len(orders) > room:
+            log.warning("orders_refused", orders=len(orders) - room)
+            self._metrics.orders_refused(len(orders) - room)
         self._wake.set()
 
     async def run(self) -> None:
@@ -114,31 +121,20 @@ class Drainer:
             return []
         wanted = [pages[i] for i in grant.wanted]
         try:
-            extents = await asyncio.to_thread(self._copy, grant.segment, put_id, wanted, page_bytes)
+            extents = await asyncio.to_thread(self._copy, grant.segment, grant.term, put_id, wanted)
         except StrataError:
             await self._client.call(PutRevoke(put_id), Done)
             raise
-        await self._end(PutEnd(put_id, grant.segment.epoch, extents))
+        end = PutEnd(put_id, grant.segment.epoch, extents)
+        await self._client.insist(end, Done, for_s=PUT_TIMEOUT_S)
         return wanted
 
-    async def _end(self, end: PutEnd) -> None:
-        """Repeated while nobody knows how it went, for as long as the put may last."""
-        deadline = time.monotonic() + PUT_TIMEOUT_S
-        while True:
-            try:
-                await self._client.call(end, Done)
-                return
-            except Unavailable:
-                if time.monotonic() > deadline:
-                    raise
-            await asyncio.sleep(END_RETRY_S)
-
-    def _copy(self, target: Segment, put_id: bytes, pages: Sequence[_Page], page_bytes: int) -> list[Extent]:
+    def _copy(self, target: Segment, term: int, put_id: bytes, pages: Sequence[_Page]) -> list[Extent]:
         """Data first, then headers that name the new places' generations. Blocks. Raises StrataError."""
         deadline = time.monotonic() + COPY_TIMEOUT_S
         connection = self._connections.get(target, deadline=deadline)
         try:
-            return _write(connection, put_id, pages, page_bytes, deadline)
+            return _write(connection, term, put_id, pages, deadline)
         except TransportError as error:
             self._connections.drop(connection, error.message)
             raise
@@ -164,9 +160,10 @@ def _read_all(read: ReadPage, moves: Sequence[Move]) -> list[_Page]:
 
 
 def _write(
-    connection: DmpConnection, put_id: bytes, pages: Sequence[_Page], page_bytes: int, deadline: float
+    connection: DmpConnection, term: int, put_id: bytes, pages: Sequence[_Page], deadline: float
 ) -> list[Extent]:
-    extents = connection.allocate(put_id, len(pages), page_bytes, PUT_TIMEOUT_S, deadline=deadline)
+    page_bytes = pages[0].move.page_bytes
+    extents = connection.allocate(put_id, len(pages), page_bytes, PUT_TIMEOUT_S, deadline=deadline, term=term)
     placed = list(zip(pages, extents, strict=True))
     data = [(extent.offset + HEADER_BYTES, page.data[HEADER_BYTES:]) for page, extent in placed]
     connection.transport.write_batch(put_id, data, deadline=deadline)

@@ -15,12 +15,16 @@ import time
 
 from dmp.connection import Connection, Served
 from dmp.disk.store import DiskStore
+from dmp.metrics import DaemonMetrics
 from dmp.puts import PutTable
 from dmp.segment import MemorySegment
+from dmp.traffic import Amount, Flow, no_traffic
+from stratakv._native.base import Int64s
 from stratakv.log import EventLogger
 from stratakv.pool import messages
 from stratakv.pool.auth import PoolCredentials
 from stratakv.pool.errors import TransportError
+from stratakv.pool.fence import TermFence
 from stratakv.pool.framing import send_frame, tune
 from stratakv.pool.messages import FrameKind, RefusalCode
 from stratakv.process import port_taken
@@ -46,19 +50,31 @@ class DaemonServer:
         segment: MemorySegment,
         puts: PutTable,
         credentials: PoolCredentials | None,
+        metrics: DaemonMetrics,
         disk: DiskStore | None = None,
         engine: str = "",
+        fence: TermFence | None = None,
     ) -> None:
         self._settings = settings
         self._segment = segment
         self._puts = puts
         self._lock = threading.Lock()
         self._connections: dict[socket.socket, tuple[Connection, threading.Thread]] = {}
-        self._past_read = 0
-        self._past_written = 0
+        self._past = no_traffic()
+        """Of connections that have ended."""
         self._served = Served(
-            settings.node, segment, puts, settings.idle_timeout_s, self.stats, credentials, disk, engine
+            settings.node,
+            segment,
+            puts,
+            settings.idle_timeout_s,
+            self.stats,
+            credentials,
+            metrics,
+            disk,
+            fence or TermFence(),
+            engine,
         )
+        metrics.watch(puts, disk, self.stats, self.traffic)
         self._tcp = self._listen_tcp()
         self._unix = self._listen_unix()
 
@@ -69,17 +85,22 @@ class DaemonServer:
 
     def stats(self) -> messages.DaemonStats:
         with self._lock:
-            moved = [connection.moved for connection, _ in self._connections.values()]
-            read, written = self._past_read, self._past_written
+            num_connections = len(self._connections)
+        moved = self.traffic()[:, Amount.BYTES].tolist()
         return messages.DaemonStats(
             size_bytes=self._segment.size_bytes,
             used_bytes=self._puts.used_bytes,
             extents=self._puts.num_extents,
             puts_open=self._puts.num_open,
-            connections=len(moved),
-            bytes_read=read + sum(int(m[0]) for m in moved),
-            bytes_written=written + sum(int(m[1]) for m in moved),
+            connections=num_connections,
+            bytes_read=moved[Flow.READ] + moved[Flow.READ_FROM_DISK],
+            bytes_written=moved[Flow.WRITTEN],
         )
+
+    def traffic(self) -> Int64s:
+        """What all connections have moved so far: [flow][amount]."""
+        with self._lock:
+            return sum((connection.traffic for connection, _ in self._connections.values()), self._past.copy())
 
     async def accept(self) -> None:
         """Take connections until cancelled."""
@@ -160,8 +181,7 @@ class DaemonServer:
         finally:
             with self._lock:
                 del self._connections[sock]
-                self._past_read += int(connection.moved[0])
-                self._past_written += int(connection.moved[1])
+                self._past += connection.traffic
             sock.close()
 
 

@@ -15,6 +15,7 @@ from dmp.disk.store import DiskStore
 from dmp.drain import Drainer
 from dmp.give_back import give_back_unused
 from dmp.heartbeat import Heartbeat
+from dmp.metrics import DaemonMetrics
 from dmp.pages import read_page
 from dmp.puts import PutTable
 from dmp.segment import MemorySegment
@@ -23,6 +24,7 @@ from stratakv.errors import SetupError
 from stratakv.log import EventLogger
 from stratakv.pool.auth import PoolCredentials, require_credentials
 from stratakv.pool.dmp_client import ConnectionCache
+from stratakv.pool.fence import TermFence
 from stratakv.pool.meta_client import MetaClient
 from stratakv.pool.mooncake import transfer_engine
 from stratakv.process import advertised_host
@@ -46,7 +48,9 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     engine = transfer_engine(public_host, settings.pool.transfer_engine)
     if engine is not None:
         engine.register(memory.address, memory.size_bytes)
-    server = DaemonServer(dmp, memory, puts, credentials, store, engine.name if engine is not None else "")
+    fence, metrics = TermFence(), DaemonMetrics()
+    engine_name = engine.name if engine is not None else ""
+    server = DaemonServer(dmp, memory, puts, credentials, metrics, store, engine_name, fence)
     connections = ConnectionCache(credentials=credentials)
     segment = Segment(
         node=dmp.node,
@@ -66,8 +70,9 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         disk_bytes=store.size_bytes if store is not None else 0,
     )
     try:
-        async with MetaClient(settings.meta, role="dmp", name=segment.node, credentials=credentials) as client:
-            drainer = Drainer(client, connections)
+        client = MetaClient(settings.meta, role="dmp", name=segment.node, credentials=credentials, fence=fence)
+        async with client:
+            drainer = Drainer(client, connections, metrics)
             parts = [server.accept(), _populate(memory, puts, stop), drainer.run()]
             if engine is None:
                 # An adapter goes on writing to the memory that it was told of, whoever has it by then.
@@ -75,8 +80,9 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             on_moves = None
             if store is not None:
                 disk = _disk_segment(segment, store)
-                mover = Mover(client, memory, puts, store, (segment, disk))
-                parts.append(DiskNode(client, disk, store, mover, drainer, dmp.disk_scrub_bytes_per_s).run())
+                mover = Mover(client, memory, puts, store, (segment, disk), metrics)
+                scrub_rate = dmp.disk_scrub_bytes_per_s
+                parts.append(DiskNode(client, disk, store, mover, drainer, scrub_rate, metrics).run())
                 on_moves = mover.demote
             send_away = partial(drainer.send_away, segment, partial(read_page, memory, puts))
             parts.append(Heartbeat(client, segment, puts, random.Random(), send_away, on_moves).run())

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from meta_server.counts import PoolCounts
+from meta_server.events import EventLog
 from meta_server.index import BlockIndex, ExtentArray
 from meta_server.journal import Journal
 from meta_server.leases import LeaseTable
@@ -31,6 +33,7 @@ from meta_server.records import (
 from meta_server.slots import SlotArray
 from stratakv.keys import KEY_BYTES
 from stratakv.wire import Extent, Segment
+from stratakv.wire_events import EventKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +50,21 @@ class Catalog:
     """Every committed page, on every segment."""
 
     def __init__(
-        self, index: BlockIndex, nodes: NodeTable, journal: Journal, pins: LeaseTable, last_removal_id: int = 0
+        self,
+        index: BlockIndex,
+        nodes: NodeTable,
+        journal: Journal,
+        pins: LeaseTable,
+        events: EventLog,
+        last_removal_id: int = 0,
     ) -> None:
         """`pins` stay with their pages when these move; read leases stay with their places."""
         self.index = index
         self._pins = pins
         self.nodes = nodes
+        self.counts = PoolCounts()
         self._journal = journal
+        self._events = events
         self._last_removal_id = last_removal_id
         self._unfreed: Counter[int] = Counter()
         """Removal → pages the daemon has not freed."""
@@ -67,30 +78,46 @@ class Catalog:
 
     def set_reachable(self, node: Node, reachable: bool) -> None:
         """Whether the node's pages may be found."""
+        if node.reachable != reachable:
+            self._events.node(EventKind.NODE_UP if reachable else EventKind.NODE_DOWN, node)
         node.reachable = reachable
         self.index.set_available(node.index, reachable)
 
     def void_segment(self, node: Node) -> None:
         """The node's epoch is over: its pages are gone, and its memory is no concern of ours any more."""
         self.index.set_available(node.index, False)
+        self.counts.removal(node, "void", node.committed_pages, node.committed_bytes)
         self.index.remove(self.index.in_segment(node.index))
         for slot in [slot for slot, held in self._held_back.items() if held.segment == node.index]:
             del self._held_back[slot]
         for removal_id, _ in node.freeing.values():
             self._unfreed.pop(removal_id, None)
         self.nodes.retire(node)
+        self._events.node(EventKind.NODE_GONE, node)
 
-    def insert(self, node: Node, namespace: bytes, keys: bytes, extents: ExtentArray, page_bytes: int) -> None:
-        """Make committed pages visible.
+    def insert(
+        self,
+        node: Node,
+        namespace: bytes,
+        keys: bytes,
+        extents: ExtentArray,
+        page_bytes: int,
+        kind: EventKind = EventKind.BLOCKS_ADDED,
+    ) -> None:
+        """Make committed pages visible; `kind` is what followers are told.
 
         Where a key is there already, the older page stays if it can be reached and gives way if not.
         """
         self.remove(self.index.unreachable(namespace, keys), "replaced")
         surplus = self.index.insert(namespace, keys, node.index, extents, page_bytes)
         node.committed_bytes += (len(extents) - len(surplus)) * page_bytes
+        node.committed_pages += len(extents) - len(surplus)
         if len(surplus):
             sizes = np.full(len(surplus), page_bytes, np.int64)
             self._take_out(node, surplus, sizes, "surplus", pinned={})
+            # Those that were there already stay where they are.
+            keys = self.index.packed_keys(np.unique(self.index.lying_in(namespace, keys, node.index)[1]))
+        self._events.blocks(kind, node, namespace, keys)
 
     def relocate(
         self, source: Node, target: Node, namespace: bytes, keys: bytes, extents: ExtentArray, page_bytes: int
@@ -105,8 +132,8 @@ class Catalog:
         there, old = self.index.lying_in(namespace, keys, source.index)
         moved = b"".join(keys[i * KEY_BYTES : (i + 1) * KEY_BYTES] for i in there.tolist())
         history = self.index.history(old)
-        self.remove(old, "moved")
-        self.insert(target, namespace, moved, extents[there], page_bytes)
+        self.remove(old, "moved", is_told=False)
+        self.insert(target, namespace, moved, extents[there], page_bytes, EventKind.BLOCKS_MOVED)
         self.index.set_history(namespace, moved, history)
         late = np.delete(extents, there, axis=0)
         if len(late):
@@ -119,15 +146,21 @@ class Catalog:
         if pinned.any():
             self.unpinned(self._pins.follow(old[pinned], new[pinned]))
 
-    def remove(self, slots: SlotArray, reason: str) -> int:
-        """Take pages out of the index, and see to it that they are freed; how many."""
+    def remove(self, slots: SlotArray, reason: str, *, is_told: bool = True) -> int:
+        """Take pages out of the index, and see to it that they are freed; how many.
+
+        With `is_told` False followers are not told: the same pages are inserted elsewhere next.
+        """
+        for namespace, segment, mine in self.index.by_place(slots) if is_told else ():
+            keys = self.index.packed_keys(mine)
+            self._events.blocks(EventKind.BLOCKS_REMOVED, self._node(segment), namespace, keys)
         removed = self.index.remove(slots)
         for segment in np.unique(removed.segments).tolist():
-            node = self.nodes.at(segment)
-            assert node is not None, "the index holds pages of a segment that is no more"
-            mine = removed.segments == segment
+            node, mine = self._node(segment), removed.segments == segment
             extents, sizes = removed.extents[mine], removed.page_bytes[mine]
             node.committed_bytes -= int(sizes.sum())
+            node.committed_pages -= len(sizes)
+            self.counts.removal(node, reason, len(sizes), int(sizes.sum()))
             pinned_slots = removed.slots[mine & removed.pinned].tolist()
             pinned_at = np.flatnonzero(removed.pinned[mine]).tolist()
             self._take_out(node, extents, sizes, reason, dict(zip(pinned_at, pinned_slots, strict=True)))
@@ -166,6 +199,11 @@ class Catalog:
                 extents = extents[kept]
             if keys:
                 self.insert(nodes[run.epoch], run.namespace, keys, extents, run.page_bytes)
+
+    def _node(self, segment: int) -> Node:
+        node = self.nodes.at(segment)
+        assert node is not None, "the index holds pages of a segment that is no more"
+        return node
 
     def _resume(self, node: Node, removal: OpenRemoval) -> None:
         extents, sizes = extent_list(unpack_extents(removal.extents)), unpack_sizes(removal.page_bytes)

@@ -9,6 +9,6 @@ from stratakv.errors import StrataError
 from stratakv.wire import Failure
 
 
-def failure_of(error: StrataError) -> Failure:
-    """The reply that tells a client of `error`."""
-    return Failure(code=error.code, message=error.message, retryable=error.retryable)
+def failure_of(error: StrataError, leader: str = "") -> Failure:
+    """The reply that tells a client of `error`, and whom to ask instead."""
+    return Failure(code=error.code, message=error.message, retryable=error.retryable, leader=leader)

@@ -10,10 +10,15 @@ import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+import msgspec
+import numpy as np
+
 from meta_server.administration import PIN_S_MAX, Administration
 from meta_server.ages import Ages
 from meta_server.catalog import Catalog
+from meta_server.counts import PoolCounts, tier_of
 from meta_server.draining import Draining
+from meta_server.events import EventLog, Snapshots
 from meta_server.index import BlockIndex
 from meta_server.journal import Journal, confirmed
 from meta_server.leases import LeaseTable
@@ -30,10 +35,13 @@ from meta_server.rules import Rules
 from meta_server.slots import SlotArray
 from meta_server.store import Store
 from meta_server.validate import (
+    INT64_MAX,
     check_keys,
     check_moves,
+    check_protocol,
     check_put,
     check_put_id,
+    check_range,
     check_segment,
     check_worker,
 )
@@ -41,7 +49,7 @@ from meta_server.workers import WorkerTable
 from stratakv import wire
 from stratakv.errors import InvalidRequest
 from stratakv.keys import KEY_BYTES
-from stratakv.pool.meta_errors import ProtocolMismatch, StaleEpoch
+from stratakv.pool.meta_errors import StaleEpoch
 from stratakv.settings import MetaSettings
 from stratakv.version import version
 
@@ -63,7 +71,14 @@ class Handlers:
         self.own_blocks = OwnBlocks(self._index, self._nodes, self._workers)
         self._leases = LeaseTable(self._index, clock, leases_max=settings.leases_max, lease_s_max=settings.lease_s_max)
         self._pins = LeaseTable(self._index, clock, leases_max=settings.pins_max, lease_s_max=PIN_S_MAX)
-        self._catalog = Catalog(self._index, self._nodes, self.journal, self._pins, snapshot.last_removal_id)
+        self._epoch = secrets.token_bytes(wire.EPOCH_BYTES)
+        self.events_port = 0
+        """Where events are published."""
+        self.events = EventLog(self._epoch, clock)
+        self.snapshots = Snapshots(self.events, self._index, self._nodes)
+        self._catalog = Catalog(
+            self._index, self._nodes, self.journal, self._pins, self.events, snapshot.last_removal_id
+        )
         ages = Ages(clock)
         self._rules = Rules(self._catalog, self.journal, clock, ages, snapshot.rules)
         self._reclaimer = Reclaimer(self._catalog, clock, ages, high=settings.reclaim_high, low=settings.reclaim_low)
@@ -72,9 +87,11 @@ class Handlers:
         self._puts = PutTable(self._catalog, self.journal, store, clock, settings, placement)
         self._draining = Draining(self._catalog, self._moves, placement)
         self.administration = Administration(self._catalog, self.journal, self._workers, self._pins, self._rules)
-        self._epoch = secrets.token_bytes(wire.EPOCH_BYTES)
+        self.term = 0
+        """In which this server leads."""
         self._lookups = self._lookup_hits = 0
         self._restore(snapshot)
+        self.events.is_quiet = False
         self.by_message: dict[type[wire.Message], Callable[[Any], Answer]] = {
             wire.Hello: self.hello,
             wire.RegisterNode: self.register_node,
@@ -87,6 +104,7 @@ class Handlers:
             wire.ListNodes: lambda _: wire.Nodes(self._nodes.states()),
             wire.MatchPrefix: self.match_prefix,
             wire.ReleaseLease: self.release_lease,
+            wire.GetEventSnapshot: self.event_snapshot,
             wire.PutStart: self.put_start,
             wire.PutEnd: self.put_end,
             wire.PutRevoke: self.put_revoke,
@@ -95,6 +113,14 @@ class Handlers:
             wire.SetDraining: self._draining.set,
             wire.GetStats: self.stats,
         }
+
+    @property
+    def nodes(self) -> NodeTable:
+        return self._nodes
+
+    @property
+    def counts(self) -> PoolCounts:
+        return self._catalog.counts
 
     def tick(self) -> None:
         """Time has passed: leases and puts end, the silent are gone, full segments are reclaimed."""
@@ -108,14 +134,11 @@ class Handlers:
             if node.limit_bytes:
                 self._moves.demote(node)
             self._reclaimer.check(node)
+        self.events.tick()
 
     def hello(self, request: wire.Hello) -> wire.Welcome:
-        if request.protocol != wire.PROTOCOL_VERSION:
-            raise ProtocolMismatch(
-                f"{request.role} {request.name} speaks protocol {request.protocol}, "
-                f"this meta server (version {version()}) speaks {wire.PROTOCOL_VERSION}"
-            )
-        return wire.Welcome(protocol=wire.PROTOCOL_VERSION, server_version=version(), epoch=self._epoch)
+        check_protocol(request)
+        return wire.Welcome(wire.PROTOCOL_VERSION, version(), self._epoch, term=self.term, events_port=self.events_port)
 
     def register_node(self, request: wire.RegisterNode) -> Answer:
         segment = request.segment
@@ -171,21 +194,29 @@ class Handlers:
         slots = self._index.match(request.namespace, request.keys)
         self._lookups += 1
         self._lookup_hits += len(slots) > 0
+        self._catalog.counts.asked += len(request.keys) // KEY_BYTES if request.lease_s else 0
         if not len(slots) or request.lease_s == 0:
             return wire.Match(num_blocks=len(slots))
         lease_id = self._leases.grant(slots, request.lease_s)
+        self._count_found(slots)
         self._index.touch(slots)
         self._moves.read(slots)
-        places, segments = self._places(slots)
-        return wire.Match(num_blocks=len(slots), places=places, segments=segments, lease_id=lease_id)
+        indexes, segment_of, extents = self._index.packed_places(slots)
+        segments = [self._segment_of(index) for index in indexes]
+        return wire.Match(len(slots), segments, segment_of, extents, lease_id)
 
     def release_lease(self, request: wire.ReleaseLease) -> wire.Done:
         self._catalog.unpinned(self._leases.release(request.lease_id))
         return wire.Done()
 
+    def event_snapshot(self, request: wire.GetEventSnapshot) -> wire.EventSnapshot:
+        check_range("after", request.after, 0, INT64_MAX)
+        return self.snapshots.part(request.after)
+
     def put_start(self, request: wire.PutStart) -> wire.PutGrant:
         check_put(request)
-        return self._puts.start(request)
+        grant = self._puts.start(request)
+        return msgspec.structs.replace(grant, term=self.term) if grant.segment is not None else grant
 
     async def put_end(self, request: wire.PutEnd) -> wire.Done:
         check_put_id(request.put_id)
@@ -239,6 +270,13 @@ class Handlers:
             self._beat(node)
         return wire.Registered(heartbeat_s=self._settings.heartbeat_s)
 
+    def _count_found(self, slots: SlotArray) -> None:
+        segments, counts = np.unique(self._index.segments(slots), return_counts=True)
+        for segment, count in zip(segments.tolist(), counts.tolist(), strict=True):
+            node = self._nodes.at(segment)
+            if node is not None:
+                self._catalog.counts.found[tier_of(node)] += count
+
     def _beat(self, node: Node) -> None:
         node.pulse.beat()
         if not node.reachable:
@@ -262,13 +300,6 @@ class Handlers:
     async def _written(self, written: asyncio.Future[None], reply: Callable[[], wire.Message]) -> wire.Message:
         await confirmed(written)
         return reply()
-
-    def _places(self, slots: SlotArray) -> tuple[list[wire.Place], list[wire.Segment]]:
-        indexes, offsets, generations = self._index.places(slots)
-        segments = {index: self._segment_of(index) for index in set(indexes)}
-        names = {index: segment.node for index, segment in segments.items()}
-        places = [wire.Place(names[i], o, g) for i, o, g in zip(indexes, offsets, generations, strict=True)]
-        return places, list(segments.values())
 
     def _segment_of(self, index: int) -> wire.Segment:
         node = self._nodes.at(index)

@@ -1,15 +1,13 @@
 """The block index in memory: which committed pages there are, where they lie, which are coldest.
 
-Per namespace, a key's 60-bit fingerprint leads to a slot, whose full key is compared on every hit; keys whose fingerprints
-collide go to a small table of their own. Recency is exact: each touch stamps pages with a growing tick, a prefix's later
-blocks just colder than its earlier ones, so that reclaiming takes leaves before what they hang on. A policy
-(`meta_server.policies`) chooses among them.
+Per namespace, a table (`stratakv._native.KeyTable`) leads from a key to a slot, whose full key is compared on every hit.
+Recency is exact: each touch stamps pages with a growing tick, a prefix's later blocks just colder than its earlier ones, so
+that reclaiming takes leaves before what they hang on. A policy (`meta_server.policies`) chooses among them.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -18,14 +16,13 @@ from numpy.typing import NDArray
 
 from meta_server.policies import Candidates, Lru, Policy
 from meta_server.slots import KEY_WORDS, NO_SEGMENT, SlotArray, SlotTable
+from stratakv._native import KeyTable, make_key_table
 from stratakv.keys import KEY_BYTES
 
 ExtentArray = NDArray[np.int64]
 """[pages, 2]: offset and generation."""
 _ABSENT = -1
 _READS_MAX = 255
-_FINGERPRINT_SHIFT = np.uint64(4)
-"""60 bits make the smallest two-digit Python int."""
 
 
 @dataclass(slots=True)
@@ -34,10 +31,9 @@ class _Names:
 
     id: int
     namespace: bytes
-    by_fingerprint: dict[int, int] = field(default_factory=dict)
-    collided: dict[bytes, int] = field(default_factory=dict)
+    by_key: KeyTable = field(default_factory=lambda: make_key_table(KEY_WORDS, 0, KEY_WORDS))
     cost_per_byte: float = math.nan
-    by_low: dict[int, int] | None = None
+    by_low: KeyTable | None = None
     """By the last 8 bytes of the key, once somebody has asked for it like that."""
 
 
@@ -82,8 +78,8 @@ class BlockIndex:
     @property
     def size_bytes(self) -> int:
         """Memory of the index, without the allocator's overhead."""
-        dicts = sum(sys.getsizeof(n.by_fingerprint) + sys.getsizeof(n.collided) for n in self._names.values())
-        return self._table.size_bytes + dicts + self.num_blocks * 2 * sys.getsizeof(1 << 59)
+        tables = (table for n in self._names.values() for table in (n.by_key, n.by_low) if table is not None)
+        return self._table.size_bytes + sum(table.size_bytes for table in tables)
 
     def set_available(self, segment: int, available: bool) -> None:
         """Whether the pages of a segment may be found (its daemon is alive)."""
@@ -101,18 +97,18 @@ class BlockIndex:
         """Positions of the keys that are not there or cannot be reached now."""
         return [int(i) for i in np.flatnonzero(self._find(namespace, keys) == _ABSENT)]
 
-    def find_low(self, namespace: bytes, low_keys: Sequence[int]) -> SlotArray:
+    def find_low(self, namespace: bytes, low_keys: Sequence[int] | NDArray[np.int64]) -> SlotArray:
         """Of each key, given as its last 8 bytes (big-endian, signed), its slot; -1 if it is not there or out of reach."""
         names, table = self._names.get(namespace), self._table
+        slots = np.full(len(low_keys), _ABSENT, np.int64)
         if names is None:
-            return np.full(len(low_keys), _ABSENT, np.int64)
+            return slots
         if names.by_low is None:
+            names.by_low = make_key_table(KEY_WORDS, KEY_WORDS - 1, 1)
             live = np.flatnonzero((table.segment != NO_SEGMENT) & (table.namespace == names.id))
-            names.by_low = dict(zip(_low_keys(table.key[live]), live.tolist(), strict=True))
-        slots = np.array([names.by_low.get(key, _ABSENT) for key in low_keys], np.int64)
-        hits = np.flatnonzero(slots != _ABSENT)
-        slots[hits[~self._available[table.segment[slots[hits]]]]] = _ABSENT
-        return slots
+            names.by_low.enter(live, table.key)
+        names.by_low.find(np.asarray(low_keys, np.int64).astype(">i8").view(np.uint64), table.key, slots)
+        return self._reachable(slots)
 
     def touch(self, slots: SlotArray) -> None:
         """The pages were asked for just now, in this order."""
@@ -175,6 +171,14 @@ class BlockIndex:
         pinned: NDArray[np.bool_] = self._table.pins[slots] > 0
         return pinned
 
+    def packed_places(self, slots: SlotArray) -> tuple[list[int], bytes, bytes]:
+        """The segments that the slots lie in, and as `wire.Match` has them: which of these each does, its extent there."""
+        table = self._table
+        found, which = np.unique(table.segment[slots], return_inverse=True)
+        extents = np.empty((len(slots), 2), np.int64)
+        extents[:, 0], extents[:, 1] = table.offset[slots], table.generation[slots]
+        return found.tolist(), which.astype(np.uint16).tobytes(), extents.tobytes()
+
     def places(self, slots: SlotArray) -> tuple[list[int], list[int], list[int]]:
         """Segment, offset and generation of each slot."""
         table = self._table
@@ -195,20 +199,16 @@ class BlockIndex:
         table.page_bytes[slots], table.segment[slots], table.namespace[slots] = page_bytes, segment, names.id
         table.reads[slots] = 0
         table.enter(slots)
-        fingerprints = _fingerprints(rows)
-        doubles: list[int] = []
-        for i, slot in zip(new.tolist(), slots.tolist(), strict=True):
-            if not self._enter(names, fingerprints[i], keys[i * KEY_BYTES : (i + 1) * KEY_BYTES], slot):
-                doubles.append(i)
-                table.release(np.array([slot], np.int64))
-        kept = slots[table.segment[slots] != NO_SEGMENT]
+        is_new = np.frombuffer(names.by_key.enter(slots, table.key), np.bool_)
+        table.release(slots[~is_new])
+        kept, doubles = slots[is_new], new[~is_new]
         if names.by_low is not None:
-            names.by_low.update(zip(_low_keys(table.key[kept]), kept.tolist(), strict=True))
+            names.by_low.enter(kept, table.key)
         self.touch(kept)
         self._policy.inserted(table, kept)
         self.num_blocks += len(kept)
         self.bytes_committed += page_bytes * len(kept)
-        surplus = np.concatenate([np.flatnonzero(found != _ABSENT), np.array(doubles, np.int64)])
+        surplus = np.concatenate([np.flatnonzero(found != _ABSENT), doubles])
         rejected: ExtentArray = extents[surplus]
         return rejected
 
@@ -259,6 +259,26 @@ class BlockIndex:
         table = self._table
         namespaces = [self._names_by_id[names_id].namespace for names_id in table.namespace[slots].tolist()]
         return list(zip(namespaces, (row.tobytes() for row in table.key[slots]), strict=True))
+
+    def packed_keys(self, slots: SlotArray) -> bytes:
+        """Keys of the slots' pages."""
+        return self._table.key[slots].tobytes()
+
+    def by_place(self, slots: SlotArray) -> list[tuple[bytes, int, SlotArray]]:
+        """The slots by namespace and segment of their pages."""
+        table, found = self._table, []
+        ids, segments = table.namespace[slots], table.segment[slots]
+        for names_id in np.unique(ids).tolist():
+            for segment in np.unique(segments[ids == names_id]).tolist():
+                mine = slots[(ids == names_id) & (segments == segment)]
+                found.append((self._names_by_id[names_id].namespace, segment, mine))
+        return found
+
+    def groups(self, first: int, count: int) -> tuple[list[tuple[bytes, int, SlotArray]], int]:
+        """Of `count` slots from `first` on, those with pages, by namespace and segment; the slot behind them, 0 at the end."""
+        table, end = self._table, min(first + count, self._table.num_rows)
+        slots = first + np.flatnonzero(table.segment[first:end] != NO_SEGMENT)
+        return self.by_place(slots), end if first < end < table.num_rows else 0
 
     def unpinned(self, segment: int, namespace: bytes = b"") -> SlotArray:
         """Pages of a segment (of one namespace or of all) that nobody holds a lease on."""
@@ -338,17 +358,13 @@ class BlockIndex:
             page_bytes=table.page_bytes[slots],
             pinned=table.pins[slots] > 0,
         )
-        fingerprints, names_ids = _fingerprints(table.key[slots]), table.namespace[slots].tolist()
-        for slot, fingerprint, names_id in zip(slots.tolist(), fingerprints, names_ids, strict=True):
-            names = self._names_by_id[names_id]
+        names_of = table.namespace[slots]
+        for names_id in np.unique(names_of).tolist():
+            names, mine = self._names_by_id[names_id], slots[names_of == names_id]
+            names.by_key.leave(mine, table.key)
             if names.by_low is not None:
-                names.by_low.pop(_low_keys(table.key[slot : slot + 1])[0], None)
-            if names.by_fingerprint.get(fingerprint) == slot:
-                del names.by_fingerprint[fingerprint]
-            else:
-                del names.collided[table.key[slot].tobytes()]
-        for names_id in set(names_ids):
-            self._forget_if_empty(self._names_by_id[names_id])
+                names.by_low.leave(mine, table.key)
+            self._forget_if_empty(names)
         table.release(slots)
         self.num_blocks -= len(slots)
         self.bytes_committed -= int(removed.page_bytes.sum())
@@ -356,30 +372,17 @@ class BlockIndex:
 
     def _find(self, namespace: bytes, keys: bytes, *, reachable_only: bool = True) -> SlotArray:
         names = self._names.get(namespace)
-        rows = _words(keys)
+        slots = np.full(len(keys) // KEY_BYTES, _ABSENT, np.int64)
         if names is None:
-            return np.full(len(rows), _ABSENT, np.int64)
-        lookup = names.by_fingerprint.get
-        slots = np.array([lookup(f, _ABSENT) for f in _fingerprints(rows)], np.int64)
-        hits = np.flatnonzero(slots != _ABSENT)
-        slots[hits[(self._table.key[slots[hits]] != rows[hits]).any(axis=1)]] = _ABSENT
-        if names.collided:
-            for i in np.flatnonzero(slots == _ABSENT).tolist():
-                slots[i] = names.collided.get(keys[i * KEY_BYTES : (i + 1) * KEY_BYTES], _ABSENT)
-        if reachable_only:
-            hits = np.flatnonzero(slots != _ABSENT)
-            slots[hits[~self._available[self._table.segment[slots[hits]]]]] = _ABSENT
-        return slots
+            return slots
+        names.by_key.find(keys, self._table.key, slots)
+        return self._reachable(slots) if reachable_only else slots
 
-    def _enter(self, names: _Names, fingerprint: int, key: bytes, slot: int) -> bool:
-        """False if the key is there already (twice in one insert)."""
-        holder = names.by_fingerprint.setdefault(fingerprint, slot)
-        if holder == slot:
-            return True
-        if key in names.collided or self._table.key[holder].tobytes() == key:
-            return False
-        names.collided[key] = slot
-        return True
+    def _reachable(self, slots: SlotArray) -> SlotArray:
+        """The same, ABSENT where a slot's segment is out of reach."""
+        hits = np.flatnonzero(slots != _ABSENT)
+        slots[hits[~self._available[self._table.segment[slots[hits]]]]] = _ABSENT
+        return slots
 
     def _names_of(self, namespace: bytes) -> _Names:
         names = self._names.get(namespace)
@@ -390,19 +393,9 @@ class BlockIndex:
         return names
 
     def _forget_if_empty(self, names: _Names) -> None:
-        if not names.by_fingerprint and not names.collided and names.id not in self._kept:
+        if not len(names.by_key) and names.id not in self._kept:
             del self._names[names.namespace], self._names_by_id[names.id]
 
 
 def _words(keys: bytes) -> NDArray[np.uint64]:
     return np.frombuffer(keys, np.uint64).reshape(-1, KEY_WORDS)
-
-
-def _low_keys(rows: NDArray[np.uint64]) -> list[int]:
-    low: list[int] = np.ascontiguousarray(rows[:, -1]).view(">i8").tolist()
-    return low
-
-
-def _fingerprints(rows: NDArray[np.uint64]) -> list[int]:
-    fingerprints: list[int] = (rows[:, 0] >> _FINGERPRINT_SHIFT).tolist()
-    return fingerprints

@@ -23,6 +23,7 @@ from stratakv.log import EventLogger
 from stratakv.pool.meta_errors import StaleEpoch
 from stratakv.settings import MetaSettings
 from stratakv.wire import PUT_ID_BYTES, Extent, Move, MovedPage, MovesTaken, Reconciled, ReconcilePages, ReportMoves
+from stratakv.wire_events import EventKind
 
 MOVING_BYTES_MAX = 64 * 1024 * 1024
 """Ordered of one segment at a time."""
@@ -152,10 +153,12 @@ class Moves:
         ticks = [index.ticks(run.namespace, run.keys) for run in runs]
         left = [self._slot(source, page.namespace, page.key, page.source) for page in pages]
         old = np.array([slot for slot in left if slot is not None], np.int64)
-        self._catalog.remove(old, "moved")
-        if self._catalog.nodes.at(target.index) is target:
+        is_there = self._catalog.nodes.at(target.index) is target
+        self._catalog.remove(old, "moved", is_told=not is_there)
+        if is_there:
             for run, was in zip(runs, ticks, strict=True):
-                self._catalog.insert(target, run.namespace, run.keys, unpack_extents(run.extents), run.page_bytes)
+                extents, kind = unpack_extents(run.extents), EventKind.BLOCKS_MOVED
+                self._catalog.insert(target, run.namespace, run.keys, extents, run.page_bytes, kind)
                 index.set_ticks(run.namespace, run.keys, was)
             self._keep_pinned(target, pages, left)
         if source.is_draining:

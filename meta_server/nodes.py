@@ -32,6 +32,7 @@ class Node:
     reachable: bool = False
     """As the block index was last told."""
     committed_bytes: int = 0
+    committed_pages: int = 0
     pending_bytes: int = 0
     freeing_bytes: int = 0
     foreign_bytes: int = 0

@@ -146,6 +146,8 @@ class PutTable:
         if put.state is PutState.VOIDING:
             raise PutUnknown("the put has expired or was revoked")
         self._check_end(put, request)
+        if put.state is PutState.PENDING and put.deadline <= self._clock():
+            self._void(put)
         if put.state is PutState.PENDING:
             if not self._journal.available:
                 raise Unavailable("the metadata database does not answer; try again")

@@ -1,8 +1,49 @@
 -- SQL of the meta server. Keys travel packed, 32 bytes each; extents packed, offset and generation as 8 big-endian bytes each.
 
--- name: take_lock
--- One meta server per database; the lock goes with the connection that writes.
-SELECT pg_try_advisory_lock($1)
+-- name: set_term
+-- Writes over this connection are those of one term.
+SELECT set_config('stratakv.term', $1, false)
+
+-- name: leader
+-- Who leads, and the seconds that are left of its lease.
+SELECT l.term, l.server, l.place, extract(epoch FROM greatest(l.expires_at, '2000-01-01') - clock_timestamp())::float8 AS left_s,
+       coalesce(m.kvcm_host, '') AS kvcm_host, coalesce(m.kvcm_grpc_port, 0) AS kvcm_grpc_port,
+       coalesce(m.kvcm_http_port, 0) AS kvcm_http_port
+FROM stratakv.meta_leader l LEFT JOIN stratakv.meta_servers m USING (server)
+
+-- name: show_server
+-- This meta server is alive.
+INSERT INTO stratakv.meta_servers (server, kvcm_host, kvcm_grpc_port, kvcm_http_port, seen_at)
+VALUES ($1, $2, $3, $4, clock_timestamp())
+ON CONFLICT (server) DO UPDATE SET kvcm_host = excluded.kvcm_host, kvcm_grpc_port = excluded.kvcm_grpc_port,
+    kvcm_http_port = excluded.kvcm_http_port, seen_at = excluded.seen_at
+
+-- name: hide_server
+-- This meta server ends.
+DELETE FROM stratakv.meta_servers WHERE server = $1
+
+-- name: other_servers
+-- The other meta servers that were alive within so many seconds.
+SELECT server FROM stratakv.meta_servers
+WHERE server <> $1 AND seen_at > clock_timestamp() - $2::float8 * interval '1 second' ORDER BY server
+
+-- name: take_lead
+-- A new term, unless somebody else's lease has not run out. Waits for what is being written, and is seen by all writes after it.
+-- Terms rise also when the database was set up anew, or has lost its latest changes.
+WITH alone AS MATERIALIZED (SELECT pg_advisory_xact_lock(6004514643731894861))
+UPDATE stratakv.meta_leader
+SET term = greatest(term + 1, (extract(epoch FROM clock_timestamp()) * 1000)::bigint), server = $1, place = $2,
+    expires_at = clock_timestamp() + $3::float8 * interval '1 second'
+FROM alone WHERE expires_at <= clock_timestamp() OR (place = $2 AND place <> '')
+RETURNING term
+
+-- name: renew_lead
+-- The leader is alive. A lease that ran out is renewed too as long as nobody has taken it.
+UPDATE stratakv.meta_leader SET expires_at = clock_timestamp() + $2::float8 * interval '1 second' WHERE term = $1 RETURNING term
+
+-- name: give_up_lead
+-- The leader steps down: whoever asks next leads.
+UPDATE stratakv.meta_leader SET expires_at = clock_timestamp(), place = '' WHERE term = $1
 
 -- name: live_segments
 -- Segments whose places are not void.

@@ -6,13 +6,17 @@ import numpy as np
 
 from meta_server.ages import Ages
 from meta_server.catalog import Catalog
+from meta_server.counts import tier_of
 from meta_server.nodes import Node
 from meta_server.presence import Clock
+from meta_server.slots import SlotArray
 from stratakv.log import EventLogger
 from stratakv.wire import Extent
 
 PAGES_MAX = 16_384
 """Reclaimed in one go, so that lookups do not wait; the next tick goes on."""
+AGES_SAMPLED_MAX = 64
+"""Pages whose age is looked up, of those reclaimed in one go."""
 _log = EventLogger("meta_server.reclaim")
 
 
@@ -50,6 +54,13 @@ class Reclaimer:
         excess = node.staying_bytes - target
         slots = self._catalog.index.coldest(node.index, excess)[:PAGES_MAX]
         if len(slots):
-            self.evicted_age_s = self._ages.age_s(int(np.median(self._catalog.index.slot_ticks(slots))))
+            self._count_ages(node, slots)
             self.evictions += self._catalog.remove(slots, "evicted")
             _log.debug("pages_evicted", node=node.segment.node, pages=len(slots))
+
+    def _count_ages(self, node: Node, slots: SlotArray) -> None:
+        ticks = np.sort(self._catalog.index.slot_ticks(slots))
+        at = np.linspace(0, len(ticks) - 1, min(len(ticks), AGES_SAMPLED_MAX)).astype(np.int64)
+        ages_s = [self._ages.age_s(tick) for tick in ticks[at].tolist()]
+        self.evicted_age_s = ages_s[len(ages_s) // 2]
+        self._catalog.counts.evicted_ages[tier_of(node)].observe(ages_s, len(ticks))

@@ -51,6 +51,11 @@ class RouterSocket:
         self._reading = False
         self.dropped = 0
 
+    @property
+    def context(self) -> zmq.Context[zmq.Socket[bytes]]:
+        """Ended by `close`; whoever makes sockets in it closes them before."""
+        return self._context
+
     def _guard(self, credentials: PoolCredentials) -> ThreadAuthenticator:
         keys = credentials.curve_keys("server")
         self._socket.curve_server = True
@@ -66,19 +71,10 @@ class RouterSocket:
         self._socket.setsockopt(zmq.MAXMSGSIZE, MESSAGE_BYTES_MAX)
         self._socket.setsockopt(zmq.SNDHWM, REPLIES_QUEUED_MAX)
         self._socket.setsockopt(zmq.RCVHWM, REPLIES_QUEUED_MAX)
-        self._socket.setsockopt(zmq.IPV6, int(":" in host))
-        where = f"[{host}]" if ":" in host else host
-        try:
-            self._socket.bind(f"tcp://{where}:{port or '*'}")
-        except zmq.ZMQError as error:
-            if error.errno == zmq.EADDRINUSE:
-                raise port_taken(host, port, "meta.native_port") from None
-            raise SetupError(f"meta.host: cannot listen on {host}:{port}: {error}") from None
+        bound = listen_on(self._socket, host, port, "meta.native_port")
         self._loop.add_reader(self._socket.fileno(), self._read)
         self._loop.call_soon(self._read)
-        endpoint = self._socket.getsockopt(zmq.LAST_ENDPOINT)
-        assert isinstance(endpoint, bytes)
-        return int(endpoint.rstrip(b"\0").rpartition(b":")[2])
+        return bound
 
     def send(self, client: bytes, request_id: bytes, payload: bytes) -> None:
         """Queue a reply; dropped if the client is gone or does not read."""
@@ -118,3 +114,18 @@ class RouterSocket:
         finally:
             self._reading = False
         self._loop.call_soon(self._read)
+
+
+def listen_on(socket: zmq.Socket[bytes], host: str, port: int, setting: str) -> int:
+    """Bind; the port (a free one for 0). Raises SetupError that names the setting."""
+    socket.setsockopt(zmq.IPV6, int(":" in host))
+    where = f"[{host}]" if ":" in host else host
+    try:
+        socket.bind(f"tcp://{where}:{port or '*'}")
+    except zmq.ZMQError as error:
+        if error.errno == zmq.EADDRINUSE:
+            raise port_taken(host, port, setting) from None
+        raise SetupError(f"meta.host: cannot listen on {host}:{port}: {error}") from None
+    endpoint = socket.getsockopt(zmq.LAST_ENDPOINT)
+    assert isinstance(endpoint, bytes)
+    return int(endpoint.rstrip(b"\0").rpartition(b":")[2])

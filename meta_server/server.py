@@ -1,155 +1,181 @@
-"""The meta server's process: opens the store, rebuilds the index, answers messages until it is told to stop."""
+"""The meta server's process: stands by until it leads, then rebuilds the index and answers, until it is told to stop.
+
+Everything that depends on the database's content lives for one term (`_lead`); the ports are open all the time.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import inspect
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
-import msgspec
-
-from meta_server.errors import failure_of
+from meta_server.door import Door
+from meta_server.elector import Elector, Server
 from meta_server.fill import Filler
 from meta_server.handlers import Handlers
 from meta_server.kvcm.server import KvcmServer
-from meta_server.router_socket import RouterSocket
-from meta_server.store import Store
+from meta_server.metrics import metrics_app
+from meta_server.store import CONNECTION_ERRORS, Store
 from stratakv import migrate, wire
-from stratakv.errors import InvalidRequest, Overloaded, SetupError, StrataError
+from stratakv.errors import SetupError
+from stratakv.http_server import HttpServer
 from stratakv.log import EventLogger
 from stratakv.pool.auth import PoolCredentials, require_credentials
-from stratakv.process import first_setup_error, started
+from stratakv.process import first_setup_error, reachable_host, started
 from stratakv.settings import MetaSettings, Settings
 
-REQUESTS_WAITING_MAX = 20_000
-"""Requests that wait for PostgreSQL at once."""
 TICK_S_MAX = 0.25
 DRAIN_S = 5.0
 """After the signal to stop: longest wait for what is under way."""
+LEADER_LEASE_S_MIN = 0.5
 
 Ready = Callable[[str], None]
-"""Called with the endpoint once requests are answered."""
+"""Called with the endpoint once requests are answered, be it by saying who leads."""
 _log = EventLogger("meta_server")
 
 
 async def serve(settings: Settings, stop: asyncio.Event, ready: Ready | None = None) -> None:
-    """Run until `stop` is set. Raises SetupError if it cannot start, or if another meta server takes over the database."""
+    """Run until `stop` is set. Raises SetupError if it cannot start."""
     meta = settings.meta
     credentials = PoolCredentials.from_settings(settings.pool)
     require_credentials(meta.host, "meta.host", credentials)
     if not settings.database.url:
         raise SetupError("database.url is not set", hint="set STRATAKV_DATABASE_URL to the PostgreSQL of the metadata")
+    if meta.leader_lease_s < LEADER_LEASE_S_MIN:
+        raise SetupError(f"meta.leader_lease_s = {meta.leader_lease_s}: at least {LEADER_LEASE_S_MIN}")
     await asyncio.to_thread(migrate.check, settings.database.url)
-    store = Store(migrate.driver_url(settings.database.url), settings.database)
+    door = Door(meta, credentials)
     try:
-        await store.open()
-        began = time.monotonic()
-        server = MetaServer(Handlers(store, await store.load(), meta, time.monotonic), meta, credentials)
-        _log.info("index_rebuilt", blocks=server.num_blocks, seconds=round(time.monotonic() - began, 3))
-        await server.run(Filler(store), stop, ready, store)
+        await MetaServer(settings, door, ready).run(stop)
     except* SetupError as group:
         raise first_setup_error(group) from None
     finally:
-        await store.close()
+        door.close()
 
 
 class MetaServer:
-    """Socket, handlers and background tasks."""
+    """One process: its door, its part in the election, and the KVCM API if that is enabled."""
 
-    def __init__(self, handlers: Handlers, settings: MetaSettings, credentials: PoolCredentials | None) -> None:
-        self._handlers = handlers
+    def __init__(self, settings: Settings, door: Door, ready: Ready | None) -> None:
+        meta = settings.meta
+        assert settings.database.url is not None
         self._settings = settings
-        self._socket = RouterSocket(self._on_message, credentials)
-        self._waiting: set[asyncio.Task[None]] = set()
-        self._kvcm: KvcmServer | None = None
+        self._url = migrate.driver_url(settings.database.url)
+        self._door = door
+        self._ready = ready
+        self._endpoint = f"tcp://{meta.host}:{door.port}"
+        address = f"{meta.public_host or reachable_host(meta.host)}:{door.port}"
+        self._elector = Elector(self._url, settings.database, _server(address, meta), meta.leader_lease_s)
+        self._handlers: Handlers | None = None
+        self._kvcm = KvcmServer(meta, self._elector) if meta.kvcm_enabled else None
+        self._metrics: HttpServer | None = None
+        if meta.metrics_port:
+            self._metrics = HttpServer(meta.host, meta.metrics_port, "meta", port_setting="meta.metrics_port")
 
-    @property
-    def num_blocks(self) -> int:
-        return self._handlers.stats(wire.GetStats()).blocks
-
-    async def run(self, filler: Filler, stop: asyncio.Event, ready: Ready | None, store: Store) -> None:
-        """Serve until `stop`, then let what is under way finish."""
-        port = self._socket.bind(self._settings.host, self._settings.native_port)
-        endpoint = f"tcp://{self._settings.host}:{port}"
+    async def run(self, stop: asyncio.Event) -> None:
+        """Lead and stand by in turn until `stop`. Raises SetupError."""
         try:
-            if self._settings.kvcm_enabled:
-                self._kvcm = await KvcmServer.open(store, self._handlers, self._settings, time.monotonic)
+            await self._elector.open()
+            if self._kvcm is not None:
+                await self._kvcm.listen()
+            self._door.open(self._elector)
             async with asyncio.TaskGroup() as tasks:
-                background = [
-                    tasks.create_task(work()) for work in (self._handlers.journal.run, filler.run, self._tick)
-                ]
-                started()
-                _log.info("ready", endpoint=endpoint)
-                if ready is not None:
-                    ready(endpoint)
-                await stop.wait()
-                if self._kvcm is not None:
-                    await self._kvcm.close()
-                await self._drain()
-                for task in background:
-                    task.cancel()
+                stopping = tasks.create_task(stop.wait())
+                if self._metrics is not None:
+                    tasks.create_task(self._metrics.run(metrics_app(self._elector, lambda: self._handlers)))
+                while not stop.is_set():
+                    campaign = tasks.create_task(self._elector.campaign(self._stands_by))
+                    await asyncio.wait((campaign, stopping), return_when=asyncio.FIRST_COMPLETED)
+                    if campaign.done():
+                        await self._lead(campaign.result(), stopping)
+                    campaign.cancel()
+                if self._metrics is not None:
+                    self._metrics.stop()
         finally:
             if self._kvcm is not None:
                 await self._kvcm.close()
-            self._socket.close()
+            await self._elector.close()
 
-    async def _drain(self) -> None:
+    async def _lead(self, term: int, stopping: asyncio.Task[bool]) -> None:
+        """Until the lease is lost or it is time to stop."""
+        keeping = asyncio.create_task(self._elector.keep())
+        store = Store(self._url, self._settings.database, term, self._elector.lose)
+        try:
+            handlers = await self._rebuilt(store)
+            await self._answer(store, handlers, keeping, stopping)
+        except (SetupError, *CONNECTION_ERRORS) as error:
+            # The database was there just now; it is asked again in the next campaign.
+            _log.warning("leading_failed", error=type(error).__name__, detail=str(error))
+        finally:
+            self._handlers = None
+            self._door.stand_by()
+            if self._kvcm is not None:
+                await self._kvcm.stand_by()
+            await store.close()
+            await self._elector.give_up()
+            await keeping
+
+    async def _rebuilt(self, store: Store) -> Handlers:
+        """The state as of the beginning of the term. Raises SetupError, CONNECTION_ERRORS."""
+        began = time.monotonic()
+        await store.open()
+        snapshot = await store.load()
+        # On a thread, since the lease must be renewed meanwhile.
+        handlers = await asyncio.to_thread(Handlers, store, snapshot, self._settings.meta, time.monotonic)
+        handlers.term = self._elector.term
+        blocks = handlers.stats(wire.GetStats()).blocks
+        _log.info("index_rebuilt", blocks=blocks, seconds=round(time.monotonic() - began, 3))
+        return handlers
+
+    async def _answer(
+        self, store: Store, handlers: Handlers, keeping: asyncio.Task[None], stopping: asyncio.Task[bool]
+    ) -> None:
+        if self._kvcm is not None:
+            await self._kvcm.lead(store, handlers)
+        async with asyncio.TaskGroup() as tasks:
+            work = (handlers.journal.run, Filler(store).run, lambda: self._tick(handlers))
+            background = [tasks.create_task(run()) for run in work]
+            self._handlers = handlers
+            self._door.lead(handlers)
+            started()
+            _log.info("ready", endpoint=self._endpoint, term=self._elector.term)
+            self._say_ready()
+            ends = [*background, keeping, stopping]
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if not keeping.done():
+                await self._drain(handlers)
+            for task in background:
+                task.cancel()
+
+    async def _drain(self, handlers: Handlers) -> None:
+        """Let what is under way finish."""
+        if self._kvcm is not None:
+            await self._kvcm.close()
         try:
             async with asyncio.timeout(DRAIN_S):
-                while self._waiting:
-                    await asyncio.wait(self._waiting)
-                await self._handlers.journal.all_written()
+                await self._door.answered()
+                await handlers.journal.all_written()
         except TimeoutError:
-            _log.warning("drain_cut_short", requests=len(self._waiting))
+            _log.warning("drain_cut_short")
 
-    async def _tick(self) -> None:
+    async def _tick(self, handlers: Handlers) -> None:
         while True:
-            self._handlers.tick()
+            handlers.tick()
             if self._kvcm is not None:
                 self._kvcm.tick()
-            await asyncio.sleep(min(TICK_S_MAX, self._settings.heartbeat_s / 2))
+            await asyncio.sleep(min(TICK_S_MAX, self._settings.meta.heartbeat_s / 2))
 
-    def _on_message(self, client: bytes, request_id: bytes, payload: bytes) -> None:
-        def reply(message: wire.Message) -> None:
-            self._socket.send(client, request_id, wire.encode(message))
+    def _stands_by(self) -> None:
+        _log.info("standing_by", endpoint=self._endpoint, leader=self._elector.leader.address)
+        self._say_ready()
 
-        try:
-            request = _decode(payload)
-            answer = self._handlers.by_message[type(request)](request)
-            if inspect.isawaitable(answer):
-                self._answer_later(answer, reply)
-            else:
-                reply(answer)
-        except StrataError as error:
-            reply(failure_of(error))
-        except Exception:
-            _log.exception("request_failed")
-            reply(failure_of(StrataError("internal error")))
-
-    def _answer_later(self, answer: Awaitable[wire.Message], reply: Callable[[wire.Message], None]) -> None:
-        if len(self._waiting) >= REQUESTS_WAITING_MAX:
-            if inspect.iscoroutine(answer):
-                answer.close()
-            raise Overloaded("too many requests wait for the metadata database")
-        task = asyncio.get_running_loop().create_task(_reply_when_done(answer, reply))
-        self._waiting.add(task)
-        task.add_done_callback(self._waiting.discard)
+    def _say_ready(self) -> None:
+        ready, self._ready = self._ready, None
+        if ready is not None:
+            ready(self._endpoint)
 
 
-def _decode(payload: bytes) -> wire.Message:
-    try:
-        request: wire.Message = wire.decode_request(payload)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidRequest(f"malformed request: {error}") from None
-    return request
-
-
-async def _reply_when_done(answer: Awaitable[wire.Message], reply: Callable[[wire.Message], None]) -> None:
-    try:
-        reply(await answer)
-    except StrataError as error:
-        reply(failure_of(error))
-    except Exception:
-        _log.exception("request_failed")
-        reply(failure_of(StrataError("internal error")))
+def _server(address: str, meta: MetaSettings) -> Server:
+    if not meta.kvcm_enabled:
+        return Server(address)
+    return Server(address, reachable_host(meta.kvcm_host), meta.kvcm_grpc_port, meta.kvcm_http_port)

@@ -42,6 +42,11 @@ class SlotTable:
         """Memory of the columns."""
         return sum(column.nbytes for column in self._columns().values())
 
+    @property
+    def num_rows(self) -> int:
+        """Rows that are or were in use."""
+        return self._num_used
+
     def allocate(self, count: int) -> SlotArray:
         """Slots for `count` new rows; the caller fills every column but `pins`."""
         reused = [self._free.pop() for _ in range(min(count, len(self._free)))]

@@ -1,31 +1,29 @@
 """The truth, in PostgreSQL: reads the snapshot at the start, writes batches of changes, answers what became of a put.
 
-All writing goes over connections whose session holds the database's advisory lock, or whose rows cannot do harm without it;
-so a meta server that was replaced while frozen writes nothing.
+All writing goes over connections that say for which term they write, or changes what no two meta servers can do differently;
+PostgreSQL refuses every term but the latest (migration 0006). So a meta server that was replaced while frozen writes nothing.
 """
 
 from __future__ import annotations
 
-import asyncio
-import random
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import asyncpg
 
 from meta_server.records import CommittedRun, OpenRemoval, Snapshot, StartedPut, WriteBatch
 from stratakv.errors import SetupError, Unavailable
 from stratakv.log import EventLogger
+from stratakv.pool.meta_errors import NotLeader
 from stratakv.queries import load_queries
 from stratakv.settings import DatabaseSettings
 from stratakv.wire import CacheRule, Segment
 
 QUERIES = load_queries("meta_server")
-LEADER_LOCK = 0x5354_5241_4D45_5441
-"""The bytes of STRAMETA."""
-LOCK_WAIT_S = 3.0
-"""Longest wait for the session of a predecessor to end."""
 STATEMENT_TIMEOUT_S = 5.0
+IDLE_IN_TRANSACTION_MS = 5_000
+"""A leader that is frozen within a transaction would hold up its successor; PostgreSQL ends that."""
+OTHER_TERM = "SK001"
+"""SQLSTATE of a write that was refused because another meta server leads."""
 DEAD_EPOCHS_MAX = 10_000
 DECIDED_MAX = 100_000
 """Decided puts kept in memory; older ones are asked for here."""
@@ -38,11 +36,16 @@ _log = EventLogger("meta_server.store")
 
 
 class Store:
-    """Three ways to PostgreSQL: `durable` (holds the lock), `lazy` (synchronous_commit off), and a pool for the rest."""
+    """Three ways to PostgreSQL: `durable`, `lazy` (synchronous_commit off), and a pool for the rest."""
 
-    def __init__(self, url: str, settings: DatabaseSettings) -> None:
+    def __init__(
+        self, url: str, settings: DatabaseSettings, term: int = 0, on_other_term: Callable[[], None] | None = None
+    ) -> None:
+        """`on_other_term` is called when PostgreSQL refuses a write because `term` is over."""
         self._url = url
         self._settings = settings
+        self._term = term
+        self._on_other_term = on_other_term
         self._durable: asyncpg.Connection | None = None
         self._lazy: asyncpg.Connection | None = None
         self._pool: asyncpg.Pool | None = None
@@ -54,7 +57,7 @@ class Store:
         return self._pool
 
     async def open(self) -> None:
-        """Connect and take the lock. Raises SetupError."""
+        """Connect. Raises SetupError."""
         try:
             await self._connect()
             self._pool = await asyncpg.create_pool(
@@ -110,6 +113,10 @@ class Store:
             return await self._write(batch)
         except CONNECTION_ERRORS as error:
             self._disconnect()
+            if getattr(error, "sqlstate", None) == OTHER_TERM:
+                if self._on_other_term is not None:
+                    self._on_other_term()
+                raise NotLeader("another meta server leads") from None
             if not is_transient(error):
                 raise
             raise database_unavailable(error) from error
@@ -157,22 +164,22 @@ class Store:
 
     async def _connect(self) -> None:
         self._disconnect()
-        options: dict[str, Any] = {
-            "timeout": self._settings.connect_timeout_s,
-            "command_timeout": STATEMENT_TIMEOUT_S,
-            "server_settings": {"application_name": "stratakv meta server", "synchronous_commit": "on"},
-        }
-        self._durable = await asyncpg.connect(self._url, **options)
-        await self._take_lock(self._durable)
-        options["server_settings"] = {**options["server_settings"], "synchronous_commit": "off"}
-        self._lazy = await asyncpg.connect(self._url, **options)
+        self._durable = await self._session("on")
+        self._lazy = await self._session("off")
 
-    async def _take_lock(self, connection: asyncpg.Connection) -> None:
-        deadline = asyncio.get_running_loop().time() + LOCK_WAIT_S
-        while not await connection.fetchval(QUERIES["take_lock"], LEADER_LOCK):
-            if asyncio.get_running_loop().time() > deadline:
-                raise SetupError("another meta server works on this database; only one may")
-            await asyncio.sleep(random.uniform(0.05, 0.2))
+    async def _session(self, synchronous_commit: str) -> asyncpg.Connection:
+        connection = await asyncpg.connect(
+            self._url,
+            timeout=self._settings.connect_timeout_s,
+            command_timeout=STATEMENT_TIMEOUT_S,
+            server_settings={
+                "application_name": "stratakv meta server",
+                "synchronous_commit": synchronous_commit,
+                "idle_in_transaction_session_timeout": str(IDLE_IN_TRANSACTION_MS),
+            },
+        )
+        await connection.execute(QUERIES["set_term"], str(self._term))
+        return connection
 
     def _disconnect(self) -> None:
         for connection in (self._durable, self._lazy):

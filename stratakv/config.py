@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stratakv.errors import SetupError
-from stratakv.settings import Bytes, Secret, Settings
+from stratakv.settings import Bytes, Secret, Settings, WorkerAddress
+from stratakv.worker_address import check_worker, split_workers
 
 ENV_PREFIX = "STRATAKV_"
 CONFIG_FILE_ENV = "STRATAKV_CONFIG"
@@ -124,8 +125,10 @@ def parse_value(kind: Any, value: Any) -> Any:
         inner = next(t for t in typing.get_args(kind) if t is not type(None))
         return None if value is None or value == "" else parse_value(inner, value)
     if typing.get_origin(kind) is tuple:
-        items = [v.strip() for v in value.split(",") if v.strip()] if isinstance(value, str) else value
-        return tuple(parse_value(str, v) for v in items)
+        item_kind = typing.get_args(kind)[0]
+        return tuple(parse_value(item_kind, v) for v in (_split(item_kind, value) if isinstance(value, str) else value))
+    if kind is WorkerAddress:
+        return WorkerAddress(check_worker(str(value)))
     if kind is Bytes:
         return Bytes(_parse_bytes(value))
     if kind is Secret:
@@ -143,6 +146,10 @@ def parse_value(kind: Any, value: Any) -> Any:
         return kind(value)
     except (ValueError, TypeError):
         raise ValueError(f"expected {kind.__name__}, got {value!r}") from None
+
+
+def _split(kind: Any, text: str) -> list[str]:
+    return split_workers(text) if kind is WorkerAddress else [v.strip() for v in text.split(",") if v.strip()]
 
 
 def _parse_bytes(value: Any) -> int:
@@ -190,9 +197,12 @@ def parse_flags(prog: str, description: str, sections: Sequence[str], argv: Sequ
         flag = option.flag if option.flag not in seen else f"--{option.section}-{option.key}".replace("_", "-")
         seen[flag] = option
         shown = show_value(option, option.default)
-        parser.add_argument(
-            flag, dest=f"{option.section}.{option.key}", metavar="VALUE", help=f"{option.doc} [{shown}]"
-        )
+        dest, text = f"{option.section}.{option.key}", f"{option.doc} [{shown}]"
+        if typing.get_origin(option.type) is tuple:
+            singular = flag.removesuffix("s")
+            parser.add_argument(flag, singular, dest=dest, metavar="VALUE", action="append", help=f"{text}; repeatable")
+        else:
+            parser.add_argument(flag, dest=dest, metavar="VALUE", help=text)
     given = vars(parser.parse_args(argv))
     overrides: dict[tuple[str, str], str] = {}
     for item in given.pop("set"):
@@ -205,5 +215,5 @@ def parse_flags(prog: str, description: str, sections: Sequence[str], argv: Sequ
     for place, value in given.items():
         if value is not None:
             section, _, key = place.partition(".")
-            overrides[section, key] = value
+            overrides[section, key] = ",".join(value) if isinstance(value, list) else value
     return load_settings(overrides, config_file=config_file)

@@ -33,6 +33,11 @@ NONE_HASH = _sha256_cbor("vllm-none-hash")
 """The parent of the first block (vLLM with PYTHONHASHSEED unset and `sha256_cbor`)."""
 
 
+def chained_key(parent: BlockKey, token_ids: Sequence[int], extra: tuple[object, ...] | None) -> BlockKey:
+    """The key of one full block behind `parent`; `extra` are vLLM's tagged tuples that concern it."""
+    return _sha256_cbor((parent, tuple(token_ids), extra))
+
+
 def block_keys(
     token_ids: Sequence[int],
     block_size: int,
@@ -47,7 +52,7 @@ def block_keys(
     keys: list[BlockKey] = []
     extra = first_block_extra
     for start in range(0, len(token_ids) - block_size + 1, block_size):
-        parent = _sha256_cbor((parent, tuple(token_ids[start : start + block_size]), extra))
+        parent = chained_key(parent, token_ids[start : start + block_size], extra)
         keys.append(parent)
         extra = None
     return keys

@@ -61,6 +61,17 @@ class _JsonFormatter(logging.Formatter):
         return json.dumps(entry, default=str)
 
 
+def log_as_guest() -> None:
+    """Inside another program: show what StrataKV itself has to say, unless that program has seen to it already."""
+    ours = logging.getLogger("stratakv")
+    if ours.hasHandlers():
+        return
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_ConsoleFormatter())
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+
+
 def configure_logging(settings: LogSettings) -> None:
     """Set up the root logger of this process."""
     handler = logging.StreamHandler(sys.stderr)

@@ -14,8 +14,6 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 
-import uvloop
-
 from stratakv.config import parse_flags
 from stratakv.errors import SetupError
 from stratakv.log import configure_logging
@@ -35,6 +33,9 @@ def run_service(
     try:
         settings = parse_flags(prog, description, (*sections, "log"), sys.argv[1:] if argv is None else argv)
         configure_logging(settings.log)
+        # Here, since pool clients inside other engines come by this module and run no service.
+        import uvloop
+
         uvloop.run(_until_stopped(service, settings))
     except SetupError as error:
         print(f"{prog}: {error.message}", file=sys.stderr)

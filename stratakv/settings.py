@@ -17,6 +17,8 @@ Secret = NewType("Secret", str)
 """Shown as `***` wherever settings are shown."""
 Bytes = NewType("Bytes", int)
 """A size; may be written as 512MiB or 2GiB."""
+WorkerAddress = NewType("WorkerAddress", str)
+"""As `stratakv.worker_address` reads it."""
 
 
 class EvictionPolicy(enum.StrEnum):
@@ -78,7 +80,14 @@ class MetaSettings:
     """[meta] the meta server, and where others find it."""
 
     host: str = setting("127.0.0.1", "address to listen on, and where others find it")
+    public_host: str = setting("", "where others reach it; by default `host`")
     native_port: int = setting(6383, "port of the native protocol")
+    events_port: int = setting(0, "port of the events; 0: any free one, which clients are told")
+    addresses: tuple[str, ...] = setting(
+        (), "host:port of every meta server, where there are several; by default the one at `host`"
+    )
+    leader_lease_s: float = setting(5.0, "a leader that is not heard of for so long is replaced by one that stands by")
+    metrics_port: int = setting(0, "port of the pool's Prometheus metrics (HTTP, `/metrics`); 0: none")
     heartbeat_s: float = setting(1.0, "how often daemons and workers report; three misses and they count as gone")
     lease_s_max: float = setting(60.0, "longest read lease granted")
     put_timeout_s_max: float = setting(120.0, "longest time a put may stay unfinished")
@@ -239,7 +248,10 @@ class RestSettings:
 class RouterSettings:
     """[router] how the DB node chooses workers."""
 
-    workers: tuple[str, ...] = setting((), "worker URLs known from the start, besides those that register")
+    workers: tuple[WorkerAddress, ...] = setting(
+        (), "workers known from the start, besides those that register: http://host:port, vllm://host:port,key=value"
+    )
+    vllm_api_key: Secret | None = setting(None, "what vLLM servers were given as --api-key")
     split_tokens_min: int = setting(512, "uncached prompt tokens from which prefill and decode are split")
     refresh_s: float = setting(1.0, "how often worker states are read")
     index_blocks_max: int = setting(200_000, "blocks remembered per worker")

@@ -12,6 +12,8 @@ from typing import TypeVar
 
 import msgspec
 
+from stratakv.wire_events import EventSnapshot, GetEventSnapshot
+from stratakv.wire_lookups import Match, MatchPrefix, ReleaseLease
 from stratakv.wire_parts import (
     EPOCH_BYTES,
     MESSAGE_BYTES_MAX,
@@ -19,6 +21,11 @@ from stratakv.wire_parts import (
     PUT_ID_BYTES,
     CacheRule,
     Extent,
+    Message,
+    Move,
+    MovedPage,
+    NamespaceState,
+    PageAt,
     Place,
     Segment,
     WorkerInfo,
@@ -32,17 +39,23 @@ __all__ = [
     "PROTOCOL_VERSION",
     "PUT_ID_BYTES",
     "CacheRule",
+    "EventSnapshot",
     "Extent",
+    "GetEventSnapshot",
+    "Match",
+    "MatchPrefix",
+    "Message",
+    "Move",
+    "MovedPage",
+    "NamespaceState",
+    "PageAt",
     "Place",
+    "ReleaseLease",
     "Segment",
     "WorkerInfo",
     "WorkerLoad",
     "WorkerRole",
 ]
-
-
-class Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
-    """Base of all messages; the class name is the tag."""
 
 
 class Failure(Message, frozen=True):
@@ -51,6 +64,8 @@ class Failure(Message, frozen=True):
     code: str
     message: str
     retryable: bool
+    leader: str = ""
+    """host:port of the meta server to ask instead, as far as that is known."""
 
 
 class Done(Message, frozen=True):
@@ -69,7 +84,38 @@ class Welcome(Message, frozen=True):
     protocol: int
     server_version: str
     epoch: bytes
-    """New at each start of the meta server."""
+    """New at each start of the meta server, and whenever it begins to lead."""
+    is_leader: bool = True
+    """A meta server that stands by answers this and `GetLeader` only."""
+    term: int = 0
+    """Of the leader; a higher one than all leaders before had."""
+    leader: str = ""
+    """host:port of the leader, as far as one that stands by knows it."""
+    events_port: int = 0
+    """Where the leader publishes what changes, on its host."""
+
+
+class GetLeader(Message, frozen=True):
+    """Who leads; every meta server answers."""
+
+
+class LeaderState(Message, frozen=True):
+    server: str
+    """host:port of the one that was asked."""
+    is_leader: bool
+    leader: str
+    """Empty if nobody is known to lead."""
+    term: int = 0
+    """0 for one that stands by."""
+    lease_left_s: float = 0.0
+    standbys: list[str] = []
+    """As the leader knows them."""
+    take_overs: int = 0
+    """How often the one that was asked has begun to lead."""
+
+
+class DemoteLeader(Message, frozen=True):
+    """Have the leader give up its lease; for as long as a lease lasts it does not try to lead again."""
 
 
 class RegisterNode(Message, frozen=True):
@@ -98,13 +144,6 @@ class HeartbeatNode(Message, frozen=True):
     """As the daemon was told last; a meta server that was started anew learns it from here."""
 
 
-class Move(msgspec.Struct, frozen=True, array_like=True):
-    """Copy one page to the daemon's other segment: from memory to disk, or back."""
-
-    extent: Extent
-    page_bytes: int
-
-
 class NodeOrders(Message, frozen=True):
     """Reply to a daemon's heartbeat."""
 
@@ -121,16 +160,6 @@ class NodeOrders(Message, frozen=True):
     """Those of `undecided_puts` that were finished, and those that never will be."""
     limit_bytes: int = 0
     """Of the segment, no more shall be in use; the host gets the rest of the memory back. 0: all of it."""
-
-
-class MovedPage(msgspec.Struct, frozen=True, array_like=True):
-    """A page that lies at two places now."""
-
-    namespace: bytes
-    key: bytes
-    source: Extent
-    target: Extent
-    page_bytes: int
 
 
 class ReportMoves(Message, frozen=True):
@@ -217,27 +246,6 @@ class Nodes(Message, frozen=True):
     nodes: list[NodeState]
 
 
-class MatchPrefix(Message, frozen=True):
-    """How many leading blocks of `keys` are in the pool, and where."""
-
-    namespace: bytes
-    keys: bytes
-    lease_s: float = 0.0
-    """Pin what is found for so long; 0 asks only for the count (routers do) and returns no places."""
-
-
-class Match(Message, frozen=True):
-    num_blocks: int
-    places: list[Place] = []
-    segments: list[Segment] = []
-    """The segments that `places` name."""
-    lease_id: int = 0
-
-
-class ReleaseLease(Message, frozen=True):
-    lease_id: int
-
-
 class PutStart(Message, frozen=True):
     """Ask for room for pages; nothing can be found until `PutEnd`."""
 
@@ -265,6 +273,8 @@ class PutGrant(Message, frozen=True):
     wanted: list[int]
     """Indexes into the request's keys, ascending."""
     segment: Segment | None = None
+    term: int = 0
+    """Of the leader that grants it; daemons refuse what leaders of the past have granted."""
 
 
 class PutEnd(Message, frozen=True):
@@ -311,29 +321,8 @@ class ListNamespaces(Message, frozen=True):
     """Namespaces with pages, with workers or with a rule."""
 
 
-class NamespaceState(msgspec.Struct, frozen=True):
-    namespace: bytes
-    models: list[str]
-    """Of the workers that use it and are alive."""
-    block_size: int
-    """0 while no such worker is known."""
-    blocks: int
-    bytes_by_node: dict[str, int]
-    rule: CacheRule
-    blocks_by_node: dict[str, int] = {}
-
-
 class Namespaces(Message, frozen=True):
     namespaces: list[NamespaceState]
-
-
-class PageAt(msgspec.Struct, frozen=True, array_like=True):
-    """One page of a node, as the index has it."""
-
-    namespace: bytes
-    key: bytes
-    extent: Extent
-    page_bytes: int
 
 
 class ListPages(Message, frozen=True):
@@ -428,6 +417,8 @@ class Stats(Message, frozen=True):
 
 Request = (
     Hello
+    | GetLeader
+    | DemoteLeader
     | RegisterNode
     | HeartbeatNode
     | ReportMoves
@@ -451,11 +442,13 @@ Request = (
     | SetDraining
     | SetNodeLimit
     | GetStats
+    | GetEventSnapshot
 )
 Reply = (
     Failure
     | Done
     | Welcome
+    | LeaderState
     | Registered
     | NodeOrders
     | MovesTaken
@@ -471,6 +464,7 @@ Reply = (
     | Pinned
     | DrainProgress
     | Stats
+    | EventSnapshot
 )
 ReplyT = TypeVar("ReplyT", bound=Message)
 

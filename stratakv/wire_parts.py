@@ -6,11 +6,15 @@ import enum
 
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MESSAGE_BYTES_MAX = 16 * 1024 * 1024
 """Larger frames are refused by both sides."""
 EPOCH_BYTES = 16
 PUT_ID_BYTES = 16
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """Base of all messages; the class name is the tag."""
 
 
 class WorkerRole(enum.StrEnum):
@@ -101,3 +105,41 @@ class CacheRule(msgspec.Struct, frozen=True, omit_defaults=True):
     disk_bytes_max: int = 0
     is_kept: bool = False
     """Pages stay when room is needed, as long as there is any other page."""
+
+
+class Move(msgspec.Struct, frozen=True, array_like=True):
+    """Copy one page to the daemon's other segment: from memory to disk, or back."""
+
+    extent: Extent
+    page_bytes: int
+
+
+class MovedPage(msgspec.Struct, frozen=True, array_like=True):
+    """A page that lies at two places now."""
+
+    namespace: bytes
+    key: bytes
+    source: Extent
+    target: Extent
+    page_bytes: int
+
+
+class PageAt(msgspec.Struct, frozen=True, array_like=True):
+    """One page of a node, as the index has it."""
+
+    namespace: bytes
+    key: bytes
+    extent: Extent
+    page_bytes: int
+
+
+class NamespaceState(msgspec.Struct, frozen=True):
+    namespace: bytes
+    models: list[str]
+    """Of the workers that use it and are alive."""
+    block_size: int
+    """0 while no such worker is known."""
+    blocks: int
+    bytes_by_node: dict[str, int]
+    rule: CacheRule
+    blocks_by_node: dict[str, int] = {}

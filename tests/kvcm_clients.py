@@ -111,10 +111,14 @@ class KvcmProcess(MetaProcess):
         super().start()
         return self.wait(), self.log()
 
+    def launch(self) -> None:
+        """Start."""
+        super().start()
+
     def start(self) -> None:
         """Start, and wait until it answers."""
         starts = self.log().count(" ready ") if self.log_file.exists() else 0
-        super().start()
+        self.launch()
         eventually(lambda: self.log().count(" ready ") > starts, what="the meta server answers")
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from stratakv.wire import WorkerLoad
 from workers.engine.connector import Tier
+from workers.engine.kv_cache import KVCache
 from workers.engine.requests import RequestUsage
 
 _TTFT_BUCKETS = (
@@ -75,6 +78,10 @@ class WorkerMetrics:
         )
         self._pool_errors = counter("pool_errors", "Loads and saves that failed, by kind", [*label, "kind"])
 
+    def watch(self, l1: KVCache, num_l2_pages: Callable[[], int], page_bytes: int) -> None:
+        """Tell what these hold too."""
+        self.registry.register(_Caches(self._model, l1, num_l2_pages, page_bytes))
+
     def time_to_first_token(self, seconds: float) -> None:
         self._ttft.labels(self._model).observe(seconds)
 
@@ -115,3 +122,34 @@ class WorkerMetrics:
             self._load_rate.labels(self._model, tier).set(rate)
         if load.l1_blocks_total:
             self._kv_usage.labels(self._model).set(1 - load.l1_blocks_free / load.l1_blocks_total)
+
+
+class _Caches(Collector):
+    """What L1 and L2 hold, read when it is asked for."""
+
+    def __init__(self, model: str, l1: KVCache, num_l2_pages: Callable[[], int], page_bytes: int) -> None:
+        self._model = model
+        self._l1 = l1
+        self._num_l2_pages = num_l2_pages
+        self._page_bytes = page_bytes
+
+    def collect(self) -> Iterator[Metric]:
+        labels = ["model_name", "tier"]
+        blocks = GaugeMetricFamily("stratakv_kv_cached_blocks", "Blocks in use or cached, by tier", labels=labels)
+        size = GaugeMetricFamily("stratakv_kv_cached_bytes", "Their bytes", labels=labels)
+        use, num_l2 = self._l1.use, self._num_l2_pages()
+        for tier, count, block_bytes in (
+            (Tier.L1, use.cached + use.referenced, self._l1.block_bytes),
+            (Tier.L2, num_l2, self._page_bytes),
+        ):
+            blocks.add_metric([self._model, tier.value], count)
+            size.add_metric([self._model, tier.value], count * block_bytes)
+        evicted = CounterMetricFamily(
+            "stratakv_kv_evicted_blocks", "Cached blocks that L1 gave up for others", labels=labels
+        )
+        evicted.add_metric([self._model, Tier.L1.value], self._l1.num_evicted)
+        ages = CounterMetricFamily(
+            "stratakv_kv_evicted_age_seconds", "Sum of the times for which those had not been used", labels=labels
+        )
+        ages.add_metric([self._model, Tier.L1.value], self._l1.evicted_age_s)
+        yield from (blocks, size, evicted, ages)

@@ -116,6 +116,7 @@ def _build(
         transfers = transfer_engine(public_host, settings.pool.transfer_engine)
         connections = ConnectionCache(credentials=credentials, engine=transfers)
         tiers = Tiers(info, layout, worker, meta, connections, engine.kv_cache, rates, metrics, loop)
+    metrics.watch(engine.kv_cache, lambda: tiers.num_l2_pages if tiers is not None else 0, layout.page_bytes)
     engine.attach(tiers)
     tokenizer = load_tokenizer(directory)
     structures = Structures(tokenizer, facts.vocab_size, sorted(facts.eos_token_ids))

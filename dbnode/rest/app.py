@@ -18,7 +18,7 @@ from dbnode.rest.completions import Completions
 from dbnode.rest.http import Guard, error_response
 from dbnode.rest.pins import Pins
 from dbnode.scheduler.pool_view import PoolView
-from dbnode.worker_client import WorkerClient
+from dbnode.worker_base import WorkerDoor
 from stratakv.errors import InvalidRequest, ModelNotFound, StrataError
 from stratakv.http_body import read_body
 from stratakv.settings import RestSettings
@@ -34,7 +34,7 @@ class RestFace:
         self,
         settings: RestSettings,
         service: InferenceService,
-        client: WorkerClient,
+        client: WorkerDoor,
         registry: CollectorRegistry,
         not_ready: Callable[[], list[str]],
         pool: PoolView,
@@ -126,6 +126,8 @@ class RestFace:
                 "load": r.load,
                 "in_hand": len(r.sent),
                 "blocks": len(r.index),
+                "problem": r.problem,
+                "events": r.events,
             }
             for r in self._service.scheduler.directory.records
         ]

@@ -38,6 +38,8 @@ class Candidate:
     decode_step_s: float = 0.0
     pool_bytes_per_s: float = 0.0
     """0 for these three: not measured yet."""
+    free_tokens: int | None = None
+    """Tokens it has room for beside what it is running; None: not told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,7 @@ def prefill_cost(candidate: Candidate, work: Work, preferred: frozenset[WorkerRo
         queue_ms=candidate.queued_tokens / tokens_per_ms,
         load_ms=min(_load_ms(candidate, num_loaded, work.kv_bytes_per_token), num_loaded / tokens_per_ms),
         prefill_ms=uncached_tokens(candidate, work) / tokens_per_ms,
-        decode_ms=_step_ms(candidate) * candidate.running,
+        decode_ms=_step_ms(candidate) * candidate.running + _room_ms(candidate, work.prompt_tokens),
         role_ms=0.0 if candidate.role in preferred else ROLE_MISMATCH_MS,
     )
 
@@ -91,7 +93,7 @@ def decode_cost(candidate: Candidate, work: Work, preferred: frozenset[WorkerRol
         queue_ms=candidate.queued_tokens / tokens_per_ms,
         load_ms=_load_ms(candidate, num_loaded, work.kv_bytes_per_token),
         prefill_ms=0.0,
-        decode_ms=_step_ms(candidate) * (candidate.running + steps),
+        decode_ms=_step_ms(candidate) * (candidate.running + steps) + _room_ms(candidate, work.prompt_tokens),
         role_ms=0.0 if candidate.role in preferred else ROLE_MISMATCH_MS,
     )
 
@@ -114,6 +116,14 @@ def forecast_s(candidates: Sequence[Candidate], computed_tokens: int, decode_ste
 
 def _load_ms(candidate: Candidate, num_tokens: int, kv_bytes_per_token: int) -> float:
     return num_tokens * kv_bytes_per_token * 1000 / (candidate.pool_bytes_per_s or POOL_BYTES_PER_S_DEFAULT)
+
+
+def _room_ms(candidate: Candidate, num_tokens: int) -> float:
+    """Waiting for others to end where there is no room for so many tokens; an answer's length is not known."""
+    if candidate.free_tokens is None or not num_tokens:
+        return 0.0
+    missing = max(0, num_tokens - candidate.free_tokens) / num_tokens
+    return missing * _step_ms(candidate) * DECODE_TOKENS_MAX
 
 
 def _step_ms(candidate: Candidate) -> float:

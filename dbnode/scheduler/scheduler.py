@@ -97,7 +97,11 @@ class Scheduler:
         pool_tokens = await self._pool_tokens(list(records.values()), keys, max(l1_tokens.values(), default=0))
         work = Work(len(keys.token_ids), max_tokens, self._kv_bytes_per_token)
         decision = route(
-            [r.candidate(l1_tokens[url], pool_tokens.get(_scope(r), 0)) for url, r in records.items() if r.usable],
+            [
+                r.candidate(l1_tokens[url], max(_below_tokens(r, keys), pool_tokens.get(_scope(r), 0)))
+                for url, r in records.items()
+                if r.usable
+            ],
             work,
             self._settings.split_tokens_min,
             self._rng,
@@ -127,7 +131,8 @@ class Scheduler:
         assert record.facts is not None
         sent = Sent(self._clock(), num_tokens)
         record.sent.append(sent)
-        record.index.add(keys.of_size(record.facts.block_size))
+        sent.keys = keys.of_size(record.facts.block_size)
+        record.index.add(sent.keys, self._settings.request_timeout_s)
         try:
             yield sent
         finally:
@@ -140,6 +145,8 @@ class Scheduler:
         """The request's prompt is computed."""
         if not sent.prefilled:
             sent.prefilled = True
+            if record.index.is_told:
+                record.index.add(sent.keys)  # from now on the worker must tell of them soon
             if sent.at_s <= record.load_at_s:
                 record.prefilled_tokens += sent.num_tokens
 
@@ -161,7 +168,7 @@ class Scheduler:
         """Tokens in the pool, by namespace and block size."""
         if not self._pool.available or len(keys.token_ids) - l1_tokens_most < PEEK_TOKENS_MIN:
             return {}
-        scopes = sorted({_scope(record) for record in records})
+        scopes = sorted({_scope(record) for record in records if record.facts is not None and record.facts.is_pooled})
         counts = await asyncio.gather(
             *(self._pool.count_blocks(bytes.fromhex(namespace), keys.of_size(size)) for namespace, size in scopes)
         )
@@ -192,3 +199,10 @@ def _l1_tokens(record: WorkerRecord, keys: PromptKeys) -> int:
     assert record.facts is not None
     size = record.facts.block_size
     return record.index.match(keys.of_size(size)) * size
+
+
+def _below_tokens(record: WorkerRecord, keys: PromptKeys) -> int:
+    """Prompt tokens that it need not compute, those included that it has to load."""
+    assert record.facts is not None
+    size = record.facts.block_size
+    return record.index.match_below(keys.of_size(size)) * size

@@ -7,13 +7,16 @@ holds up nothing else. What becomes of a report that gets no answer is asked for
 from __future__ import annotations
 
 import asyncio
+import math
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from dmp.disk.store import DiskStore
 from dmp.errors import DiskFailed, DiskFull
+from dmp.metrics import DaemonMetrics, Direction
 from dmp.pages import read_page
 from dmp.puts import PutTable
 from dmp.segment import MemorySegment
@@ -27,9 +30,11 @@ from stratakv.wire import PUT_ID_BYTES, Extent, Move, MovedPage, MovesTaken, Rep
 BATCH_PAGES = 32
 """Copied, made durable and reported together."""
 WAITING_MAX = 65_536
+"""Orders beyond are refused; the meta server forgets them after a while and gives them again."""
 REPORT_RETRY_S = 1.0
-ROOM_TIMEOUT_S = 600.0
-"""Room in memory for a page from disk is held so long while its report gets no answer."""
+REPORT_TIMEOUT_S = 600.0
+"""A report that got no answer for so long is given up, and the copies with it. Should the meta server have taken them after
+all, readers find nothing there, report that, and the entries go."""
 log = EventLogger("dmp.mover")
 
 
@@ -37,6 +42,7 @@ log = EventLogger("dmp.mover")
 class _Copied:
     """What one batch came to."""
 
+    direction: Direction
     source: Segment
     target: Segment
     pages: list[MovedPage]
@@ -57,6 +63,7 @@ class Mover:
         puts: PutTable,
         store: DiskStore,
         segments: tuple[Segment, Segment],
+        metrics: DaemonMetrics,
     ) -> None:
         """`segments`: the memory's and the disk's, as the meta server knows them."""
         self._client = client
@@ -64,7 +71,8 @@ class Mover:
         self._puts = puts
         self._store = store
         self._memory_segment, self._disk_segment = segments
-        self._waiting: deque[tuple[Callable[[Sequence[Move]], _Copied], Move]] = deque(maxlen=WAITING_MAX)
+        self._metrics = metrics
+        self._waiting: deque[tuple[Callable[[Sequence[Move]], _Copied], Move]] = deque()
         self._wake = asyncio.Event()
 
     def demote(self, moves: Iterable[Move]) -> None:
@@ -90,14 +98,27 @@ class Mover:
                 self._wake.clear()
                 continue
             copy, moves = batch
+            began = time.perf_counter()
             try:
-                await self._report(await asyncio.to_thread(copy, moves))
+                copied = await asyncio.to_thread(copy, moves)
+                self._count(copied, time.perf_counter() - began)
+                await self._report(copied)
             except StrataError as error:
                 log.warning("pages_not_moved", pages=len(moves), reason=error.message)
 
     def _add(self, copy: Callable[[Sequence[Move]], _Copied], moves: Iterable[Move]) -> None:
-        self._waiting.extend((copy, move) for move in moves)
+        orders = [(copy, move) for move in moves]
+        room = WAITING_MAX - len(self._waiting)
+        self._waiting.extend(orders[:room])
+        if len(orders) > room:
+            log.warning("orders_refused", orders=len(orders) - room)
+            self._metrics.orders_refused(len(orders) - room)
         self._wake.set()
+
+    def _count(self, copied: _Copied, seconds: float) -> None:
+        size_bytes = sum(page.page_bytes for page in copied.pages)
+        self._metrics.moved(copied.direction, len(copied.pages), size_bytes, seconds)
+        self._metrics.not_moved(copied.direction, len(copied.failed))
 
     def _next_batch(self) -> tuple[Callable[[Sequence[Move]], _Copied], list[Move]] | None:
         """Moves of one direction and one size of page."""
@@ -116,19 +137,22 @@ class Mover:
 
     def _to_disk(self, moves: Sequence[Move]) -> _Copied:
         pages = {move.extent: page for move in moves if (page := read_page(self._memory, self._puts, move)) is not None}
-        return self._appended(self._memory_segment, moves, pages)
+        return self._appended(Direction.DEMOTE, self._memory_segment, moves, pages)
 
     def _within_disk(self, moves: Sequence[Move]) -> _Copied:
         pages = {move.extent: page for move in moves if (page := self._store.read(move.extent)) is not None}
-        return self._appended(self._disk_segment, moves, pages)
+        return self._appended(Direction.COMPACT, self._disk_segment, moves, pages)
 
-    def _appended(self, source: Segment, moves: Sequence[Move], pages: dict[Extent, bytearray]) -> _Copied:
+    def _appended(
+        self, direction: Direction, source: Segment, moves: Sequence[Move], pages: dict[Extent, bytearray]
+    ) -> _Copied:
         try:
             targets = self._store.append(list(pages.values())) if pages else []
         except (DiskFull, DiskFailed) as error:
             log.warning("disk_takes_no_pages", reason=error.message)
             pages, targets = {}, []
         return _Copied(
+            direction,
             source,
             self._disk_segment,
             list(_moved(pages, targets)),
@@ -143,7 +167,8 @@ class Mover:
         targets: list[Extent] = []
         try:
             if pages:
-                targets = self._puts.allocate(put_id, len(pages), moves[0].page_bytes, ROOM_TIMEOUT_S)
+                # The meta server knows no such put and would call it void; only the report decides.
+                targets = self._puts.allocate(put_id, len(pages), moves[0].page_bytes, math.inf)
         except SegmentFull:
             pages = {}
         for page, target in zip(pages.values(), targets, strict=True):
@@ -154,6 +179,7 @@ class Mover:
             self._puts.order_free([page.target for page in some])
 
         return _Copied(
+            Direction.PROMOTE,
             self._disk_segment,
             self._memory_segment,
             list(_moved(pages, targets)),
@@ -182,19 +208,26 @@ class Mover:
             copied.pages,
             copied.failed,
         )
-        while True:
-            try:
-                answer = await self._client.call(report, MovesTaken)
-                break
-            except Unavailable as error:
-                log.debug("moves_not_reported", reason=error.message)
-                await asyncio.sleep(REPORT_RETRY_S)
-            except StrataError:
-                copied.refused(copied.pages)
-                raise
+        try:
+            answer = await self._repeat(report)
+        except StrataError:
+            copied.refused(copied.pages)
+            raise
         copied.taken()
         if answer.refused:
             copied.refused([copied.pages[i] for i in answer.refused])
+
+    async def _repeat(self, report: ReportMoves) -> MovesTaken:
+        """Raises StrataError if it is refused, Unavailable if there is no answer for long."""
+        deadline = time.monotonic() + REPORT_TIMEOUT_S
+        while True:
+            try:
+                return await self._client.call(report, MovesTaken)
+            except Unavailable as error:
+                if time.monotonic() > deadline:
+                    raise
+                log.debug("moves_not_reported", reason=error.message)
+            await asyncio.sleep(REPORT_RETRY_S)
 
 
 def _moved(pages: dict[Extent, bytearray], targets: Sequence[Extent]) -> Iterator[MovedPage]:

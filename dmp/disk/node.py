@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dmp.disk.mover import Mover
 from dmp.disk.store import DiskStore
 from dmp.drain import Drainer
+from dmp.metrics import DaemonMetrics
 from stratakv.errors import StrataError
 from stratakv.keys import BlockKey, Namespace
 from stratakv.log import EventLogger
@@ -51,6 +52,7 @@ class DiskNode:
         mover: Mover,
         drainer: Drainer,
         scrub_bytes_per_s: int,
+        metrics: DaemonMetrics,
     ) -> None:
         self._client = client
         self._segment = segment
@@ -58,6 +60,7 @@ class DiskNode:
         self._mover = mover
         self._drainer = drainer
         self._scrub_bytes_per_s = scrub_bytes_per_s
+        self._metrics = metrics
         self._stopping = False
 
     async def run(self) -> None:
@@ -137,6 +140,7 @@ class DiskNode:
                 if await asyncio.to_thread(self._store.read, extent) is None and self._store.page(extent) is not None:
                     log.warning("page_damaged_on_disk", node=self._segment.node, offset=extent.offset)
                     await self._tell_corrupt(extent, page.namespace, page.key)
+                self._metrics.scrubbed(page.page_bytes)
                 await asyncio.sleep(page.page_bytes / self._scrub_bytes_per_s)
             await asyncio.sleep(UPKEEP_S)
 

@@ -10,23 +10,21 @@ so a place of a page that is gone leads nowhere. Thread-safe. `recover` comes fi
 
 from __future__ import annotations
 
-import fcntl
 import os
-import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
-from dmp.disk.seal import is_whole, seal, sealed_bytes
+from dmp.disk.directory import epoch, locked, scan
+from dmp.disk.seal import is_whole, seal
 from dmp.errors import DiskFailed, DiskFull
 from stratakv.errors import SetupError
-from stratakv.layout import ALIGNMENT_BYTES, HEADER_BYTES, CorruptPage, PageHeader
+from stratakv.layout import HEADER_BYTES, PageHeader
 from stratakv.log import EventLogger
 from stratakv.pool.errors import OutOfBounds
-from stratakv.wire import EPOCH_BYTES, Extent
+from stratakv.wire import Extent
 
 POSITION_BITS = 32
 FILE_BYTES_MAX = 1 << POSITION_BITS
@@ -37,6 +35,8 @@ COMPACT_LIVE_SHARE = 0.5
 READ_AHEAD_BYTES = 1024 * 1024
 RETRY_S = 30.0
 """A disk that refused a write is tried again so much later."""
+STALL_S = 5.0
+"""A disk that takes longer for one batch of pages counts as refusing until it has taken it."""
 _SUFFIX = ".pages"
 log = EventLogger("dmp.disk")
 
@@ -84,10 +84,16 @@ class DiskStore:
         """The file that is being written to just now."""
         self._next_number = 1
         self._failed_at: float | None = None
+        self._write_began: float | None = None
+        self.write_failures = 0
+        self.damaged_pages = 0
+        """That were read and were not as they had been written."""
+        self.skipped_bytes = 0
+        """Of the files, at the start, that no whole page was found in."""
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._claim = _locked(directory / "lock")
-            self.epoch = _epoch(directory / "epoch")
+            self._claim = locked(directory / "lock")
+            self.epoch = epoch(directory / "epoch")
         except OSError as error:
             raise SetupError(f"dmp.disk_dir: {directory}: {error.strerror}") from error
 
@@ -109,8 +115,9 @@ class DiskStore:
 
     @property
     def is_read_only(self) -> bool:
-        """Since the disk refused a write, for a while."""
-        return self._failed_at is not None and time.monotonic() - self._failed_at < RETRY_S
+        """Since the disk refused a write, for a while; or as long as a write does not come back."""
+        failed_at, began, now = self._failed_at, self._write_began, time.monotonic()
+        return (failed_at is not None and now - failed_at < RETRY_S) or (began is not None and now - began > STALL_S)
 
     def close(self) -> None:
         """Let go of the directory. Safe to repeat."""
@@ -126,14 +133,16 @@ class DiskStore:
             path = self._path(number)
             file = _File(path, path.stat().st_size)
             pages = {}
-            for position, header, page_bytes in _scan(path, should_stop):
+            for position, header, page_bytes in scan(path, should_stop):
                 extent = Extent(number << POSITION_BITS | position, header.generation)
                 pages[extent] = StoredPage(header.namespace, header.key, page_bytes)
                 file.live_bytes += page_bytes
             with self._lock:
                 self._files[number] = file
                 self._pages.update(pages)
-                self._drop_if_empty(number)
+                self.skipped_bytes += file.size_bytes - file.live_bytes
+                empty = self._drop_if_empty(number)
+            _unlink(empty)
         log.info("disk_recovered", directory=str(self._directory), pages=len(self._pages), files=len(self._files))
 
     def extents(self) -> list[Extent]:
@@ -157,13 +166,14 @@ class DiskStore:
                 number, file = self._writable()
                 self._written_to = number
             start = file.size_bytes
+            self._write_began = time.monotonic()
             try:
                 self._write(file.path, start, pages)
             except OSError as error:
-                with self._lock:
-                    self._written_to = 0
-                    self._fail(number, error)
+                self._fail(number, error)
                 raise DiskFailed(f"{file.path}: {error.strerror}") from error
+            finally:
+                self._write_began = None
             self._failed_at = None
             with self._lock:
                 self._written_to = 0
@@ -179,8 +189,12 @@ class DiskStore:
         try:
             self.read_into([(extent.offset, memoryview(data))])
         except OutOfBounds:
-            return None
-        return data if is_whole(data) else None
+            data.clear()
+        if is_whole(data):
+            return data
+        with self._lock:
+            self.damaged_pages += extent in self._pages
+        return None
 
     def read_into(self, ranges: Sequence[tuple[int, memoryview]]) -> None:
         """Fill buffers from these offsets, unchecked. Raises OutOfBounds for what is not there or cannot be read."""
@@ -208,6 +222,7 @@ class DiskStore:
 
     def free(self, extents: Sequence[Extent]) -> None:
         """These pages are not wanted any more. Idempotent."""
+        empty: list[Path] = []
         with self._lock:
             for extent in extents:
                 page = self._pages.pop(extent, None)
@@ -215,7 +230,8 @@ class DiskStore:
                 if page is not None:
                     number = extent.offset >> POSITION_BITS
                     self._files[number].live_bytes -= page.page_bytes
-                    self._drop_if_empty(number)
+                    empty += self._drop_if_empty(number)
+        _unlink(empty)
 
     def freed(self, count_max: int) -> list[Extent]:
         """Freed and not yet confirmed as reported."""
@@ -276,24 +292,27 @@ class DiskStore:
         """What was written is dropped and the file never grows again: after a failed fsync nobody knows what it holds."""
         log.warning("disk_read_only", directory=str(self._directory), reason=error.strerror, retry_s=RETRY_S)
         self._failed_at = time.monotonic()
-        self._active = 0
-        file = self._files[number]
-        try:
-            os.truncate(file.path, file.size_bytes)
-        except OSError as failure:
-            log.warning("disk_not_truncated", file=str(file.path), reason=failure.strerror)
-        self._drop_if_empty(number)
-
-    def _drop_if_empty(self, number: int) -> None:
-        file = self._files[number]
-        if number != self._written_to and file.live_bytes == 0:
-            if number == self._active:
-                self._active = 0
-            del self._files[number]
+        self.write_failures += 1
+        with self._lock:
+            self._written_to = self._active = 0
+            file = self._files[number]
+            empty = self._drop_if_empty(number)
+        if not empty:
             try:
-                file.path.unlink(missing_ok=True)
-            except OSError as error:
-                log.warning("disk_file_not_removed", file=str(file.path), reason=error.strerror)
+                os.truncate(file.path, file.size_bytes)
+            except OSError as failure:
+                log.warning("disk_not_truncated", file=str(file.path), reason=failure.strerror)
+        _unlink(empty)
+
+    def _drop_if_empty(self, number: int) -> list[Path]:
+        """Forget a file without pages; the caller removes it from the disk, which may take its time."""
+        file = self._files[number]
+        if number == self._written_to or file.live_bytes:
+            return []
+        if number == self._active:
+            self._active = 0
+        del self._files[number]
+        return [file.path]
 
     def _path(self, number: int) -> Path:
         return self._directory / f"{number:08d}{_SUFFIX}"
@@ -306,51 +325,9 @@ def _write_whole(descriptor: int, data: bytearray, position: int) -> None:
         view, position = view[written:], position + written
 
 
-def _scan(path: Path, should_stop: Callable[[], bool]) -> Iterator[tuple[int, PageHeader, int]]:
-    """Position, header and length of every whole page of a file; goes on behind a damaged one."""
-    with path.open("rb") as file:
-        size_bytes, position = os.fstat(file.fileno()).st_size, 0
-        while position + HEADER_BYTES <= size_bytes and not should_stop():
-            file.seek(position)
-            page = file.read(HEADER_BYTES)
-            page_bytes = sealed_bytes(page)
-            header = None
-            if page_bytes is not None:
-                page += file.read(page_bytes - HEADER_BYTES)
-                header = _header(page)
-            if header is None or page_bytes is None:
-                position += ALIGNMENT_BYTES
-                continue
-            yield position, header, page_bytes
-            position += page_bytes
-
-
-def _header(page: bytes) -> PageHeader | None:
-    try:
-        return PageHeader.unpack(memoryview(page)[:HEADER_BYTES]) if is_whole(page) else None
-    except CorruptPage:
-        return None
-
-
-def _locked(path: Path) -> IO[bytes]:
-    file = path.open("ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise SetupError(f"dmp.disk_dir: {path.parent} is in use by another daemon") from None
-    return file
-
-
-def _epoch(path: Path) -> bytes:
-    """The directory's own, made once."""
-    if not path.exists():
-        scratch = path.with_suffix(".new")
-        scratch.write_bytes(secrets.token_bytes(EPOCH_BYTES))
-        scratch.rename(path)
-    epoch = path.read_bytes()
-    if len(epoch) != EPOCH_BYTES:
-        raise SetupError(
-            f"dmp.disk_dir: {path} is damaged", hint="Remove the directory: all of it can be computed again."
-        )
-    return epoch
+def _unlink(paths: Sequence[Path]) -> None:
+    for path in paths:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("disk_file_not_removed", file=str(path), reason=error.strerror)

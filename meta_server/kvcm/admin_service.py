@@ -1,9 +1,8 @@
-"""AdminService: storages, instance groups, instances, health, metrics. One method per call; each answers without its header."""
+"""AdminService: storages, instance groups, instances, metrics. One method per call; each answers without its header."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from google.protobuf.message import Message
@@ -25,19 +24,10 @@ MessageT = TypeVar("MessageT", bound=Message)
 class AdminService:
     """The calls, on the same state as MetaService."""
 
-    def __init__(
-        self,
-        state: KvcmState,
-        meta_service: MetaService,
-        metrics: Metrics,
-        node_id: str,
-        is_healthy: Callable[[], Awaitable[bool]],
-    ) -> None:
+    def __init__(self, state: KvcmState, meta_service: MetaService, metrics: Metrics) -> None:
         self._state = state
         self._meta = meta_service
         self._metrics = metrics
-        self._node_id = node_id
-        self._is_healthy = is_healthy
 
     async def add_storage(self, request: admin.AddStorageRequest) -> admin.CommonResponse:
         """Adding the same storage again does nothing."""
@@ -172,15 +162,6 @@ class AdminService:
             metrics.append(_metric("group.used_bytes", admin.MetricValue(int_value=group.used(None)), tags))
             metrics.append(_metric("group.key_count", admin.MetricValue(int_value=group.num_keys), tags))
         return admin.GetMetricsResponse(timestamp=int(time.time()), metrics=metrics)
-
-    async def check_health(self, _: admin.CheckHealthRequest) -> admin.CheckHealthResponse:
-        """Healthy while PostgreSQL answers; a meta server that serves at all is the leader of its database."""
-        return admin.CheckHealthResponse(is_leader=True, is_health=await self._is_healthy())
-
-    async def get_manager_cluster_info(
-        self, _: admin.GetManagerClusterInfoRequest
-    ) -> admin.GetManagerClusterInfoResponse:
-        return admin.GetManagerClusterInfoResponse(self_node_id=self._node_id, leader_node_id=self._node_id)
 
     async def _set_enabled(self, name: str, enabled: bool) -> admin.CommonResponse:
         storage = self._storage(name)

@@ -1,4 +1,7 @@
-"""Every call of a service by name, the same for both transports: runs it, measures it, turns errors into the header."""
+"""Every call of a service by name, the same for both transports: runs it, measures it, turns errors into the header.
+
+Some calls every meta server answers (`cluster`); the others are the leader's, and are refused by who stands by.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from meta_server.kvcm.errors import NotSupported, code_of
 from meta_server.kvcm.metrics import Metrics
 from stratakv.errors import Overloaded, StrataError
 from stratakv.log import EventLogger
+from stratakv.pool.meta_errors import NotLeader
 
 CALLS_MAX = 2048
 """At once, over all services."""
@@ -26,12 +30,11 @@ _log = EventLogger("meta_server.kvcm")
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call: its wire types, and what it does (None: it is not supported)."""
+    """One call and its wire types."""
 
     name: str
     request: type[Message]
     response: type[Message]
-    handler: Handler | None
 
     @property
     def http_name(self) -> str:
@@ -54,18 +57,30 @@ class Gate:
 
 
 class Calls:
-    """The calls of one service; a handler is the method of the same name in snake_case, if there is one."""
+    """The calls of one service; what a call does is the method of the same name in snake_case, if there is one."""
 
-    def __init__(self, service: ServiceDescriptor, implementation: object, metrics: Metrics, gate: Gate) -> None:
+    def __init__(self, service: ServiceDescriptor, cluster: object, metrics: Metrics, gate: Gate) -> None:
+        """`cluster` has the calls that every meta server answers."""
         self.service_name = str(service.full_name)
         self._metrics = metrics
         self._gate = gate
+        self._refusal: Callable[[], NotLeader | None] = lambda: NotLeader("this meta server does not lead")
+        self._leading: dict[str, Handler] = {}
         self.by_name: dict[str, Call] = {}
         for method in service.methods:
-            handler = getattr(implementation, re.sub(r"(?<!^)(?=[A-Z])", "_", method.name).lower(), None)
-            classes = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
-            self.by_name[method.name] = Call(method.name, *classes, handler)
+            self.by_name[method.name] = Call(
+                method.name, GetMessageClass(method.input_type), GetMessageClass(method.output_type)
+            )
         self.by_http_name = {call.http_name: call for call in self.by_name.values()}
+        self._everywhere = self._handlers(cluster)
+
+    def lead(self, implementation: object, refusal: Callable[[], NotLeader | None]) -> None:
+        """Answer with the methods of `implementation`, unless `refusal` has an error."""
+        self._leading, self._refusal = self._handlers(implementation), refusal
+
+    def stand_by(self, refusal: Callable[[], NotLeader]) -> None:
+        """Refuse what is the leader's to answer."""
+        self._leading, self._refusal = {}, refusal
 
     async def run(self, call: Call, request: Message) -> Any:
         """The response, its header filled; errors of any kind are told in it."""
@@ -73,9 +88,7 @@ class Calls:
         response: Any
         try:
             with self._gate:
-                if call.handler is None:
-                    raise NotSupported(f"{call.name} is not supported by this meta server")
-                response = await call.handler(request)
+                response = await self._handler(call)(request)
             code, message = "OK", ""
         except StrataError as error:
             response = call.response()
@@ -87,6 +100,22 @@ class Calls:
         set_header(response, code, message)
         self._metrics.count(call.name, code, time.perf_counter() - began)
         return response
+
+    def _handler(self, call: Call) -> Handler:
+        """Raises NotLeader, NotSupported."""
+        if (handler := self._everywhere.get(call.name)) is not None:
+            return handler
+        if (refused := self._refusal()) is not None:
+            raise refused
+        if (handler := self._leading.get(call.name)) is None:
+            raise NotSupported(f"{call.name} is not supported by this meta server")
+        return handler
+
+    def _handlers(self, implementation: object) -> dict[str, Handler]:
+        named = {
+            name: getattr(implementation, re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower(), None) for name in self.by_name
+        }
+        return {name: handler for name, handler in named.items() if handler is not None}
 
 
 def set_header(response: Any, code: str, message: str) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from stratakv.errors import DeadlineExceeded, InvalidRequest, Overloaded, StrataError, Unavailable
+from stratakv.pool.meta_errors import NotLeader
 
 
 class KvcmError(StrataError):
@@ -57,6 +58,8 @@ def code_of(error: StrataError) -> str:
         return error.kvcm_code
     if isinstance(error, InvalidRequest):
         return "INVALID_ARGUMENT"
+    if isinstance(error, NotLeader):
+        return "SERVER_NOT_LEADER"
     if isinstance(error, (Unavailable, Overloaded, DeadlineExceeded)):
         return "SERVICE_NOT_READY"
     return "INTERNAL_ERROR"

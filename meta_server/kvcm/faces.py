@@ -12,10 +12,9 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError, Message
 from prometheus_client import CollectorRegistry, generate_latest
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from meta_server.kvcm.calls import Call, Calls, set_header
 from meta_server.kvcm.errors import code_of
@@ -26,6 +25,8 @@ from stratakv.process import port_taken
 
 MESSAGE_BYTES_MAX = 64 * 1024 * 1024
 GRPC_STOP_S = 5.0
+API_PREFIX = "/api/"
+METRICS_PATH = "/metrics"
 
 
 class Doorman:
@@ -88,31 +89,51 @@ class GrpcFace:
         )
 
 
-def http_app(calls: Calls, doorman: Doorman, registry: CollectorRegistry) -> Starlette:
-    """The HTTP form of a service; metrics in Prometheus' form at /metrics."""
+class HttpFace:
+    """The HTTP form of a service, as an ASGI application; metrics in Prometheus' form at /metrics.
 
-    async def answer(request: Request) -> Response:
-        if not doorman.lets_in(request.headers.get("authorization")):
+    No framework: routing and its layers of middleware cost more than most calls.
+    """
+
+    def __init__(self, calls: Calls, doorman: Doorman, registry: CollectorRegistry) -> None:
+        self._calls = calls
+        self._doorman = doorman
+        self._registry = registry
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        assert scope["type"] == "http", "the server has neither WebSockets nor a lifespan"
+        request = Request(scope, receive)
+        response = await self._answer(request)
+        await response(scope, receive, send)
+
+    async def _answer(self, request: Request) -> Response:
+        method, path = request.method, request.scope["path"]
+        if not (path == METRICS_PATH or path.startswith(API_PREFIX)):
+            return PlainTextResponse("there is no such page\n", 404)
+        if not self._doorman.lets_in(request.headers.get("authorization")):
             return PlainTextResponse("send the token as `Authorization: Bearer …`\n", 401)
-        call = calls.by_http_name.get(request.path_params["name"])
-        if call is None:
-            return PlainTextResponse("there is no such call\n", 404)
+        if path == METRICS_PATH:
+            return self._metrics() if method == "GET" else _not_allowed("GET")
+        if method != "POST":
+            return _not_allowed("POST")
+        call = self._calls.by_http_name.get(path.removeprefix(API_PREFIX))
+        return await self._run(call, request) if call is not None else PlainTextResponse("there is no such call\n", 404)
+
+    async def _run(self, call: Call, request: Request) -> Response:
         try:
             message = parse(await read_body(request, MESSAGE_BYTES_MAX), call.request)
         except StrataError as error:
             response = _failed(call, error)
         else:
-            response = await calls.run(call, message)
+            response = await self._calls.run(call, message)
         return Response(render(response), media_type="application/json")
 
-    async def metrics(request: Request) -> Response:
-        if not doorman.lets_in(request.headers.get("authorization")):
-            return PlainTextResponse("send the token as `Authorization: Bearer …`\n", 401)
-        return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
+    def _metrics(self) -> Response:
+        return Response(generate_latest(self._registry), media_type="text/plain; version=0.0.4")
 
-    return Starlette(
-        routes=[Route("/api/{name}", answer, methods=["POST"]), Route("/metrics", metrics, methods=["GET"])]
-    )
+
+def _not_allowed(method: str) -> Response:
+    return PlainTextResponse(f"only {method} is allowed here\n", 405, {"allow": method})
 
 
 def _failed(call: Call, error: StrataError) -> Any:

@@ -1,66 +1,91 @@
 """The JSON form of messages: proto field names, enums as names, 64-bit numbers as strings, every plain field printed.
 
-Lists of 64-bit keys are read beside protobuf's own parser, which takes 4 µs for each, and locations are printed beside its
-printer, which takes 10 µs.
+Printing does not go through protobuf's own printer, which takes 10 µs for each location and 80 µs for the shortest answer, nor
+do lists of 64-bit keys go through its parser, which takes 4 µs for each.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import msgspec
 from google.protobuf import json_format
-from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
-from meta_server.kvcm.protocol import meta_service_pb2 as meta
 from stratakv.errors import InvalidRequest
 
 MessageT = TypeVar("MessageT", bound=Message)
-_TYPE_NAMES = {number: name for name, number in meta.StorageType.items()}
+_Printer = Callable[[Any], object]
+_INT64S = (FieldDescriptor.TYPE_INT64, FieldDescriptor.TYPE_UINT64)
+_fields_of = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_keys_of = msgspec.json.Decoder(list[int], strict=False).decode
 
 
 def parse(body: bytes, message_type: type[MessageT]) -> MessageT:
     """Unknown fields are passed over: newer clients send some. Raises InvalidRequest."""
     message = message_type()
     try:
-        fields = msgspec.json.decode(body or b"{}", type=dict[str, object])
-        lists = [
-            (name, fields.pop(name))
-            for name, field in message.DESCRIPTOR.fields_by_name.items()
-            if _is_key_list(field) and _are_keys(fields.get(name))
-        ]
-        json_format.ParseDict(fields, message, ignore_unknown_fields=True)
-        for name, values in lists:
-            assert isinstance(values, list)
-            getattr(message, name).extend(map(int, values))
+        fields = _fields_of(body or b"{}")
+        for name in _key_lists(message.DESCRIPTOR):
+            if (raw := fields.pop(name, None)) is not None and bytes(raw) != b"null":
+                getattr(message, name).extend(_keys_of(raw))
+        plain = {name: msgspec.json.decode(raw) for name, raw in fields.items()}
+        json_format.ParseDict(plain, message, ignore_unknown_fields=True)
     except (msgspec.MsgspecError, json_format.ParseError, ValueError, RecursionError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"the request body is not valid: {error}") from None
     return message
 
 
 def render(message: Message) -> bytes:
-    """Uses the message up: its locations are taken out of it."""
-    locations = [_location(location) for location in getattr(message, "locations", ())]
-    if locations:
-        message.ClearField("locations")
-    fields = json_format.MessageToDict(
-        message, always_print_fields_with_no_presence=True, preserving_proto_field_name=True
-    )
-    if locations:
-        fields["locations"] = locations
-    return msgspec.json.encode(fields)
+    return msgspec.json.encode(_printer(message.DESCRIPTOR)(message))
 
 
-def _location(location: Any) -> dict[str, object]:
-    specs = [{"name": spec.name, "uri": spec.uri} for spec in location.location_specs]
-    kind = _TYPE_NAMES.get(location.type, location.type)
-    return {"type": kind, "spec_size": location.spec_size, "location_specs": specs}
+@functools.cache
+def _key_lists(descriptor: Descriptor) -> tuple[str, ...]:
+    """Names of the lists of 64-bit numbers."""
+    fields = descriptor.fields_by_name.items()
+    return tuple(name for name, field in fields if _is_repeated(field) and field.type == FieldDescriptor.TYPE_INT64)
 
 
-def _is_key_list(field: Any) -> bool:
-    return bool(field.is_repeated) and field.type == FieldDescriptor.TYPE_INT64
+@functools.cache
+def _printer(descriptor: Descriptor) -> _Printer:
+    """Makes a dictionary of a message of this type."""
+    plain = [(field.name, _field_printer(field)) for field in descriptor.fields if not field.has_presence]
+    present = [(field.name, _field_printer(field)) for field in descriptor.fields if field.has_presence]
+
+    def print_message(message: Any) -> dict[str, object]:
+        printed = {name: print_field(getattr(message, name)) for name, print_field in plain}
+        for name, print_field in present:
+            if message.HasField(name):
+                printed[name] = print_field(getattr(message, name))
+        return printed
+
+    return print_message
 
 
-def _are_keys(values: object) -> bool:
-    return isinstance(values, list) and {type(value) for value in values} <= {int, str}
+def _field_printer(field: FieldDescriptor) -> _Printer:
+    if field.message_type is not None and field.message_type.GetOptions().map_entry:
+        print_value = _value_printer(field.message_type.fields_by_name["value"])
+        return lambda entries: {str(key): print_value(value) for key, value in entries.items()}
+    print_item = _value_printer(field)
+    return (lambda items: [print_item(item) for item in items]) if _is_repeated(field) else print_item
+
+
+def _value_printer(field: FieldDescriptor) -> _Printer:
+    if field.message_type is not None:
+        return _printer(field.message_type)
+    if field.enum_type is not None:
+        names = {value.number: value.name for value in field.enum_type.values}
+        return lambda number: names.get(number, number)
+    return str if field.type in _INT64S else _same
+
+
+def _same(value: object) -> object:
+    return value
+
+
+def _is_repeated(field: Any) -> bool:
+    return bool(field.is_repeated)

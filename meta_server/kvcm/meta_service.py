@@ -45,10 +45,8 @@ _STRATEGIES = {
 class MetaService:
     """The calls, on the state and on the pool's own blocks."""
 
-    def __init__(self, state: KvcmState, own_blocks: OwnBlocks, endpoint: meta.LeaderEndpoint) -> None:
-        """`endpoint`: where this meta server's own calls are answered."""
+    def __init__(self, state: KvcmState, own_blocks: OwnBlocks) -> None:
         self._state = state
-        self._endpoint = endpoint
         self._own = own_blocks
 
     async def register_instance(self, request: meta.RegisterInstanceRequest) -> meta.RegisterInstanceResponse:
@@ -223,11 +221,6 @@ class MetaService:
                 for match in found
             ]
         )
-
-    async def get_cluster_info(self, _: meta.GetClusterInfoRequest) -> meta.GetClusterInfoResponse:
-        """A meta server that serves at all is the leader of its database."""
-        node_id = self._endpoint.node_id
-        return meta.GetClusterInfoResponse(self_node_id=node_id, leader_node_id=node_id, leader_endpoint=self._endpoint)
 
     async def _place(self, instance: Instance) -> Place:
         """Of the group's storages the first that can be written to. Raises StorageFailed."""

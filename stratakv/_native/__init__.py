@@ -1,5 +1,6 @@
 """What Python is too slow for. Moves of KV pages that do not need the interpreter lock: copies with checksums, headers, waiting
-for layers, and both ends of the pool protocol. And the walker that follows the messages of SQL sessions.
+for layers, and both ends of the pool protocol. And the walker that follows the messages of SQL sessions, and the table that the
+meta server finds blocks in.
 
 `moves` is the C++ module where it was built, else the Python one, which does the same, slower, and in step with whatever else
 Python does. `STRATAKV_NATIVE=0` chooses the Python one. Used by `stratakv.pool` and the workers' tiers.
@@ -23,6 +24,7 @@ from stratakv._native.base import (
     RangeMove,
     Wire,
 )
+from stratakv._native.key_table import KeyTable, PythonKeyTable
 from stratakv.config import NATIVE_ENV
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "Gate",
     "Grants",
     "HeaderState",
+    "KeyTable",
     "LayerMove",
     "Moves",
     "PageHeaders",
@@ -39,13 +42,14 @@ __all__ = [
     "is_built",
     "make_gate",
     "make_grants",
+    "make_key_table",
     "message_walker",
     "moves",
     "wire",
 ]
 
 
-INTERFACE = 3
+INTERFACE = 4
 """Counted up with every change of what the C++ module offers: one that was built from older sources is not used."""
 
 
@@ -72,6 +76,12 @@ def make_gate() -> Gate:
 def make_grants() -> Grants:
     """A table of grants for the functions of `moves`."""
     return moves.Grants()
+
+
+def make_key_table(row_words: int, first_word: int, num_words: int) -> KeyTable:
+    """An empty table of rows by their keys."""
+    kind = moves.KeyTable if is_built() else PythonKeyTable  # type: ignore[attr-defined]
+    return cast(KeyTable, kind(row_words, first_word, num_words))
 
 
 def is_built() -> bool:

@@ -2,6 +2,7 @@
 #include "gate.h"
 #include "grants.h"
 #include "headers.h"
+#include "keys.h"
 #include "moves.h"
 #include "serve.h"
 #include "walker.h"
@@ -11,7 +12,7 @@
 namespace {
 
 // As in __init__.py: a module that was built from older sources is not used.
-constexpr long kInterface = 3;
+constexpr long kInterface = 4;
 
 PyObject* xxh3_64(PyObject*, PyObject* args) {
   return strata::guarded([&]() -> PyObject* {
@@ -53,14 +54,17 @@ PyMODINIT_FUNC PyInit__moves() {
   PyObject* const gate_type = strata::make_gate_type();
   PyObject* const grants_type = strata::make_grants_type();
   PyObject* const walker_type = strata::make_walker_type();
+  PyObject* const key_table_type = strata::make_key_table_type();
   const bool is_whole = gate_type != nullptr && PyModule_AddObjectRef(module, "Gate", gate_type) == 0 &&
                         grants_type != nullptr && PyModule_AddObjectRef(module, "Grants", grants_type) == 0 &&
                         walker_type != nullptr && PyModule_AddObjectRef(module, "MessageWalker", walker_type) == 0 &&
+                        key_table_type != nullptr && PyModule_AddObjectRef(module, "KeyTable", key_table_type) == 0 &&
                         PyModule_AddIntConstant(module, "INTERFACE", kInterface) == 0 &&
                         PyModule_AddStringConstant(module, "KERNEL", strata::kernel_name()) == 0;
   Py_XDECREF(gate_type);
   Py_XDECREF(grants_type);
   Py_XDECREF(walker_type);
+  Py_XDECREF(key_table_type);
   if (is_whole) return module;
   Py_DECREF(module);
   return nullptr;

@@ -24,7 +24,7 @@ struct Service {
   size_t transfer_bytes_max;
   double idle_s;   // negative: for ever
   double frame_s;  // what one frame may take
-  int64_t* moved;  // bytes read and written
+  int64_t* traffic;  // [flow][ranges, bytes, nanoseconds]
 };
 
 // A frame that is not dealt with here, or why there will be none.
@@ -80,7 +80,14 @@ void add_parts(const Service& service, const std::vector<WireRange>& ranges, std
   for (const WireRange& range : ranges) parts.push_back({service.segment + range.offset, range.size});
 }
 
-void count(int64_t& counter, size_t bytes) { __atomic_fetch_add(&counter, static_cast<int64_t>(bytes), __ATOMIC_RELAXED); }
+enum Flow { kReadFlow = 0, kWrittenFlow = 1 };
+
+// Other threads may be reading the numbers.
+void count(const Service& service, Flow flow, size_t ranges, size_t bytes, double since_s) {
+  const int64_t amounts[3] = {static_cast<int64_t>(ranges), static_cast<int64_t>(bytes),
+                              static_cast<int64_t>((monotonic_s() - since_s) * 1e9)};
+  for (size_t i = 0; i < 3; ++i) __atomic_fetch_add(&service.traffic[3 * flow + i], amounts[i], __ATOMIC_RELAXED);
+}
 
 // Whether the frame was answered; if not, nothing has been done about it.
 bool read(const Service& service, const Wire& wire, const std::string& body, Ended& ended) {
@@ -90,8 +97,9 @@ bool read(const Service& service, const Wire& wire, const std::string& body, End
   const std::string header = frame_header(service.opening, kData, 0, total);
   std::vector<iovec> parts{{const_cast<char*>(header.data()), header.size()}};
   add_parts(service, ranges, parts);
+  const double since_s = monotonic_s();
   ended = wire.send(parts);
-  if (ended == Ended::kWhole) count(service.moved[0], total);
+  if (ended == Ended::kWhole) count(service, kReadFlow, ranges.size(), total, since_s);
   return true;
 }
 
@@ -105,10 +113,11 @@ bool write(const Service& service, const Wire& wire, const Header& header, const
   std::vector<iovec> parts;
   add_parts(service, ranges, parts);
   if (total != header.payload_bytes || service.grants.enter(put_id, ranges, monotonic_s()) != Entered::kYes) return false;
+  const double since_s = monotonic_s();
   ended = wire.receive(parts);
   service.grants.leave(put_id);
   if (ended != Ended::kWhole) return true;
-  count(service.moved[1], total);
+  count(service, kWrittenFlow, ranges.size(), total, since_s);
   ended = wire.send(service.done);
   return true;
 }
@@ -141,14 +150,14 @@ Handed serve(const Service& service) {
 PyObject* serve_frames(PyObject*, PyObject* args) {
   return guarded([&]() -> PyObject* {
     int fd;
-    PyObject *segment, *grants, *opening, *done, *moved;
+    PyObject *segment, *grants, *opening, *done, *traffic;
     Py_ssize_t control_bytes_max, ranges_max, transfer_bytes_max;
     double idle_s, frame_s;
     if (!PyArg_ParseTuple(args, "iOOOO(nnn)ddO", &fd, &segment, &grants, &opening, &done, &control_bytes_max, &ranges_max,
-                          &transfer_bytes_max, &idle_s, &frame_s, &moved)) {
+                          &transfer_bytes_max, &idle_s, &frame_s, &traffic)) {
       return nullptr;
     }
-    const Bytes memory(segment, true), start(opening, false), end(done, false), counters(moved, true);
+    const Bytes memory(segment, true), start(opening, false), end(done, false), counters(traffic, true);
     const Service service{fd,
                           memory.data(),
                           memory.size(),
@@ -160,7 +169,7 @@ PyObject* serve_frames(PyObject*, PyObject* args) {
                           static_cast<size_t>(transfer_bytes_max),
                           idle_s,
                           frame_s,
-                          counters.numbers<int64_t>(2, "moved")};
+                          counters.numbers<int64_t>(9, "traffic")};
     Handed handed;
     {
       const WithoutInterpreter released;

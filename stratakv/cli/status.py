@@ -22,7 +22,7 @@ from stratakv.cli.options import (
 from stratakv.errors import StrataError
 from stratakv.process import reachable_host
 from stratakv.settings import Settings
-from stratakv.wire import GetStats, ListNodes, ListWorkers, Nodes, NodeState, Stats, Workers, WorkerState
+from stratakv.wire import GetStats, LeaderState, ListNodes, ListWorkers, Nodes, NodeState, Stats, Workers, WorkerState
 
 TIMEOUT_S = 3.0
 EXIT_NOT_READY = 1
@@ -36,6 +36,8 @@ class Report:
     db_node: dict[str, str] = field(default_factory=dict)
     meta_address: str = ""
     meta_server: str = "no answer"
+    meta_servers: dict[str, str] = field(default_factory=dict)
+    """Address → leads, stands by or no answer."""
     stats: Stats | None = None
     nodes: list[NodeState] = field(default_factory=list)
     workers: list[WorkerState] = field(default_factory=list)
@@ -85,10 +87,14 @@ async def _ask_db_node(settings: Settings, report: Report) -> None:
 async def _ask_meta_server(settings: Settings, report: Report) -> None:
     from stratakv.pool.auth import PoolCredentials
     from stratakv.pool.meta_client import MetaClient
+    from stratakv.pool.meta_servers import leader_states
 
     report.meta_address = f"{settings.meta.host}:{settings.meta.native_port}"
-    meta = MetaClient(settings.meta, credentials=PoolCredentials.from_settings(settings.pool))
+    credentials = PoolCredentials.from_settings(settings.pool)
+    meta = MetaClient(settings.meta, credentials=credentials)
     try:
+        states = await leader_states(settings.meta, credentials)
+        report.meta_servers = {address: _role(state) for address, state in states.items()}
         report.stats = await meta.call(GetStats(), Stats)
         report.nodes = (await meta.call(ListNodes(), Nodes)).nodes
         report.workers = (await meta.call(ListWorkers(), Workers)).workers
@@ -97,6 +103,12 @@ async def _ask_meta_server(settings: Settings, report: Report) -> None:
         report.meta_server = f"no answer ({error.message})"
     finally:
         await meta.close()
+
+
+def _role(state: LeaderState | None) -> str:
+    if state is None:
+        return "no answer"
+    return "leads" if state.is_leader else "stands by"
 
 
 def _as_json(report: Report) -> dict[str, Any]:
@@ -119,7 +131,11 @@ def _print(report: Report) -> None:
     console = table_console()
     services = Table("service", "where", "alive", "ready", title="Services")
     services.add_row("DB node", report.db_node["url"], report.db_node["health"], report.db_node["ready"])
-    services.add_row("meta server", report.meta_address, report.meta_server, report.meta_server)
+    if len(report.meta_servers) <= 1:
+        services.add_row("meta server", report.meta_address, report.meta_server, report.meta_server)
+    else:
+        for address, role in report.meta_servers.items():
+            services.add_row("meta server", address, "no answer" if role == "no answer" else "yes", role)
     console.print(services, markup=False)
     workers = Table("worker", "role", "model", "url", "running", "waiting", "cache in use", title="Workers")
     for state in report.workers:

@@ -54,14 +54,15 @@ class DmpConnection:
         self._control = control
 
     def allocate(
-        self, put_id: bytes, count: int, page_bytes: int, timeout_s: float, *, deadline: float
+        self, put_id: bytes, count: int, page_bytes: int, timeout_s: float, *, deadline: float, term: int = 0
     ) -> list[Extent]:
         """Pages for a put, consecutive where possible; the same ones when asked again.
 
-        The put may be written for `timeout_s`. Raises TransportError, SegmentFull, PutRefused.
+        The put may be written for `timeout_s`; `term` is that of its grant. Raises TransportError, SegmentFull, PutRefused.
         """
         put_deadline = time.monotonic() + timeout_s
-        reply = self._control.call(messages.Allocate(put_id, count, page_bytes, timeout_s), messages.Extents, deadline)
+        request = messages.Allocate(put_id, count, page_bytes, timeout_s, term)
+        reply = self._control.call(request, messages.Extents, deadline)
         self.transport.put_opened(put_id, put_deadline)
         return reply.extents
 

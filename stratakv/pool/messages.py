@@ -115,6 +115,8 @@ class Allocate(Message, frozen=True):
     count: int
     page_bytes: int
     timeout_s: float
+    term: int = 0
+    """Of the meta server that granted the put; 0 if that is not known."""
 
 
 class Extents(Message, frozen=True):

@@ -1,44 +1,33 @@
-"""Client of the meta server: many calls at once over one DEALER socket, each with its own deadline.
+"""Client of the meta server: many calls at once, each with its own deadline, always to the one that leads.
 
     client = MetaClient(settings.meta, role="worker", name="decode-0")
     match = await client.call(MatchPrefix(namespace, keys, lease_s=5.0), Match)
 
 A call that gets no answer in time costs its caller that time once: from then on `available` is False and calls fail at
-once, while a background task greets the server every second until it answers. One event loop owns a client.
+once, while a background task greets all servers every second until the leader answers. A server that no longer leads says so
+at once: then the call is sent again to its successor, which is safe, as every message may be repeated. One event loop owns a
+client.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-from collections.abc import Sequence
-
-import msgspec
-import zmq
 
 from stratakv.errors import StrataError, Unavailable
 from stratakv.log import EventLogger
 from stratakv.pool.auth import PoolCredentials
-from stratakv.pool.meta_errors import ERRORS_BY_CODE, ProtocolMismatch
+from stratakv.pool.fence import TermFence
+from stratakv.pool.meta_errors import NotLeader, ProtocolMismatch
+from stratakv.pool.meta_link import Elsewhere, MetaLink, NoAnswer
 from stratakv.settings import MetaSettings
-from stratakv.wire import (
-    MESSAGE_BYTES_MAX,
-    PROTOCOL_VERSION,
-    Failure,
-    Hello,
-    Message,
-    ReplyT,
-    Welcome,
-    decode_reply,
-    encode,
-)
+from stratakv.wire import PROTOCOL_VERSION, Hello, Message, ReplyT, Welcome
 
-CALLS_MAX = 4096
-"""Calls in progress at once."""
 PROBE_S = 1.0
-"""How often a server that does not answer is greeted."""
-REQUEST_ID_BYTES = 8
-_SENDS_QUEUED_MAX = 1000
+"""How often servers that do not answer are greeted."""
+ELECTION_PROBE_S = 0.1
+"""The same, while one that answers says that it does not lead."""
+RETRY_S = 0.25
+"""Between two calls of `insist`."""
 _log = EventLogger("stratakv.meta_client")
 
 
@@ -52,30 +41,31 @@ class MetaClient:
         role: str = "client",
         name: str = "",
         credentials: PoolCredentials | None = None,
+        fence: TermFence | None = None,
     ) -> None:
-        """`server` is an endpoint (tcp://host:port) or the settings that name it.
+        """`server` is an endpoint (tcp://host:port) or the settings that name it, or several.
 
-        With `credentials` only a server that has the same ones is spoken to; one that has others never answers.
+        With `credentials` only a server that has the same ones is spoken to; one that has others never answers. With a `fence`
+        answers of leaders that it knows to be succeeded are not taken.
         """
         settings = MetaSettings() if isinstance(server, str) else server
-        self.endpoint = server if isinstance(server, str) else f"tcp://{settings.host}:{settings.native_port}"
+        self.endpoints = [server] if isinstance(server, str) else meta_endpoints(settings)
         self._timeout_s = settings.request_timeout_s
         self._hello = Hello(protocol=PROTOCOL_VERSION, role=role, name=name)
         self._credentials = credentials
-        self._calls: dict[bytes, asyncio.Future[Message]] = {}
-        self._ids = itertools.count(1)
-        # Shared and never ended: ending one that still has a socket would wait for ever.
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
-        self._socket: zmq.Socket[bytes] | None = None
-        self._probe: asyncio.Task[None] | None = None
-        self._starting = asyncio.Lock()
+        self._fence = fence or TermFence()
+        self._link: MetaLink | None = None
+        self._doubted: MetaLink | None = None
+        """The link before: until its server is greeted again, what is in progress there may still be answered."""
+        self._search: asyncio.Task[None] | None = None
+        self._round = asyncio.Event()
+        """Set when the first round of greetings is over."""
+        self._hints: set[str] = set()
         self._closed = False
-        self.available = False
-        """False from a call that timed out (or before the first greeting) until the server answers again."""
         self.welcome: Welcome | None = None
-        """What the server said of itself last; a new `epoch` means that it was started anew."""
+        """What the leader said of itself last; a new `epoch` means that it was started anew, or is another one."""
         self.mismatch: ProtocolMismatch | None = None
-        """Set while the server refuses this client's protocol version."""
+        """Set while the servers refuse this client's protocol version."""
 
     async def __aenter__(self) -> MetaClient:
         await self.start()
@@ -84,18 +74,23 @@ class MetaClient:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
+    @property
+    def available(self) -> bool:
+        """False from a call that timed out (or before the first greeting) until a leader answers again."""
+        return self._link is not None
+
+    @property
+    def endpoint(self) -> str:
+        """Of the leader; while there is none, of all servers."""
+        return self._link.endpoint if self._link is not None else ", ".join(self.endpoints)
+
     async def start(self) -> bool:
-        """Connect and greet; whether the server answered (if not, it is greeted on). The first call does so by itself.
+        """Connect and greet; whether a leader answered (if not, greeting goes on). The first call does so by itself.
 
         Raises ProtocolMismatch.
         """
-        async with self._starting:
-            if self._socket is None and not self._closed:
-                self._open()
-                try:
-                    await self._greet()
-                except (Unavailable, ProtocolMismatch):
-                    self._lost()
+        self._look_for_leader()
+        await self._round.wait()
         if self.mismatch is not None:
             raise self.mismatch
         return self.available
@@ -103,14 +98,14 @@ class MetaClient:
     async def close(self) -> None:
         """Fail what is in progress, and disconnect."""
         self._closed = True
-        self.available = False
-        if self._probe is not None:
-            self._probe.cancel()
-            await asyncio.gather(self._probe, return_exceptions=True)
-        for call in self._calls.values():
-            if not call.done():
-                call.set_exception(Unavailable("the client was closed"))
-        self._close_socket()
+        if self._search is not None:
+            self._search.cancel()
+            await asyncio.gather(self._search, return_exceptions=True)
+        self._round.set()
+        for link in (self._link, self._doubted):
+            if link is not None:
+                link.close("the client was closed")
+        self._link = self._doubted = None
 
     async def call(self, request: Message, reply_type: type[ReplyT], timeout_s: float | None = None) -> ReplyT:
         """Send one request; its reply.
@@ -119,120 +114,133 @@ class MetaClient:
         was asked may have been done), else what the server said: the classes of `stratakv.pool.meta_errors` and
         `stratakv.errors`.
         """
-        if self.welcome is None and self._probe is None:
+        if self._link is None and self._search is None:
             await self.start()
-        if not self.available:
-            raise self.mismatch or Unavailable(
-                f"the meta server at {self.endpoint} does not answer", hint="If it runs, compare pool.secret of both."
-            )
         limit_s = self._timeout_s if timeout_s is None else min(timeout_s, self._timeout_s)
-        try:
-            return await self._exchange(request, reply_type, limit_s)
-        except _NoAnswer:
-            self._lost()
-            raise
+        deadline = asyncio.get_running_loop().time() + limit_s
+        while True:
+            link = self._link
+            if link is None:
+                raise self.mismatch or Unavailable(
+                    f"the meta server at {self.endpoint} does not answer",
+                    hint="If it runs, compare pool.secret of both.",
+                )
+            try:
+                return self._fenced(link, await link.exchange(request, reply_type, self._left_s(deadline)))
+            except Elsewhere as error:
+                self._lost(link, error.leader)
+                if not await self._found(deadline):
+                    raise
+            except NoAnswer:
+                self._lost(link)
+                raise
 
-    async def _exchange(self, request: Message, reply_type: type[ReplyT], timeout_s: float) -> ReplyT:
-        payload = encode(request)
-        if len(payload) > MESSAGE_BYTES_MAX:
-            raise StrataError(f"a request of {len(payload)} bytes is longer than {MESSAGE_BYTES_MAX}")
-        if len(self._calls) >= CALLS_MAX:
-            raise Unavailable(f"{CALLS_MAX} calls to the meta server are in progress already")
-        request_id = next(self._ids).to_bytes(REQUEST_ID_BYTES, "big")
-        call: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        self._calls[request_id] = call
-        try:
-            self._send((request_id, payload))
-            async with asyncio.timeout(timeout_s):
-                reply = await call
-        except TimeoutError:
-            raise _NoAnswer(f"the meta server at {self.endpoint} did not answer within {timeout_s:g} s") from None
-        finally:
-            del self._calls[request_id]
-        if isinstance(reply, Failure):
-            raise ERRORS_BY_CODE.get(reply.code, StrataError)(reply.message)
-        if not isinstance(reply, reply_type):
-            raise StrataError(f"the meta server answered {type(request).__name__} with {type(reply).__name__}")
+    async def insist(self, request: Message, reply_type: type[ReplyT], *, for_s: float) -> ReplyT:
+        """`call`, again and again while no meta server answers. Raises Unavailable when that has taken `for_s`."""
+        deadline = asyncio.get_running_loop().time() + for_s
+        while True:
+            try:
+                return await self.call(request, reply_type)
+            except Unavailable:
+                if asyncio.get_running_loop().time() + RETRY_S > deadline:
+                    raise
+            await asyncio.sleep(RETRY_S)
+
+    def _fenced(self, link: MetaLink, reply: ReplyT) -> ReplyT:
+        term = link.welcome.term if link.welcome is not None else 0
+        if not self._fence.admits(term):
+            self._lost(link)
+            raise NotLeader(f"the meta server at {link.endpoint} has been succeeded by another leader")
         return reply
 
-    async def _greet(self) -> None:
+    async def _found(self, deadline: float) -> bool:
+        """Whether another leader is found until then."""
         try:
-            self.welcome = await self._exchange(self._hello, Welcome, min(PROBE_S, self._timeout_s))
-        except ProtocolMismatch as error:
-            self.mismatch = error
-            raise
-        self.mismatch = None
-        self.available = True
+            async with asyncio.timeout(self._left_s(deadline)):
+                while self._link is None and not self._closed:
+                    self._round.clear()
+                    await self._round.wait()
+        except TimeoutError:
+            return False
+        return self._link is not None
 
-    def _lost(self) -> None:
-        if self.available:
-            _log.warning("meta_server_lost", endpoint=self.endpoint)
-        self.available = False
-        if self._probe is None or self._probe.done():
-            self._probe = asyncio.get_running_loop().create_task(self._greet_until_answered())
+    def _left_s(self, deadline: float) -> float:
+        return max(0.0, deadline - asyncio.get_running_loop().time())
+
+    def _lost(self, link: MetaLink, hint: str = "") -> None:
+        if link is not self._link:
+            return
+        _log.warning("meta_server_lost", endpoint=link.endpoint)
+        self._link, self._doubted = None, link
+        self._look_for_leader(hint)
+
+    def _look_for_leader(self, hint: str = "") -> None:
+        if hint:
+            self._hints = {f"tcp://{hint}"}
+        if self._link is None and not self._closed and (self._search is None or self._search.done()):
+            self._search = asyncio.get_running_loop().create_task(self._greet_until_answered())
 
     async def _greet_until_answered(self) -> None:
-        while not self.available:
-            began = asyncio.get_running_loop().time()
-            try:
-                await self._greet()
-            except (Unavailable, ProtocolMismatch) as error:
-                _log.debug("meta_server_silent", endpoint=self.endpoint, error=error.message)
-                # A new socket: what the old one still holds for a dead server must not reach its successor late.
-                self._open()
-                await asyncio.sleep(max(0.0, began + PROBE_S - asyncio.get_running_loop().time()))
+        loop = asyncio.get_running_loop()
+        while self._link is None:
+            began = loop.time()
+            asked = {*self.endpoints, *self._hints}
+            is_election = await self._greet_all()
+            if self._link is None and not self._hints <= asked:
+                continue  # one that stands by has told of a leader
+            self._round.set()
+            if self._link is None:
+                pause_s = ELECTION_PROBE_S if is_election else PROBE_S
+                await asyncio.sleep(max(0.0, began + pause_s - loop.time()))
         _log.info("meta_server_back", endpoint=self.endpoint)
 
-    def _open(self) -> None:
-        self._close_socket()
-        self._socket = self._context.socket(zmq.DEALER)
-        options: Sequence[tuple[int, int]] = (
-            (zmq.LINGER, 0),
-            (zmq.MAXMSGSIZE, MESSAGE_BYTES_MAX),
-            (zmq.SNDHWM, _SENDS_QUEUED_MAX),
-            (zmq.RECONNECT_IVL, 50),
-            (zmq.RECONNECT_IVL_MAX, 1000),
-        )
-        for option, value in options:
-            self._socket.setsockopt(option, value)
-        if self._credentials is not None:
-            keys = self._credentials.curve_keys("client")
-            self._socket.curve_publickey, self._socket.curve_secretkey = keys.public, keys.secret
-            self._socket.curve_serverkey = self._credentials.curve_keys("server").public
-        self._socket.connect(self.endpoint)
-        loop = asyncio.get_running_loop()
-        loop.add_reader(self._socket.fileno(), self._read)
-
-    def _close_socket(self) -> None:
-        if self._socket is not None:
-            asyncio.get_running_loop().remove_reader(self._socket.fileno())
-            self._socket.close()
-            self._socket = None
-
-    def _send(self, frames: tuple[bytes, bytes]) -> None:
-        if self._socket is None:
-            raise Unavailable("the client is closed")
+    async def _greet_all(self) -> bool:
+        """Take the leader, if one answers; whether any other server answered."""
+        endpoints = list(dict.fromkeys([*self.endpoints, *self._hints]))
+        doubted, self._doubted = self._doubted, None
+        links = [doubted] if doubted is not None else []
+        links += [MetaLink(e, self._credentials) for e in endpoints if doubted is None or e != doubted.endpoint]
+        for link in links:
+            link.welcome = None
+        greetings = [asyncio.create_task(self._greet(link)) for link in links]
         try:
-            self._socket.send_multipart(frames, zmq.NOBLOCK)
-        except zmq.Again:
-            raise _NoAnswer(f"the meta server at {self.endpoint} takes no requests") from None
-        # Sending may take the edge that announces a message to read.
-        asyncio.get_running_loop().call_soon(self._read)
+            # The first leader that answers is taken: nobody waits for those that are silent.
+            for next_greeting in asyncio.as_completed(greetings):
+                await next_greeting
+                leaders = [link for link in links if _leads(link)]
+                if leaders:
+                    self._take(leaders[0])
+                    break
+        finally:
+            for greeting in greetings:
+                greeting.cancel()
+            await asyncio.gather(*greetings, return_exceptions=True)
+            for link in links:
+                if link is not self._link:
+                    link.close("the greeting was given up")
+        answered = [link.welcome for link in links if link.welcome is not None]
+        self._hints = {f"tcp://{welcome.leader}" for welcome in answered if welcome.leader}
+        return bool(answered)
 
-    def _read(self) -> None:
-        while self._socket is not None:
-            try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            call = self._calls.get(frames[0]) if len(frames) == 2 else None
-            if call is None or call.done():
-                continue  # the answer to a call that was given up
-            try:
-                call.set_result(decode_reply(frames[1]))
-            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-                call.set_exception(StrataError(f"the meta server's answer cannot be read: {error}"))
+    def _take(self, link: MetaLink) -> None:
+        assert link.welcome is not None
+        if self._fence.admits(link.welcome.term):
+            self._link, self.welcome, self.mismatch = link, link.welcome, None
+
+    async def _greet(self, link: MetaLink) -> None:
+        try:
+            link.welcome = await link.exchange(self._hello, Welcome, min(PROBE_S, self._timeout_s))
+        except ProtocolMismatch as error:
+            self.mismatch = error
+        except StrataError as error:
+            _log.debug("meta_server_silent", endpoint=link.endpoint, error=error.message)
 
 
-class _NoAnswer(Unavailable):
-    """Silence, in contrast to an Unavailable that the server itself reports."""
+def _leads(link: MetaLink) -> bool:
+    return link.welcome is not None and link.welcome.is_leader
+
+
+def meta_endpoints(settings: MetaSettings) -> list[str]:
+    """Where the meta servers are that the settings name."""
+    addresses = settings.addresses or (f"{settings.host}:{settings.native_port}",)
+    return [f"tcp://{address}" for address in addresses]

@@ -5,6 +5,7 @@ StrataError
 │   ├── PutUnknown          never started here, expired, or revoked
 │   ├── PutFinished         it was finished already; its pages are visible
 │   └── StaleEpoch          the daemon was started anew since
+├── NotLeader               another meta server is to be asked
 ├── PoolFull                no segment has room now
 └── ProtocolMismatch        client and server speak different versions
 """
@@ -53,6 +54,12 @@ class PoolFull(Overloaded):
     code = "pool_full"
 
 
+class NotLeader(Unavailable):
+    """This meta server stands by, or has just ceased to lead; whether the request was carried out is for the leader to say."""
+
+    code = "not_leader"
+
+
 class ProtocolMismatch(SetupError):
     """Client and server speak different versions of the protocol."""
 
@@ -72,6 +79,7 @@ ERRORS_BY_CODE: dict[str, type[StrataError]] = {
         PutUnknown,
         PutFinished,
         StaleEpoch,
+        NotLeader,
         PoolFull,
         ProtocolMismatch,
     )

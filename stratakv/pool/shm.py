@@ -49,8 +49,6 @@ class ShmTransport:
             ).start()
         self._memory = memoryview(self._map)
         self._put_times = PutTimes()
-        self._hangup = select.poll()
-        self._hangup.register(control, select.POLLRDHUP)
 
     def read_batch(
         self,
@@ -156,7 +154,10 @@ class ShmTransport:
         remaining_s(deadline)
         if cancellation is not None:
             cancellation.check()
-        if self._control.fileno() < 0 or self._hangup.poll(0):
+        # One for each call: several threads look at the same socket, and may not share it.
+        hangup = select.poll()
+        hangup.register(self._watch_fd, select.POLLRDHUP)
+        if self._control.fileno() < 0 or hangup.poll(0):
             raise TransportError("the daemon has gone; what its memory held is void")
 
     def _check_offsets(self, ranges: Sequence[tuple[int, object]]) -> None:

@@ -136,7 +136,7 @@ class Verifier:
         match = await self._client.call(MatchPrefix(page.namespace, page.key, LEASE_S), Match)
         place = Place(self.findings.node, page.extent.offset, page.extent.generation)
         try:
-            if place not in match.places:
+            if place not in match.places():
                 self.findings.gone += 1
             elif (await asyncio.to_thread(self._check, [page]))[0] is not PageState.WHOLE:
                 self.findings.damaged.append(page)

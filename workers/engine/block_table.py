@@ -18,6 +18,17 @@ class Run:
         return self.start + self.length
 
 
+def cut_runs(runs: Sequence[Run], num_slots: int) -> list[Run]:
+    """The first `num_slots` slots of `runs`."""
+    cut, left = [], num_slots
+    for run in runs:
+        if left <= 0:
+            break
+        cut.append(Run(run.start, min(run.length, left)))
+        left -= run.length
+    return cut
+
+
 class BlockTable:
     """L1 blocks of one sequence, in order of their tokens."""
 

@@ -2,15 +2,17 @@
 
 A block is free, referenced (by sequences, or by a write-down that has not finished), or cached: unreferenced, but found by
 its prefix key until it is evicted, least recently used first. One engine serves one namespace, so keys need no scope here.
-Owned by the engine's thread; `num_cached` may be called from any thread.
+Owned by the engine's thread; `num_cached`, `use` and the counts of what was evicted may be read from any thread.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
+import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,19 +41,31 @@ class CacheUse:
 class KVCache:
     """K and V tensors of all layers, and the books about their blocks."""
 
-    def __init__(self, facts: ModelFacts, num_blocks: int, block_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        facts: ModelFacts,
+        num_blocks: int,
+        block_size: int,
+        device: torch.device,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         shape = (num_blocks, block_size, facts.num_kv_heads, facts.head_dim)
         dtype = facts.dtype.torch_dtype
         self.k = [_zeros(shape, dtype, device) for _ in range(facts.num_layers)]
         self.v = [_zeros(shape, dtype, device) for _ in range(facts.num_layers)]
+        self._clock = clock
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._refs = [0] * num_blocks
         self._free = FreeBlocks(num_blocks)
         self._block_of: dict[BlockKey, int] = {}
         self._key_of: dict[int, BlockKey] = {}
-        self._unreferenced: OrderedDict[int, None] = OrderedDict()
-        """Cached blocks nobody references, the next to evict first."""
+        self._unreferenced: OrderedDict[int, float] = OrderedDict()
+        """Cached blocks nobody references and since when, the next to evict first."""
+        self.num_evicted = 0
+        """For want of room."""
+        self.evicted_age_s = 0.0
+        """Sum of the times for which nobody had referenced those."""
 
     def match(self, keys: Sequence[BlockKey]) -> list[int]:
         """Blocks of the longest cached prefix of `keys`."""
@@ -76,6 +90,7 @@ class KVCache:
 
     def release(self, blocks: Sequence[int]) -> None:
         """Undo one reference of each. The last of them is the first to be evicted: prefixes outlive their continuations."""
+        now = self._clock()
         for block in reversed(blocks):
             if self._refs[block] < 1:
                 raise CacheCorrupt(f"block {block} is released more often than referenced")
@@ -84,7 +99,7 @@ class KVCache:
                 continue
             self._free.end_growth(block)
             if block in self._key_of:
-                self._unreferenced[block] = None
+                self._unreferenced[block] = now
             else:
                 self._free.add(block)
 
@@ -96,8 +111,8 @@ class KVCache:
         missing = num_blocks - len(self._free)
         if missing > len(self._unreferenced):
             return None
-        for _ in range(missing):
-            self._evict(next(iter(self._unreferenced)))
+        if missing > 0:
+            self._make_room(missing)
         blocks = self._free.take(num_blocks, after, expected_growth)
         for block in blocks:
             self._refs[block] = 1
@@ -124,6 +139,11 @@ class KVCache:
         return CacheUse(self.num_blocks, free, cached, self.num_blocks - free - cached)
 
     @property
+    def block_bytes(self) -> int:
+        """Of all layers."""
+        return sum(tensor.nbytes for tensor in (*self.k, *self.v)) // self.num_blocks
+
+    @property
     def num_available(self) -> int:
         return len(self._free) + len(self._unreferenced)
 
@@ -137,6 +157,13 @@ class KVCache:
                 raise CacheCorrupt(f"block {block} is kept without a key")
         if {block: key for key, block in self._block_of.items()} != self._key_of:
             raise CacheCorrupt("the tables of keys and blocks differ")
+
+    def _make_room(self, num_blocks: int) -> None:
+        now = self._clock()
+        for block, since in list(itertools.islice(self._unreferenced.items(), num_blocks)):
+            self.evicted_age_s += now - since
+            self._evict(block)
+        self.num_evicted += num_blocks
 
     def _evict(self, block: int) -> None:
         del self._unreferenced[block]

@@ -7,23 +7,22 @@ alone two close candidates swap places. q, k, v and gate, up are one linear each
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch.nn import functional
 
-from workers.engine.attention import AttentionPart, AttentionPlan
-from workers.engine.block_table import Run
+from workers.engine import native_step
 from workers.engine.config import EngineDtype
+from workers.engine.forward_batch import ForwardBatch
+from workers.engine.head import make_head
 from workers.engine.linear import Linear
 from workers.engine.model_config import ModelConfig, ModelFacts, read_model_config
-from workers.engine.rope import RotaryEmbedding, rotate
+from workers.engine.rope import RotaryEmbedding
+from workers.engine.step_ops import HeadNorms, StepOps
+from workers.engine.torch_step import TorchStep
 from workers.engine.weights import WeightSource
-
-_MAX_SLICE_WRITES = 4
-"""New keys that lie in more runs of slots than this are written by index."""
 
 
 class PagedTensors(Protocol):
@@ -39,17 +38,6 @@ class LayerHooks(Protocol):
     def before_attention(self, layer: int) -> None: ...
 
     def after_write(self, layer: int) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class ForwardBatch:
-    """All tokens of a step, flattened: ids, positions and write places, by sequence; `logit_rows` want logits."""
-
-    token_ids: list[int]
-    positions: list[int]
-    writes: list[Run]
-    parts: list[AttentionPart]
-    logit_rows: list[int]
 
 
 class _Layer:
@@ -68,10 +56,10 @@ class _Layer:
         gate_up = [(f"{mlp}.gate_proj", inner), (f"{mlp}.up_proj", inner)]
         self.gate_up = _fused(source, gate_up, hidden, dtype, bias=config.mlp_bias)
         self.down = _fused(source, [(f"{mlp}.down_proj", hidden)], inner, dtype, bias=config.mlp_bias)
-        self.q_norm = self.k_norm = None
+        self.head_norms: HeadNorms | None = None
         if config.qk_norm:
-            self.q_norm = source.take(f"{attention}.q_norm.weight", (config.head_dim,), torch.float32)
-            self.k_norm = source.take(f"{attention}.k_norm.weight", (config.head_dim,), torch.float32)
+            names = (f"{attention}.q_norm.weight", f"{attention}.k_norm.weight")
+            self.head_norms = HeadNorms(*(source.take(name, (config.head_dim,), torch.float32) for name in names))
 
 
 class Model:
@@ -94,7 +82,7 @@ class Model:
             else:
                 head = source.take("lm_head.weight", vocabulary, torch.float32)
             source.finish()
-        self._head = Linear(head)
+        self._head = make_head(head)
         self._embedding = embedding.to(self._dtype)
         self._rope = RotaryEmbedding(config.rope, config.max_model_len, device)
         self.facts = ModelFacts(
@@ -110,66 +98,26 @@ class Model:
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv: PagedTensors, hooks: LayerHooks) -> torch.Tensor:
         """Compute a step, writing its keys and values into `kv`. Returns fp32 logits [len(logit_rows), vocab_size]."""
-        tokens = torch.tensor(batch.token_ids, device=self._device)
-        cos, sin = self._rope.at(torch.tensor(batch.positions, device=self._device))
-        writer = _SlotWriter(batch.writes, self._device)
-        plan = AttentionPlan(batch.parts, self._device)
-        hidden = functional.embedding(tokens, self._embedding).float()
+        ops = self._step_ops(batch, kv.k[0].shape[1])
+        hidden = functional.embedding(torch.tensor(batch.token_ids, device=self._device), self._embedding).float()
+        added: torch.Tensor | None = None
         for index, layer in enumerate(self._layers):
-            q, k, v = self._project(layer, hidden, cos, sin)
             k_cache, v_cache = kv.k[index].flatten(0, 1), kv.v[index].flatten(0, 1)
-            writer.write(k, k_cache)
-            writer.write(v, v_cache)
+            heads = layer.qkv(ops.add_norm(hidden, added, layer.input_norm)).view(len(hidden), -1, self.config.head_dim)
+            rotated = ops.rotate_write(heads, layer.head_norms, k_cache, v_cache)
             hooks.after_write(index)
             hooks.before_attention(index)
-            hidden += layer.output(plan.attend(q, k, v, k_cache, v_cache))
-            hidden += self._mlp(layer, hidden)
+            added = layer.output(ops.attend(rotated, k_cache, v_cache))
+            added = layer.down(ops.gated(layer.gate_up(ops.add_norm(hidden, added, layer.post_norm))))
+        assert added is not None
+        hidden += added
         rows = hidden[torch.tensor(batch.logit_rows, device=self._device)]
-        logits: torch.Tensor = self._head(self._normalise(rows, self._norm))
-        return logits
+        return self._head(functional.rms_norm(rows, self._norm.shape, self._norm, self.config.rms_norm_eps))
 
-    def _project(
-        self, layer: _Layer, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rotated q [num_tokens, num_heads, head_dim], rotated k and v [num_tokens, kv_heads, head_dim]."""
-        config = self.config
-        normed = self._normalise(hidden, layer.input_norm).to(self._dtype)
-        heads = layer.qkv(normed).view(hidden.shape[0], -1, config.head_dim)
-        rotating = config.num_heads + config.num_kv_heads
-        qk, v = heads[:, :rotating].float(), heads[:, rotating:]
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = qk[:, : config.num_heads], qk[:, config.num_heads :]
-            qk = torch.cat([self._normalise(q, layer.q_norm), self._normalise(k, layer.k_norm)], dim=1)
-        qk = rotate(qk, cos, sin, self._dtype)
-        return qk[:, : config.num_heads], qk[:, config.num_heads :], v
-
-    def _mlp(self, layer: _Layer, hidden: torch.Tensor) -> torch.Tensor:
-        normed = self._normalise(hidden, layer.post_norm).to(self._dtype)
-        gate, up = layer.gate_up(normed).chunk(2, dim=-1)
-        return layer.down(functional.silu(gate).mul_(up))
-
-    def _normalise(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return functional.rms_norm(hidden, weight.shape, weight, self.config.rms_norm_eps)
-
-
-class _SlotWriter:
-    """Writes a step's rows to their slots: slice by slice if they lie in few runs, else by index."""
-
-    def __init__(self, runs: Sequence[Run], device: torch.device) -> None:
-        self._runs = runs
-        self._index: torch.Tensor | None = None
-        if len(runs) > _MAX_SLICE_WRITES:
-            slots = [slot for run in runs for slot in range(run.start, run.stop)]
-            self._index = torch.tensor(slots, device=device)
-
-    def write(self, rows: torch.Tensor, cache: torch.Tensor) -> None:
-        if self._index is not None:
-            cache.index_copy_(0, self._index, rows)
-            return
-        first = 0
-        for run in self._runs:
-            cache[run.start : run.stop].copy_(rows[first : first + run.length])
-            first += run.length
+    def _step_ops(self, batch: ForwardBatch, block_size: int) -> StepOps:
+        if native_step.can_run(self.config, self._dtype, self._device, block_size):
+            return native_step.NativeStep(self.config, batch, self._rope)
+        return TorchStep(self.config, self._dtype, batch, self._rope)
 
 
 def _fused(

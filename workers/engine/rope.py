@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,10 +62,12 @@ class RotaryEmbedding:
             frequencies = _llama3_frequencies(frequencies, config.llama3)
         angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), frequencies)
         self._cos, self._sin = angles.cos().to(device), angles.sin().to(device)
+        self.device = device
 
-    def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines of `positions`, each [num_tokens, 1, head_dim / 2]."""
-        return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
+    def at(self, positions: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of `positions`, each [num_tokens, head_dim / 2]."""
+        index = torch.tensor(positions, device=self.device)
+        return self._cos[index], self._sin[index]
 
 
 def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -16,11 +16,12 @@ import torch
 from stratakv.errors import StrataError
 from stratakv.keys import BlockKey
 from stratakv.log import EventLogger
-from workers.engine.attention import AttentionPart
+from workers.engine.attention_parts import AttentionPart
 from workers.engine.block_table import Run
 from workers.engine.connector import KVConnector, KVLoadError, LoadJob, SaveJob
+from workers.engine.forward_batch import ForwardBatch
 from workers.engine.kv_cache import KVCache
-from workers.engine.model import ForwardBatch, Model
+from workers.engine.model import Model
 from workers.engine.requests import SamplingParams
 from workers.engine.sampler import Sample, SampleRow, sample
 from workers.engine.scheduler import StepPart
@@ -178,9 +179,8 @@ class StepRunner:
         attention: list[AttentionPart] = []
         for part in parts:
             sequence, start, stop = part.sequence, part.sequence.num_computed, part.stop
-            # A single row finds its own key in the cache; several rows attend to theirs under the causal mask.
-            context = sequence.table.slot_runs(0, stop if part.num_tokens == 1 else start)
-            attention.append(AttentionPart(len(token_ids), part.num_tokens, tuple(context)))
+            slots = sequence.table.slot_runs(0, stop)
+            attention.append(AttentionPart(len(token_ids), part.num_tokens, tuple(slots)))
             writes += sequence.table.slot_runs(start, stop)
             token_ids += sequence.token_ids[start:stop]
             positions += range(start, stop)

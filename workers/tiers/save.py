@@ -28,6 +28,8 @@ log = EventLogger("workers.tiers.save")
 PUT_TIMEOUT_S = 60.0
 """Room is granted for so long; also the longest a save waits for the engine's layers."""
 CONNECT_S_MAX = 2.0
+END_S_MAX = 10.0
+"""A put whose bytes are written is ended within so long, while another meta server takes over."""
 
 ReplyT = TypeVar("ReplyT")
 
@@ -147,22 +149,24 @@ class Saver:
         if grant.segment is None or not grant.wanted:
             return
         try:
-            written = self._write(save, put_id, grant.segment, grant.wanted, deadline)
+            written = self._write(save, put_id, grant.segment, grant, deadline)
             save.release_l1()
-            self._wait(self._meta.call(PutEnd(put_id, grant.segment.epoch, list(written.extents)), Done))
+            end = PutEnd(put_id, grant.segment.epoch, list(written.extents))
+            self._wait(self._meta.insist(end, Done, for_s=END_S_MAX))
         except Exception:
             self._revoke(put_id)
             raise
         self._on_written(written)
 
-    def _write(
-        self, save: BlockSave, put_id: bytes, segment: Segment, wanted: Sequence[int], deadline: float
-    ) -> Written:
-        keys = [save.keys[index] for index in wanted]
-        window = save.open_window(wanted)
+    def _write(self, save: BlockSave, put_id: bytes, segment: Segment, grant: PutGrant, deadline: float) -> Written:
+        keys = [save.keys[index] for index in grant.wanted]
+        window = save.open_window(grant.wanted)
         connection = self._connections.get(segment, deadline=min(deadline, time.monotonic() + CONNECT_S_MAX))
         try:
-            extents = connection.allocate(put_id, len(keys), self._layout.page_bytes, PUT_TIMEOUT_S, deadline=deadline)
+            page_bytes = self._layout.page_bytes
+            extents = connection.allocate(
+                put_id, len(keys), page_bytes, PUT_TIMEOUT_S, deadline=deadline, term=grant.term
+            )
             pages = self._writer.begin(connection, put_id, extents, keys)
             _write_pages(pages, window, len(self._layout.layers), save.ready, deadline)
         except TransportError as error:

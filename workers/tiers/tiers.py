@@ -155,7 +155,7 @@ class Tiers:
         segments = {segment.node: segment for segment in match.segments}
         pages = [
             FoundPage(key, place, segments[place.node], Tier.DISK if segments[place.node].is_disk else Tier.POOL)
-            for key, place in zip(keys, match.places, strict=False)
+            for key, place in zip(keys, match.places(), strict=False)
         ]
         return pages, match.lease_id
 
@@ -238,6 +238,11 @@ class Tiers:
             log.debug("lookup_failed", error=error.message)
             return False
         return match.num_blocks == len(keys)
+
+    @property
+    def num_l2_pages(self) -> int:
+        """Pages of the local daemon that this worker knows."""
+        return len(self._l2)
 
     def drop_l2(self) -> int:
         """Forget the table; how many pages it knew."""

@@ -18,6 +18,7 @@ from stratakv.http_server import HttpServer
 from stratakv.models import DEFAULT_MODEL, pull
 from stratakv.settings import DatabaseSettings, ModelSettings, RestSettings, RouterSettings, Secret, Settings
 from stratakv.wire import ListWorkers, Match, Workers
+from stratakv.worker_address import worker_url
 from tests.stand_in_worker import MODEL, StandInWorker
 from tests.support import eventually_async
 
@@ -56,17 +57,19 @@ CACHE_DIR = Path("~/.cache/stratakv").expanduser()
 async def running_node(
     *workers: StandInWorker,
     also: tuple[str, ...] = (),
+    later: tuple[str, ...] = (),
     meta: MetaCalls | None = None,
     database_url: str | None = None,
     rest: RestSettings | None = None,
     **router: Any,
 ) -> AsyncIterator[RunningNode]:
     pull(DEFAULT_MODEL, CACHE_DIR)
+    """`also` are addresses of other workers that are there, `later` of some that are not waited for."""
     urls = (*(worker.url for worker in workers), *also)
     settings = Settings(
         model=ModelSettings(cache_dir=CACHE_DIR),
         rest=replace(rest or RestSettings(), port=0),
-        router=RouterSettings(**{"workers": urls, "refresh_s": 0.1} | router),
+        router=RouterSettings(**{"workers": (*urls, *later), "refresh_s": 0.1} | router),
         database=DatabaseSettings(url=Secret(database_url) if database_url else None),
     )
     node = Node(settings, meta)
@@ -74,7 +77,7 @@ async def running_node(
     tasks = [asyncio.create_task(node.run()), asyncio.create_task(server.run(node.rest_app()))]
     running = RunningNode(node, server.port, settings.rest.api_key)
     try:
-        await running.sees(*urls)
+        await running.sees(*map(worker_url, urls))
         yield running
     finally:
         await running.http.close()

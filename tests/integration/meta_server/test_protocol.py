@@ -24,7 +24,7 @@ from tests.support import eventually_async, free_port
 async def test_another_protocol_version_is_refused_with_both_named(migrated_url: str) -> None:
     async with meta_server(migrated_url) as endpoint:
         client = await connected(endpoint)
-        with pytest.raises(ProtocolMismatch, match=r"speaks protocol 99, .* speaks 1"):
+        with pytest.raises(ProtocolMismatch, match=r"speaks protocol 99, .* speaks 2"):
             await client.call(Hello(protocol=99, role="worker", name="w0"), Welcome)
         await client.close()
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from stratakv.errors import StrataError
 from stratakv.pool.meta_client import MetaClient
@@ -55,7 +56,9 @@ async def test_what_was_acknowledged_is_found_and_what_was_not_finished_is_not(
     assert [await count_found(client, keys) for keys in acknowledged] == [20] * len(acknowledged)
     assert await count_found(client, pending_keys) == 0
 
-    assert await start_put(client, pending_keys, pending_id) == grant, "a put survives the restart"
+    again = await start_put(client, pending_keys, pending_id)
+    assert again.term > grant.term, "a new leader"
+    assert replace(again, term=grant.term) == grant, "a put survives the restart"
     await client.call(PutEnd(pending_id, daemon.segment.epoch, daemon.allocate(5)), Done)
     assert await count_found(client, pending_keys) == 5
     await client.close()

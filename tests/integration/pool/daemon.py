@@ -25,10 +25,11 @@ class DaemonProcess(ServiceProcess):
         node: str = "dmp-t",
         meta_port: int | None = None,
         flags: Sequence[str] = (),
+        module: str = "dmp",
         env: Mapping[str, str] | None = None,
     ) -> None:
         own = ["--format", "json", "--node", node, "--port", "0", "--segment-bytes", "16MiB"]
-        super().__init__("dmp", [*own, "--native-port", str(meta_port or free_port()), *flags], env or {}, log_file)
+        super().__init__(module, [*own, "--native-port", str(meta_port or free_port()), *flags], env or {}, log_file)
         log_file.write_bytes(b"")
         self.start()
         eventually(lambda: self.has_ended() or self._serving() is not None, what="daemon to start")

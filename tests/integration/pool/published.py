@@ -56,11 +56,12 @@ async def read(client: MetaClient, keys: list[BlockKey]) -> Match:
 def data_at(match: Match, keys: list[BlockKey]) -> list[list[tuple[bytes, ...]]]:
     """[page][layer]: verified bytes of all pages, on whatever segments they lie."""
     segments = {segment.node: segment for segment in match.segments}
+    all_places = match.places()
     found: dict[int, list[tuple[bytes, ...]]] = {}
     for node, segment in segments.items():
-        mine = [i for i, place in enumerate(match.places) if place.node == node]
+        mine = [i for i, place in enumerate(all_places) if place.node == node]
         connection = connect(segment, deadline=soon())
-        places, wanted = [match.places[i] for i in mine], [keys[i] for i in mine]
+        places, wanted = [all_places[i] for i in mine], [keys[i] for i in mine]
         pages = PageReader(LAYOUT, NAMESPACE).read_headers(connection, places, wanted, deadline=soon())
         assert not pages.failures
         memory, layers = empty_memory(LAYOUT, len(mine)), range(len(LAYOUT.layers))

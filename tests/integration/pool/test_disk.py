@@ -103,7 +103,7 @@ def _read(match: Match, written: WrittenPages) -> list[list[tuple[bytes, ...]]]:
     (segment,) = match.segments
     connection = connect(segment, deadline=soon())
     assert connection.kind is (TransportKind.TCP if segment.is_disk else TransportKind.SHM)
-    pages = PageReader(LAYOUT, NAMESPACE).read_headers(connection, match.places, written.keys, deadline=soon())
+    pages = PageReader(LAYOUT, NAMESPACE).read_headers(connection, match.places(), written.keys, deadline=soon())
     assert not pages.failures
     memory, layers = empty_memory(LAYOUT, len(written.keys)), range(len(LAYOUT.layers))
     pages.read_layers(layers, memory, deadline=soon())
@@ -115,7 +115,7 @@ async def test_cold_pages_leave_memory_and_are_read_from_disk(client: MetaClient
     written = await _put(client, start())
     await _demoted(client, written)
     match = await _places(client, written)
-    assert {place.node for place in match.places} == {"dmp-t/disk"}
+    assert {place.node for place in match.places()} == {"dmp-t/disk"}
     assert _read(match, written) == written.data
 
 
@@ -143,7 +143,7 @@ async def test_a_page_damaged_while_the_daemon_was_down_is_not_advertised(
     daemon = start()
     written = await _put(client, daemon)
     await _demoted(client, written)
-    place = (await _places(client, written)).places[5]
+    place = (await _places(client, written)).places()[5]
     daemon.kill()
     with next((tmp_path / "disk/dmp-t").glob("*.pages")).open("r+b") as file:
         file.seek((place.offset & 0xFFFF_FFFF) + 5000)
@@ -169,7 +169,7 @@ async def test_pages_that_are_read_again_come_back_to_memory(client: MetaClient,
 
     async def is_back() -> bool:
         match = await _places(client, hot, lease_s=0.1)
-        return {place.node for place in match.places} == {"dmp-t"}
+        return {place.node for place in match.places()} == {"dmp-t"}
 
     await eventually_async(is_back, what="the pages in memory")
     assert _read(await _places(client, hot), hot) == hot.data
@@ -196,4 +196,4 @@ async def test_a_full_disk_gives_up_the_ends_of_prefixes_first(client: MetaClien
 
     await eventually_async(is_cut, what="the last page to be given up")
     match = await _places(client, written)
-    assert [place.node for place in match.places] == ["dmp-t"] * 12 + ["dmp-t/disk"] * 3
+    assert [place.node for place in match.places()] == ["dmp-t"] * 12 + ["dmp-t/disk"] * 3

@@ -34,10 +34,10 @@ async def _found_bit_exact(client: MetaClient, written: WrittenPages) -> dict[st
     """Pages by node, each looked for by itself and compared with what was written."""
     matches = await asyncio.gather(*(client.call(MatchPrefix(NAMESPACE, key, 20.0), Match) for key in written.keys))
     found = [i for i, match in enumerate(matches) if match.num_blocks]
-    places = [matches[i].places[0] for i in found]
+    places = [matches[i].places()[0] for i in found]
     segments = {segment.node: segment for i in found for segment in matches[i].segments}
     keys, expected = [written.keys[i] for i in found], data_of(written)
-    whole = Match(len(found), places, list(segments.values()))
+    whole = Match.of(places, list(segments.values()))
     assert await asyncio.to_thread(data_at, whole, keys) == [expected[i] for i in found]
     nodes = [place.node for place in places]
     return {node: nodes.count(node) for node in set(nodes)}

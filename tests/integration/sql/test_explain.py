@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from dbnode.sql.service import InferCall
 from stratakv.postgres import EmbeddedPostgres
 from stratakv.sqlfunctions import install, uninstall
 from tests.integration.sql.harness import FrontThread, ReversingModel, address_in, front_thread
+from tests.support import eventually
 
 TABLE = "CREATE TABLE t AS SELECT i, 'text ' || i % 40 AS body FROM generate_series(1, 120) i"
 Connection = psycopg.Connection[tuple[Any, ...]]
@@ -206,9 +206,14 @@ def test_an_error_of_the_query_is_told_and_leaves_the_session_sound(connection: 
     assert connection.execute("SELECT count(DISTINCT infer(body)) FROM t").fetchone() == (40,)
 
 
-def test_a_cancel_in_the_middle_leaves_no_null_behind(connection: Connection) -> None:
+def test_a_cancel_in_the_middle_leaves_no_null_behind(
+    connection: Connection, cluster: EmbeddedPostgres, database: str
+) -> None:
+    asleep = "SELECT count(*) FROM pg_stat_activity WHERE datname = %s AND wait_event = 'PgSleep'"
+
     def cancel() -> None:
-        time.sleep(0.5)
+        with psycopg.connect(cluster.database_url("postgres"), autocommit=True) as other:
+            eventually(lambda: other.execute(asleep, (database,)).fetchone() != (0,), what="the query to run")
         connection.cancel_safe()
 
     thread = threading.Thread(target=cancel)

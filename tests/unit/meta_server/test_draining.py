@@ -41,7 +41,7 @@ def read(world: World, keys: list[bytes]) -> list[str]:
     """The nodes of those that are found, which counts as reading."""
     match = world.call(wire.MatchPrefix(NAMESPACE, b"".join(keys), 1.0), wire.Match)
     world.call(wire.ReleaseLease(match.lease_id), wire.Done)
-    return [place.node for place in match.places]
+    return [place.node for place in match.places()]
 
 
 def copy_away(world: World, name: str) -> None:

@@ -61,7 +61,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert used == committed, "P4: at rest, bytes used = committed"
         for keys in KEYS:
             match = self.world.call(wire.MatchPrefix(NAMESPACE, b"".join(keys), 1.0), wire.Match)
-            for place in match.places:
+            for place in match.places():
                 held = self.world.daemons[place.node].held
                 assert wire.Extent(place.offset, place.generation) in held, "what is found is not freed"
         self.world.close()
@@ -127,8 +127,8 @@ class PoolMachine(RuleBasedStateMachine):
         match = self.world.call(wire.MatchPrefix(NAMESPACE, b"".join(keys), lease_s), wire.Match)
         assert set(keys[: match.num_blocks]) <= self.may_be_found, "P2: found only after put_end"
         if match.lease_id:
-            assert len(match.places) == match.num_blocks
-            self.leases[match.lease_id] = (self.world.now + lease_s, match.places)
+            assert len(match.places()) == match.num_blocks
+            self.leases[match.lease_id] = (self.world.now + lease_s, match.places())
 
     @precondition(lambda self: self.leases)
     @rule(index=indexes)

@@ -6,10 +6,12 @@ import json
 
 import pytest
 from google.protobuf import json_format
+from google.protobuf.message import Message
 from hypothesis import given
 from hypothesis import strategies as st
 
 from meta_server.kvcm.json_form import parse, render
+from meta_server.kvcm.protocol import admin_service_pb2 as admin
 from meta_server.kvcm.protocol import meta_service_pb2 as meta
 from stratakv.errors import InvalidRequest
 
@@ -27,6 +29,33 @@ def test_requests_are_read_as_protobuf_reads_them(keys: list[int], as_text: bool
 def test_what_is_printed_can_be_read_again(keys: list[int]) -> None:
     request = meta.GetCacheLocationRequest(block_keys=keys, query_type=meta.QT_BATCH_GET)
     assert parse(render(request), meta.GetCacheLocationRequest) == request
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        meta.GetCacheLocationResponse(
+            header=meta.CommonResponseHeader(status=meta.Status(code=meta.IO_ERROR, message="no"), request_id="1"),
+            locations=[
+                meta.CacheLocation(type=77, spec_size=1, location_specs=[meta.LocationSpec(name="a", uri="file:///x")]),
+                meta.CacheLocation(),
+            ],
+        ),
+        meta.StartWriteCacheResponse(block_mask=meta.BlockMask(offset=0)),
+        meta.StartWriteCacheResponse(block_mask=meta.BlockMask(bool_masks=meta.BoolMasksType(values=[True, False]))),
+        meta.ReportEventResponse(item_results=[meta.OK, meta.INVALID_ARGUMENT], retry_after_ms=1 << 63),
+        meta.EventItem(heartbeat=meta.HeartbeatParams(system_status={"load": "1"})),
+        admin.MetricsData(metric_name="m", metric_value=admin.MetricValue(float_value=0.5)),
+        admin.MetricsData(metric_value=admin.MetricValue(int_value=1 << 40)),
+        admin.ListStorageResponse(storage=[admin.StorageConfig(nfs=admin.NfsStorageSpec(root_path="/r"))]),
+    ],
+    ids=str,
+)
+def test_messages_are_printed_as_protobuf_prints_them(message: Message) -> None:
+    expected = json_format.MessageToDict(
+        message, always_print_fields_with_no_presence=True, preserving_proto_field_name=True
+    )
+    assert json.loads(render(message)) == expected
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from workers.engine.attention import MAX_RUNS_IN_PLACE, AttentionPart, AttentionPlan
+from workers.engine.attention_parts import AttentionPart
 from workers.engine.block_table import BlockTable
 from workers.engine.flash import exact, flash
+from workers.engine.torch_attention import MAX_RUNS_IN_PLACE, TorchAttention
 
 HEADS, KV_HEADS, DIM, BLOCK = 6, 2, 8, 4
 CPU = torch.device("cpu")
@@ -40,13 +41,13 @@ def run_step(tables: list[list[int]], lengths: list[tuple[int, int]], shared: in
             k_cache[run.start : run.stop] = kv[0, at : at + run.length]
             v_cache[run.start : run.stop] = kv[1, at : at + run.length]
             at += run.length
-        context = table.slot_runs(0, before + 1 if new == 1 else before)
-        parts.append(AttentionPart(sum(len(q) for q in queries), new, tuple(context)))
+        slots = table.slot_runs(0, before + new)
+        parts.append(AttentionPart(sum(len(q) for q in queries), new, tuple(slots)))
         queries.append(q)
         new_k.append(kv[0, before:])
         new_v.append(kv[1, before:])
         expected.append(reference(q, kv[0], kv[1]))
-    plan = AttentionPlan(parts, CPU)
+    plan = TorchAttention(parts, CPU)
     out = plan.attend(torch.cat(queries), torch.cat(new_k), torch.cat(new_v), k_cache, v_cache)
     torch.testing.assert_close(out, torch.cat(expected), rtol=1e-4, atol=1e-5)
 

@@ -118,6 +118,23 @@ def test_the_end_of_a_prefix_is_evicted_before_its_start() -> None:
     assert cache.num_cached([key(number) for number in range(4)]) == 2
 
 
+def test_what_had_to_go_for_want_of_room_is_counted_with_its_age() -> None:
+    now = 100.0
+    cache = KVCache(FACTS, 4, 4, torch.device("cpu"), clock=lambda: now)
+    blocks = cache.allocate(4, None)
+    assert blocks is not None
+    for number, block in enumerate(blocks):
+        cache.register(key(number), block)
+    cache.release(blocks[:1])
+    now = 110.0
+    cache.release(blocks[1:])
+    now = 130.0
+    cache.allocate(2, None)
+    assert (cache.num_evicted, cache.evicted_age_s) == (2, 30.0 + 20.0)
+    cache.drop_unreferenced()
+    assert cache.num_evicted == 2, "dropped at somebody's word"
+
+
 def test_a_double_release_is_found() -> None:
     cache = new_cache()
     blocks = cache.allocate(1, None)

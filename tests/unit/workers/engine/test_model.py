@@ -13,11 +13,12 @@ from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Conf
 
 from stratakv.errors import SetupError
 from tests.unit.workers.engine.harness import TINY, Oracle, prompt, save_tiny
-from workers.engine.attention import AttentionPart
+from workers.engine.attention_parts import AttentionPart
 from workers.engine.block_table import Run
 from workers.engine.config import EngineDtype
+from workers.engine.forward_batch import ForwardBatch
 from workers.engine.kv_cache import KVCache
-from workers.engine.model import ForwardBatch, Model
+from workers.engine.model import Model
 
 CPU = torch.device("cpu")
 LLAMA3_ROPE = {
@@ -42,7 +43,7 @@ def logits(model: Model, token_ids: list[int]) -> torch.Tensor:
     """Of all tokens, in one forward."""
     cache, count = KVCache(model.facts, 16, 16, CPU), len(token_ids)
     rows = list(range(count))
-    batch = ForwardBatch(token_ids, rows, [Run(0, count)], [AttentionPart(0, count, ())], rows)
+    batch = ForwardBatch(token_ids, rows, [Run(0, count)], [AttentionPart(0, count, (Run(0, count),))], rows)
     return model.forward(batch, cache, NoHooks())
 
 

@@ -1,4 +1,4 @@
-"""Causal grouped-query attention of a step's tokens over the paged cache.
+"""Attention of a step's tokens over the paged cache, in torch: for any type, device and block size.
 
 Keys that were in the cache before a step need no mask; a prompt chunk's own keys are causal. Runs of consecutive blocks are
 read in place, as views, and the results over several runs are merged by their log-sum-exp. Query heads are folded onto
@@ -7,38 +7,25 @@ their KV head, so that a key is read once for all of them; decoding sequences th
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
-from workers.engine.block_table import Run
+from workers.engine.attention_parts import AttentionPart, split_shared
+from workers.engine.block_table import Run, cut_runs
 from workers.engine.flash import Partial, flash, merge
 
 MAX_RUNS_IN_PLACE = 6
 """A sequence scattered over more runs than this is gathered first: one copy is cheaper than many small products."""
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionPart:
-    """Rows `first_row` .. `first_row + num_rows - 1` of a step: new tokens of one sequence.
-
-    A single row reads its own key from the cache, as the last slot of `context`; several rows read theirs from the step.
-    """
-
-    first_row: int
-    num_rows: int
-    context: tuple[Run, ...]
-
-
-class AttentionPlan:
+class TorchAttention:
     """How the parts of one step are attended to; made once, used in every layer."""
 
     def __init__(self, parts: Sequence[AttentionPart], device: torch.device) -> None:
         num_decodes = next((i for i, part in enumerate(parts) if part.num_rows > 1), len(parts))
         self._decodes = _DecodeRows(parts[:num_decodes], device) if num_decodes else None
-        self._chunks = [(part, _Context(part.context, device)) for part in parts[num_decodes:]]
+        self._chunks = [(part, _Context(_context_of(part), device)) for part in parts[num_decodes:]]
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
@@ -55,6 +42,11 @@ class AttentionPlan:
             rows = slice(part.first_row, part.first_row + part.num_rows)
             outputs.append(_attend_chunk(grouped[rows], k[rows], v[rows], context, *by_head))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _context_of(part: AttentionPart) -> Sequence[Run]:
+    """What the part reads unmasked: all before its rows; for a single row its own key too, so that there is something."""
+    return part.slots if part.num_rows == 1 else cut_runs(part.slots, part.num_before)
 
 
 class _Context:
@@ -83,9 +75,9 @@ class _DecodeRows:
 
     def __init__(self, parts: Sequence[AttentionPart], device: torch.device) -> None:
         self._num_rows = len(parts)
-        runs = [list(part.context) for part in parts]
-        self._shared = [(torch.tensor(rows, device=device), run) for rows, run in _split_shared(runs)]
-        self._own = [_Context(own, device) for own in runs]
+        shared, own_runs = split_shared([part.slots for part in parts])
+        self._shared = [(torch.tensor(rows, device=device), run) for rows, run in shared]
+        self._own = [_Context(own, device) for own in own_runs]
 
     def attend(self, grouped: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
         queries = grouped[: self._num_rows]
@@ -101,24 +93,6 @@ class _DecodeRows:
                 shared = _attend_unmasked(queries[rows], keys, values)
                 out[rows], lse[rows] = merge([(out[rows], lse[rows]), shared])
         return out.view(self._num_rows, -1)
-
-
-def _split_shared(runs: list[list[Run]]) -> list[tuple[list[int], Run]]:
-    """Cut the first run that several rows share off each of their lists; the rows, and what was cut."""
-    by_start: defaultdict[int, list[int]] = defaultdict(list)
-    for row, own in enumerate(runs):
-        by_start[own[0].start].append(row)
-    cut = []
-    for start, rows in by_start.items():
-        if len(rows) < 2:
-            continue
-        shared = Run(start, min(runs[row][0].length for row in rows))
-        for row in rows:
-            first, *others = runs[row]
-            rest = [Run(shared.stop, first.stop - shared.stop)] if first.stop > shared.stop else []
-            runs[row] = rest + others
-        cut.append((rows, shared))
-    return cut
 
 
 def _attend_unmasked(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Partial:
@@ -139,7 +113,7 @@ def _attend_chunk(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
 ) -> torch.Tensor:
-    """A prompt chunk: unmasked over its context, causal over its own keys (a single row's is in its context).
+    """A prompt chunk: unmasked over its context, causal over its own keys.
 
     Returns [rows, num_heads × head_dim].
     """

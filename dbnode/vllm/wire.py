@@ -1,0 +1,213 @@
+"""A request of the DB node in the words of vLLM's OpenAI server, and its answer back again. No I/O.
+
+Where vLLM differs from our own workers: it knows nothing of tokens that were generated elsewhere, so they become part of the
+prompt. That is not possible for an answer that must have a form, whose beginning vLLM has not seen, nor for a seeded one,
+whose random numbers begin anew: such an answer is generated again from its beginning, and must begin with the same tokens.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from dbnode.errors import WorkerLost, WorkerRefused
+from dbnode.generate import FinishReason
+from dbnode.worker_client import told
+from dbnode.worker_messages import (
+    KVTransfer,
+    WorkerChoice,
+    WorkerChunk,
+    WorkerError,
+    WorkerRequest,
+    WorkerTimes,
+    WorkerUsage,
+)
+from stratakv.errors import StrataError
+
+
+class Part(enum.Enum):
+    """What of a request a vLLM server is to do."""
+
+    ALL = enum.auto()
+    PREFILL = enum.auto()
+    """Compute the prompt and one token."""
+
+
+class VllmChoice(msgspec.Struct, frozen=True):
+    token_ids: list[int] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+class VllmPromptDetails(msgspec.Struct, frozen=True):
+    cached_tokens: int | None = None
+
+
+class VllmUsage(msgspec.Struct, frozen=True):
+    prompt_tokens: int = 0
+    completion_tokens: int | None = 0
+    prompt_tokens_details: VllmPromptDetails | None = None
+
+
+class VllmTimes(msgspec.Struct, frozen=True):
+    queue_time_ms: float | None = None
+
+
+class VllmChunk(msgspec.Struct, frozen=True):
+    """One event of a stream."""
+
+    choices: list[VllmChoice] = []
+    usage: VllmUsage | None = None
+    metrics: VllmTimes | None = None
+    error: WorkerError | None = None
+
+
+class ModelCard(msgspec.Struct, frozen=True):
+    """One of GET /v1/models."""
+
+    id: str
+    max_model_len: int | None = None
+    parent: str | None = None
+    """Of an adapter: its base model."""
+
+
+class ModelList(msgspec.Struct, frozen=True):
+    data: list[ModelCard]
+
+
+class Tokens(msgspec.Struct, frozen=True):
+    """Answer of POST /tokenize."""
+
+    tokens: list[int]
+
+
+_decode_chunk = msgspec.json.Decoder(VllmChunk).decode
+
+
+def must_begin_again(request: WorkerRequest) -> bool:
+    """Whether an answer cannot go on from tokens that another worker made."""
+    return request.structured_outputs is not None or (request.seed is not None and request.temperature > 0)
+
+
+def body(request: WorkerRequest, model: str, part: Part) -> dict[str, Any]:
+    """Body of POST /v1/completions. Everything is said, so that the server's own defaults do not matter."""
+    made = _made(request)
+    fields: dict[str, Any] = {
+        "model": model,
+        "prompt": request.prompt + made if made and not must_begin_again(request) else request.prompt,
+        "max_tokens": _max_tokens(request, part),
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "top_k": request.top_k,
+        "min_p": request.min_p,
+        "repetition_penalty": 1.0,
+        "ignore_eos": request.ignore_eos,
+        "request_id": request.request_id,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "return_token_ids": True,
+    }
+    if request.seed is not None:
+        fields["seed"] = request.seed
+    if request.cache_salt is not None:
+        fields["cache_salt"] = request.cache_salt
+    if request.stop and part is Part.ALL:
+        fields["stop"] = request.stop
+    if request.structured_outputs is not None and part is Part.ALL:
+        fields["structured_outputs"] = request.structured_outputs
+    return fields
+
+
+def _made(request: WorkerRequest) -> list[int]:
+    return request.kv_transfer_params.output_token_ids if request.kv_transfer_params else []
+
+
+def _max_tokens(request: WorkerRequest, part: Part) -> int:
+    if part is Part.PREFILL:
+        return 1
+    return max(1, request.max_tokens - (0 if must_begin_again(request) else len(_made(request))))
+
+
+@dataclass(slots=True)
+class Reader:
+    """One answer's events, as our own workers would have sent them."""
+
+    url: str
+    request: WorkerRequest
+    part: Part
+    _num_repeated: int = 0
+    """Tokens seen that had been handed on before."""
+
+    def read(self, payload: bytes) -> WorkerChunk:
+        """Raises what the server says, or what is wrong with its answer."""
+        try:
+            chunk = _decode_chunk(payload)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise WorkerRefused(f"{self.url} sent what is no completion: {error}") from None
+        if chunk.error is not None:
+            raise said(self.url, chunk.error)
+        choices = [self._choice(choice) for choice in chunk.choices]
+        return WorkerChunk(choices=choices, usage=self._usage(chunk))
+
+    def _choice(self, choice: VllmChoice) -> WorkerChoice:
+        token_ids = choice.token_ids or []
+        reason = None if choice.finish_reason is None else self._reason(choice.finish_reason)
+        if reason is FinishReason.STOP and not isinstance(choice.stop_reason, str):
+            token_ids = token_ids[:-1]  # the end-of-sequence token, which our own workers do not send
+        if not must_begin_again(self.request):
+            is_full = len(_made(self.request)) >= self.request.max_tokens  # vLLM generates one token at least
+            return WorkerChoice(token_ids=[] if is_full else token_ids, finish_reason=reason)
+        if self.part is Part.PREFILL:
+            return WorkerChoice(token_ids=[], finish_reason=reason and FinishReason.LENGTH)
+        return WorkerChoice(token_ids=self._new(token_ids, reason), finish_reason=reason)
+
+    def _reason(self, text: str) -> FinishReason:
+        if text in (FinishReason.STOP, FinishReason.LENGTH):
+            return FinishReason(text)
+        if text == "abort":
+            raise WorkerLost(f"{self.url} gave the request up")
+        raise WorkerRefused(f"{self.url} ended the answer for the reason {text!r}")
+
+    def _new(self, token_ids: list[int], reason: FinishReason | None) -> list[int]:
+        """Those that were not handed on before by another worker."""
+        before = _made(self.request)[self._num_repeated :]
+        num_same = min(len(before), len(token_ids))
+        self._num_repeated += num_same
+        if token_ids[:num_same] != before[:num_same] or (reason is not None and len(before) > num_same):
+            raise WorkerRefused(f"{self.url} does not begin the answer as the worker before it had")
+        return token_ids[num_same:]
+
+    def _usage(self, chunk: VllmChunk) -> WorkerUsage | None:
+        """vLLM tells how much it did not compute, not where from; what was handed over came from the pool."""
+        usage, times = chunk.usage, chunk.metrics
+        if usage is None:
+            return None
+        details, num_prompt = usage.prompt_tokens_details, len(self.request.prompt)
+        num_cached = min(details.cached_tokens or 0 if details else 0, num_prompt)
+        transfer = self.request.kv_transfer_params or KVTransfer()
+        from_pool = num_cached if transfer.do_remote_prefill else 0
+        said_times = WorkerTimes(
+            computed=num_prompt - num_cached,
+            l1=num_cached - from_pool,
+            pool=from_pool,
+            queue_ms=times.queue_time_ms or 0.0 if times else 0.0,
+        )
+        return WorkerUsage(usage.prompt_tokens, usage.completion_tokens or 0, said_times)
+
+
+def said(url: str, error: WorkerError, status: int | None = None) -> StrataError:
+    """vLLM's own words as the error whose handling fits; in a stream the status stands in the error itself."""
+    code = error.code if isinstance(error.code, int) else None
+    return told(url, msgspec.structs.replace(error, code=None), status or code)
+
+
+def refusal(url: str, status: int, answer: bytes) -> StrataError:
+    """Of an answer that is no stream."""
+    try:
+        error = _decode_chunk(answer).error
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        error = None
+    return said(url, error or WorkerError(f"status {status}"), status)

@@ -1,0 +1,283 @@
+"""`StrataKVConnector`: what vLLM calls, in its scheduler and in each of its workers; hands on to the one side or the other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+)
+from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
+
+from stratakv._native import is_built
+from stratakv.errors import SetupError
+from stratakv.integrations.link import PoolLink, read_credentials
+from stratakv.integrations.vllm.fingerprint import rank_namespace
+from stratakv.integrations.vllm.keys import RequestKeys
+from stratakv.integrations.vllm.kv_tensors import layer_tensors, layout_of
+from stratakv.integrations.vllm.options import LoadMode, parse_options
+from stratakv.integrations.vllm.orders import Rank, RankSpec, StepOrders, StepReport
+from stratakv.integrations.vllm.scheduler_side import SchedulerSide
+from stratakv.integrations.vllm.worker_side import RankMemory, WorkerSide, dtype_name
+from stratakv.log import EventLogger, log_as_guest
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+log = EventLogger("stratakv.vllm")
+
+
+@dataclass
+class OrdersMetadata(KVConnectorMetadata):  # type: ignore[misc]
+    """From the scheduler to the workers, once per step."""
+
+    orders: StepOrders = field(default_factory=StepOrders)
+
+
+@dataclass
+class SpecMetadata(KVConnectorHandshakeMetadata):  # type: ignore[misc]
+    """From a worker to the scheduler, once."""
+
+    spec: RankSpec
+
+
+@dataclass
+class ReportMetadata(KVConnectorWorkerMetadata):  # type: ignore[misc]
+    """From the workers to the scheduler, once per step."""
+
+    report: StepReport
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        assert isinstance(other, ReportMetadata)
+        self.report.add(other.report)
+        return self
+
+
+class StrataKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
+    """vLLM's prefix cache, continued in a StrataKV pool."""
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        """Raises SetupError for what cannot be served."""
+        super().__init__(vllm_config, role, kv_cache_config)
+        log_as_guest()
+        transfer = vllm_config.kv_transfer_config
+        assert transfer is not None
+        self._options = parse_options(transfer.kv_connector_extra_config)
+        self._num_blocks = kv_cache_config.num_blocks
+        self._block_size = _one_block_size(vllm_config, kv_cache_config)
+        if transfer.kv_load_failure_policy != "recompute":
+            raise SetupError(
+                "a block that cannot be loaded would fail its request",
+                hint='Add "kv_load_failure_policy": "recompute" to --kv-transfer-config.',
+            )
+        self._link = PoolLink(
+            self._options.meta,
+            credentials=read_credentials(self._options.pool_secret_file),
+            role="vllm",
+            name=f"{os.uname().nodename}-{os.getpid()}",
+        )
+        self._scheduler = self._make_scheduler_side() if role is KVConnectorRole.SCHEDULER else None
+        self._worker: WorkerSide | None = None
+
+    # In each worker.
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        config, options = self._vllm_config, self._options
+        layers = layer_tensors(kv_caches, self._num_blocks)
+        rank: Rank = (get_tensor_model_parallel_rank(), get_pp_group().rank_in_group)
+        layout = layout_of(layers, self._block_size, dtype_name(kv_caches), *rank)
+        names = tuple(layer.names for layer in layers)
+        namespace = rank_namespace(config, options, layout, names, layers[0].storage.device.type)
+        node = options.node or self._link.local_node()
+        if not is_built():
+            log.info("native_module_missing", effect="pages are moved by Python, slower")
+        log.info("joined", node=node, namespace=namespace.hex(), page_bytes=layout.page_bytes, rank=rank)
+        memory = RankMemory(layers, layout, namespace, rank)
+        self._worker = WorkerSide(self._link, options, memory, node, f"vllm-{os.uname().nodename}-{os.getpid()}")
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        return SpecMetadata(self._worker.spec) if self._worker is not None else None
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        if self._worker is not None:
+            self._worker.take_back(_orders(kv_connector_metadata))
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        if self._worker is not None:
+            self._worker.begin_step(_orders(connector_metadata))
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        if self._worker is not None and self.has_connector_metadata():
+            self._worker.start_loads(_orders(self._get_connector_metadata()))
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        if self._worker is not None:
+            self._worker.wait_layer(layer_name)
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: AttentionMetadata, **kwargs: Any
+    ) -> None:
+        if self._worker is not None:
+            self._worker.layer_saved(layer_name)
+
+    def wait_for_save(self) -> None:
+        if self._worker is not None:
+            self._worker.end_step()
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        return self._worker.finished() if self._worker is not None else (None, None)
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._worker.take_bad_blocks() if self._worker is not None else set()
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        report = self._worker.take_report() if self._worker is not None else None
+        return ReportMetadata(report) if report else None
+
+    # In the scheduler.
+
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
+    ) -> None:
+        """vLLM's keys are (pipeline rank, tensor rank)."""
+        if self._scheduler is not None:
+            self._scheduler.ranks_known({(tp, pp): _spec(sent) for (pp, tp), sent in metadata.items()})
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        if self._scheduler is None or request.skip_reading_prefix_cache:
+            return 0, False
+        return self._scheduler.num_tokens_to_load(request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        if self._scheduler is not None:
+            self._scheduler.blocks_allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        scheduler = self._scheduler
+        assert scheduler is not None
+        counts = scheduler_output.num_scheduled_tokens
+        for new in scheduler_output.scheduled_new_reqs:
+            scheduler.request_scheduled(
+                new.req_id, new.block_ids[0], new.num_computed_tokens, counts[new.req_id], is_anew=True
+            )
+        cached = scheduler_output.scheduled_cached_reqs
+        known = zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True)
+        for request_id, blocks, num_computed_tokens in known:
+            scheduler.request_scheduled(
+                request_id,
+                blocks[0] if blocks else (),
+                num_computed_tokens,
+                counts[request_id],
+                is_anew=request_id in cached.resumed_req_ids,
+            )
+        return OrdersMetadata(scheduler.take_orders(scheduler_output.preempted_req_ids or ()))
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        if self._scheduler is not None:
+            sent = connector_output.kv_connector_worker_meta
+            report = sent.report if isinstance(sent, ReportMetadata) else None
+            self._scheduler.step_done(
+                connector_output.finished_recving or (), connector_output.invalid_block_ids, report
+            )
+
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        if self._scheduler is None:
+            return False, None
+        num_final_tokens = request.num_computed_tokens - request.num_in_flight_tokens
+        return self._scheduler.request_finished(request, block_ids, num_final_tokens), None
+
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        return ()
+
+    def reset_cache(self) -> bool:
+        return self._scheduler is None or self._scheduler.flush()
+
+    # In both.
+
+    def shutdown(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+        elif self._scheduler is not None:
+            self._scheduler.close()
+        else:
+            self._link.close()
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A lost save is only a later miss."""
+        return False
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        return extra_config.get("load") == LoadMode.LAYERWISE
+
+    def _make_scheduler_side(self) -> SchedulerSide:
+        config = self._vllm_config
+        cache = config.cache_config
+        keys = RequestKeys(self._block_size, cache.hash_block_size, cache.prefix_caching_hash_algo)
+        return SchedulerSide(
+            self._link,
+            self._options,
+            self._block_size,
+            keys,
+            may_load_layerwise=self._may_load_layerwise(),
+        )
+
+    def _may_load_layerwise(self) -> bool:
+        """Whether a step can wait for layers, and is over before vLLM plans the next one upon what it has loaded."""
+        config = self._vllm_config
+        has_steps_in_flight = (
+            config.scheduler_config.async_scheduling or config.parallel_config.pipeline_parallel_size > 1
+        )
+        if self._options.load is LoadMode.LAYERWISE and has_steps_in_flight:
+            raise SetupError(
+                "layer-wise loading needs steps that do not overlap",
+                hint="Start vLLM with --no-async-scheduling and without pipeline parallelism, or leave out load.",
+            )
+        # CUDA graphs skip the hooks of layers unless they are told not to, which only `layerwise` does.
+        is_host = config.device_config.device_type == "cpu"
+        return not has_steps_in_flight and (is_host or self._options.load is LoadMode.LAYERWISE)
+
+
+def _one_block_size(config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:
+    """Tokens of a block. Raises SetupError for caches that are not one list of blocks of full attention."""
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        raise SetupError(
+            f"this model keeps {len(groups)} kinds of KV cache, and one is supported",
+            hint="Start vLLM with --disable-hybrid-kv-cache-manager; models with state-space layers cannot be served.",
+        )
+    parallel = config.parallel_config
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        raise SetupError("context parallelism spreads a block over ranks, which is not supported")
+    spec = groups[0].kv_cache_spec
+    if not spec.prefix_cacheable:
+        raise SetupError(f"KV caches of the kind {type(spec).__name__} have no prefixes")
+    return int(spec.block_size)
+
+
+def _orders(metadata: KVConnectorMetadata) -> StepOrders:
+    assert isinstance(metadata, OrdersMetadata)
+    return metadata.orders
+
+
+def _spec(metadata: KVConnectorHandshakeMetadata) -> RankSpec:
+    assert isinstance(metadata, SpecMetadata)
+    return metadata.spec

@@ -1,0 +1,93 @@
+"""What the scheduler's side tells the workers' side for one step, and what it gets told back. Sent between processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from stratakv.keys import BlockKey, Namespace
+from stratakv.wire import Place, Segment
+
+Rank = tuple[int, int]
+"""(tensor-parallel, pipeline-parallel): each rank keeps its share of a block as a page in a namespace of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankSpec:
+    """What a rank tells the scheduler once it knows its KV tensors."""
+
+    namespace: Namespace
+    page_bytes: int
+    node: str | None
+    """The daemon of its host."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankHit:
+    """Where one rank's pages of some consecutive blocks lie, and the lease that pins them there."""
+
+    places: Sequence[Place]
+    segments: Sequence[Segment]
+    lease_id: int
+
+    def part(self, start: int, stop: int) -> RankHit:
+        return RankHit(self.places[start:stop], self.segments, self.lease_id)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOrder:
+    """Fill these blocks of vLLM. From here on the lease is the worker's to give back."""
+
+    request_id: str
+    is_layerwise: bool
+    blocks: Sequence[int]
+    keys: Sequence[BlockKey]
+    hits: dict[Rank, RankHit]
+
+
+@dataclass(frozen=True, slots=True)
+class SaveOrder:
+    """Write these blocks to the pool, which are full once this step is done."""
+
+    request_id: str
+    blocks: Sequence[int]
+    keys: Sequence[BlockKey]
+
+
+@dataclass(slots=True)
+class StepOrders:
+    """Everything for one step."""
+
+    loads: list[LoadOrder] = field(default_factory=list)
+    saves: list[SaveOrder] = field(default_factory=list)
+    preempted: set[str] = field(default_factory=set)
+    """vLLM has taken their blocks away: nothing that is still being saved of them may become visible."""
+    held: set[str] = field(default_factory=set)
+    """Finished; vLLM keeps their blocks until they are reported as sent."""
+    dropped: set[str] = field(default_factory=set)
+    """Finished while loading: stop, and report them as received."""
+    voids_saves: bool = False
+    """Nothing that is still being saved may become visible: the cache was reset."""
+
+
+@dataclass(slots=True)
+class StepReport:
+    """What one rank has to tell after a step."""
+
+    loaded_bytes: int = 0
+    load_s: float = 0.0
+    loads: int = 0
+    failed_loads: int = 0
+    saved_blocks: int = 0
+    dropped_saves: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.loads or self.failed_loads or self.saved_blocks or self.dropped_saves)
+
+    def add(self, other: StepReport) -> None:
+        self.loaded_bytes += other.loaded_bytes
+        self.load_s += other.load_s
+        self.loads += other.loads
+        self.failed_loads += other.failed_loads
+        self.saved_blocks += other.saved_blocks
+        self.dropped_saves += other.dropped_saves

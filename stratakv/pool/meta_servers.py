@@ -1,0 +1,29 @@
+"""Asks each meta server that the settings name who leads, leaders and standbys alike. Used by the command line."""
+
+from __future__ import annotations
+
+import asyncio
+
+from stratakv.errors import StrataError
+from stratakv.pool.auth import PoolCredentials
+from stratakv.pool.meta_client import meta_endpoints
+from stratakv.pool.meta_link import MetaLink
+from stratakv.settings import MetaSettings
+from stratakv.wire import GetLeader, LeaderState
+
+
+async def leader_states(settings: MetaSettings, credentials: PoolCredentials | None) -> dict[str, LeaderState | None]:
+    """host:port → what that server says; None if it does not answer."""
+    endpoints = meta_endpoints(settings)
+    states = await asyncio.gather(*(_ask(endpoint, settings.request_timeout_s, credentials) for endpoint in endpoints))
+    return {endpoint.removeprefix("tcp://"): state for endpoint, state in zip(endpoints, states, strict=True)}
+
+
+async def _ask(endpoint: str, timeout_s: float, credentials: PoolCredentials | None) -> LeaderState | None:
+    link = MetaLink(endpoint, credentials)
+    try:
+        return await link.exchange(GetLeader(), LeaderState, timeout_s)
+    except StrataError:
+        return None  # silence, or another protocol: either way it is of no use
+    finally:
+        link.close("asked")

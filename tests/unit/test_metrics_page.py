@@ -1,0 +1,50 @@
+"""Every metric is documented with the name under which it is scraped, and every name that is documented exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.registry import Collector
+
+from dbnode.metrics import NodeMetrics
+from dmp.allocator import ExtentAllocator
+from dmp.disk.store import DiskStore
+from dmp.metrics import DaemonMetrics
+from dmp.puts import PutTable
+from meta_server.metrics import PoolCollector
+from stratakv.pool.messages import DaemonStats
+from tests.pool_world import World
+from workers.metrics import WorkerMetrics
+
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "metrics.md"
+_ROW = re.compile(r"^\| (`stratakv_[^|]*)\|", re.MULTILINE)
+_NAME = re.compile(r"`(stratakv_\w+)`")
+
+
+def documented(prefix: str) -> set[str]:
+    names = {name for row in _ROW.findall(PAGE.read_text()) for name in _NAME.findall(row)}
+    return {name for name in names if name.startswith(prefix)}
+
+
+def told(registry: CollectorRegistry | Collector) -> set[str]:
+    return {f"{m.name}_total" if m.type == "counter" else m.name for m in registry.collect()}
+
+
+def test_those_of_a_daemon(tmp_path: Path) -> None:
+    metrics, puts = DaemonMetrics(), PutTable(ExtentAllocator(4096), lambda: 0.0)
+    metrics.watch(puts, DiskStore(tmp_path, 4096, 4096), lambda: DaemonStats(4096, 0, 0, 0, 0, 0, 0))
+    assert told(metrics.registry) == documented("stratakv_dmp_")
+
+
+def test_those_of_the_meta_server() -> None:
+    world = World()
+    assert told(PoolCollector(lambda: world.handlers)) == documented("stratakv_pool_") - {"stratakv_pool_errors_total"}
+    world.close()
+
+
+@pytest.mark.parametrize("registry", [WorkerMetrics("m").registry, NodeMetrics("m").registry], ids=["worker", "node"])
+def test_those_of_workers_and_db_nodes(registry: CollectorRegistry) -> None:
+    assert told(registry) <= documented("stratakv_")

@@ -1,0 +1,1 @@
+"""Tests of vLLM on the pool: `make test-vllm`."""

@@ -1,0 +1,79 @@
+"""The operations of a step in torch: for every type, device and shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional
+
+from workers.engine.block_table import Run
+from workers.engine.forward_batch import ForwardBatch
+from workers.engine.model_config import ModelConfig
+from workers.engine.rope import RotaryEmbedding, rotate
+from workers.engine.step_ops import HeadNorms, Rotated
+from workers.engine.torch_attention import TorchAttention
+
+_MAX_SLICE_WRITES = 4
+"""New keys that lie in more runs of slots than this are written by index."""
+
+
+class TorchStep:
+    """Makes `StepOps` of plain torch operations."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, batch: ForwardBatch, rope: RotaryEmbedding) -> None:
+        device = rope.device
+        self._config = config
+        self._dtype = dtype
+        self._cos, self._sin = (each.unsqueeze(1) for each in rope.at(batch.positions))
+        self._writer = _SlotWriter(batch.writes, device)
+        self._attention = TorchAttention(batch.parts, device)
+
+    def add_norm(self, hidden: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
+        if added is not None:
+            hidden += added
+        return self._normalise(hidden, weight).to(self._dtype)
+
+    def rotate_write(
+        self, heads: torch.Tensor, norms: HeadNorms | None, k_cache: torch.Tensor, v_cache: torch.Tensor
+    ) -> Rotated:
+        num_heads, num_kv_heads = self._config.num_heads, self._config.num_kv_heads
+        qk, v = heads[:, : num_heads + num_kv_heads].float(), heads[:, num_heads + num_kv_heads :]
+        if norms is not None:
+            q, k = qk[:, :num_heads], qk[:, num_heads:]
+            qk = torch.cat([self._normalise(q, norms.q), self._normalise(k, norms.k)], dim=1)
+        qk = rotate(qk, self._cos, self._sin, self._dtype)
+        rotated = Rotated(qk[:, :num_heads], qk[:, num_heads:], v)
+        self._writer.write(rotated.k, k_cache)
+        self._writer.write(rotated.v, v_cache)
+        return rotated
+
+    def attend(self, rotated: Rotated, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
+        return self._attention.attend(*rotated, k_cache, v_cache)
+
+    def gated(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return functional.silu(gate).mul_(up)
+
+    def _normalise(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return functional.rms_norm(hidden, weight.shape, weight, self._config.rms_norm_eps)
+
+
+class _SlotWriter:
+    """Writes a step's rows to their slots: slice by slice if they lie in few runs, else by index."""
+
+    def __init__(self, runs: Sequence[Run], device: torch.device) -> None:
+        self._runs = runs
+        self._index: torch.Tensor | None = None
+        if len(runs) > _MAX_SLICE_WRITES:
+            slots = [slot for run in runs for slot in range(run.start, run.stop)]
+            self._index = torch.tensor(slots, device=device)
+
+    def write(self, rows: torch.Tensor, cache: torch.Tensor) -> None:
+        if self._index is not None:
+            cache.index_copy_(0, self._index, rows)
+            return
+        first = 0
+        for run in self._runs:
+            cache[run.start : run.stop].copy_(rows[first : first + run.length])
+            first += run.length
