@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from dbnode.errors import NoWorker, WorkerLost, WorkerRefused, WorkersExhausted, WorkerUnreachable
+from dbnode.errors import HandoverFailed, NoWorker, WorkerLost, WorkerRefused, WorkersExhausted, WorkerUnreachable
 from dbnode.generate import FinishReason, PromptTiers, Sampling
 from dbnode.scheduler.scheduler import Plan, PromptKeys, Scheduler
 from dbnode.scheduler.workers import Sent, WorkerRecord
@@ -95,30 +95,75 @@ class Dispatch:
             raise last_error from None
 
     async def _try(self, plan: Plan) -> AsyncGenerator[list[int], None]:
+        if plan.prefill is None or self.output:
+            steps = self._decode(plan.worker, KVTransfer(), plan.uncached_tokens)
+        elif _can_follow(plan.worker, plan.prefill) and self._job.max_tokens > 1:
+            steps = self._split_followed(plan.prefill, plan)
+        else:
+            steps = self._split(plan.prefill, plan)
+        async with aclosing(steps):
+            async for token_ids in steps:
+                yield token_ids
+
+    async def _split(self, prefill: WorkerRecord, plan: Plan) -> AsyncGenerator[list[int], None]:
+        """Prefill on one worker, then decode on the other, which loads the prompt from the pool."""
         transfer = KVTransfer()
-        worker = plan.worker
-        if plan.prefill is not None and not self.output:
-            async with aclosing(self._prefill(plan.prefill, plan.uncached_tokens)) as prefill:
-                async for chunk in prefill:
-                    transfer = chunk.transfer or transfer
-                    if chunk.token_ids:
-                        yield chunk.token_ids
-            if self.finish_reason is not None:
-                return
-            if not transfer.do_remote_prefill:
-                worker = plan.prefill  # the prompt did not get into the pool; it is only there
-        uncached = 1 if transfer.do_remote_prefill else plan.uncached_tokens
+        async with aclosing(self._prefill(prefill, KVTransfer(do_remote_decode=True), plan.uncached_tokens)) as chunks:
+            async for chunk in chunks:
+                transfer = chunk.transfer or transfer
+                if chunk.token_ids:
+                    yield chunk.token_ids
+        if self.finish_reason is not None:
+            return
+        # If the prompt did not get into the pool, it is only where it was computed.
+        worker, uncached = (plan.worker, 1) if transfer.do_remote_prefill else (prefill, plan.uncached_tokens)
         async with aclosing(self._decode(worker, transfer, uncached)) as decode:
             async for token_ids in decode:
                 yield token_ids
 
-    async def _prefill(self, record: WorkerRecord, num_tokens: int) -> AsyncGenerator[WorkerChunk, None]:
+    async def _split_followed(self, prefill: WorkerRecord, plan: Plan) -> AsyncGenerator[list[int], None]:
+        """Both at once: the decode worker loads what the prefill worker writes, and goes on from its first token."""
+        asked = KVTransfer(do_remote_decode=True, is_followed=True)
+        following = KVTransfer(
+            do_remote_prefill=True, remote_url=prefill.url, remote_request_id=self._request_id(asked)
+        )
+        is_prefilled = asyncio.Event()
+        decode = self._decode(plan.worker, following, 1, after=is_prefilled)
+        first = asyncio.ensure_future(anext(decode, None))
+        try:
+            async with aclosing(self._prefill(prefill, asked, plan.uncached_tokens)) as chunks:
+                async for chunk in chunks:
+                    if chunk.token_ids:
+                        yield chunk.token_ids
+            if self.finish_reason is not None:
+                return
+            is_prefilled.set()
+            token_ids = await first
+            while token_ids is not None:
+                yield token_ids
+                token_ids = await anext(decode, None)
+            return
+        except _Failed as failed:
+            if not isinstance(failed.error, HandoverFailed):
+                raise
+            log.info("handover_failed", url=plan.worker.url, error=failed.error.message)
+        finally:
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+            await decode.aclose()
+        async with aclosing(self._decode(prefill, KVTransfer(), 1)) as steps:
+            async for token_ids in steps:
+                yield token_ids
+
+    async def _prefill(
+        self, record: WorkerRecord, transfer: KVTransfer, num_tokens: int
+    ) -> AsyncGenerator[WorkerChunk, None]:
         """Compute the prompt and the first token on one worker, to go on elsewhere.
 
-        The token comes at once; the hand-over follows when the prompt's blocks can be found. Some answers cannot go on from a
-        token that another worker made; then only the hand-over comes.
+        The token comes at once; unless the request is followed, the hand-over comes when the prompt's blocks can be found. Some
+        answers cannot go on from a token that another worker made; then only the hand-over comes.
         """
-        request = msgspec.structs.replace(self._body(KVTransfer(do_remote_decode=True)), max_tokens=1)
+        request = msgspec.structs.replace(self._body(transfer), max_tokens=1)
         reason: FinishReason | None = None
         is_handed_over = False
         async with aclosing(self._chunks(record, request, num_tokens)) as chunks:
@@ -134,13 +179,13 @@ class Dispatch:
             self.finish_reason = FinishReason.LENGTH
 
     async def _decode(
-        self, record: WorkerRecord, transfer: KVTransfer, num_tokens: int
+        self, record: WorkerRecord, transfer: KVTransfer, num_tokens: int, after: asyncio.Event | None = None
     ) -> AsyncGenerator[list[int], None]:
-        """Generate on one worker up to the end."""
+        """Generate on one worker up to the end. What it answers is looked at `after` something else."""
         if self.output:
             transfer = msgspec.structs.replace(transfer, output_token_ids=list(self.output))
         reason: FinishReason | None = None
-        async with aclosing(self._chunks(record, self._body(transfer), num_tokens)) as chunks:
+        async with aclosing(self._chunks(record, self._body(transfer), num_tokens, after)) as chunks:
             async for chunk in chunks:
                 reason = chunk.finish_reason or reason
                 if chunk.token_ids:
@@ -151,15 +196,17 @@ class Dispatch:
         self.finish_reason = reason
 
     async def _chunks(
-        self, record: WorkerRecord, request: WorkerRequest, num_tokens: int
+        self, record: WorkerRecord, request: WorkerRequest, num_tokens: int, after: asyncio.Event | None = None
     ) -> AsyncGenerator[WorkerChunk, None]:
-        """One worker's answer as it streams; its tokens are handed on. Raises _Failed."""
+        """One worker's answer as it streams; its tokens are handed on, `after` those of another one. Raises _Failed."""
         with self._scheduler.sent(record, self._job.keys, num_tokens) as sent:
             try:
                 async with _unless_silent(record, sent, self._job.deadline_s):
                     stream = await self._client.stream(record.url, request, self._job.deadline_s)
                 sent.abort = stream.close
                 async with stream, aclosing(stream.chunks()) as chunks:
+                    if after is not None:
+                        await after.wait()
                     async for chunk in chunks:
                         if chunk.token_ids:
                             self._scheduler.prefilled(record, sent)
@@ -174,7 +221,7 @@ class Dispatch:
         return WorkerRequest(
             model=job.model,
             prompt=list(job.keys.token_ids),
-            request_id=f"{job.request_id}-{self._attempt}{'p' if transfer.do_remote_decode else ''}",
+            request_id=self._request_id(transfer),
             max_tokens=job.max_tokens,
             temperature=sampling.temperature,
             timeout_s=max(0.001, job.deadline_s - time.monotonic()),
@@ -188,6 +235,10 @@ class Dispatch:
             structured_outputs=sampling.structured_outputs,
             cache_salt=job.keys.cache_salt,
         )
+
+    def _request_id(self, transfer: KVTransfer) -> str:
+        """What a worker calls the request."""
+        return f"{self._job.request_id}-{self._attempt}{'p' if transfer.do_remote_decode else ''}"
 
     def _take_usage(self, usage: WorkerUsage | None) -> None:
         if usage is None or self.tiers is not None:
@@ -217,6 +268,14 @@ class Dispatch:
             if self._failures > (RETRIES_AFTER_TOKENS_MAX if self.output else RETRIES_BEFORE_TOKENS_MAX):
                 raise error
         return error
+
+
+def _can_follow(decode: WorkerRecord, prefill: WorkerRecord) -> bool:
+    """Whether one can take a prompt over from the other while it is computed."""
+    ours, theirs = decode.facts, prefill.facts
+    if ours is None or theirs is None or not (ours.hands_over and theirs.hands_over):
+        return False
+    return ours.namespace == theirs.namespace and ours.block_size == theirs.block_size
 
 
 @asynccontextmanager

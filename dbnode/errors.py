@@ -7,6 +7,7 @@ StrataError
 │   ├── NoWorker
 │   ├── WorkerUnreachable    the request did not reach the worker
 │   └── WorkerRefused        the worker is draining or full, or failed the request in an orderly way
+│       └── HandoverFailed   a decode worker did not get the prompt's KV
 ├── AnswerCut                a typed answer does not fit max_tokens
 ├── AnswerUnfit              a worker's answer is not of its type
 ├── WorkerLost               the worker went away with the request in hand
@@ -43,6 +44,12 @@ class WorkerRefused(Unavailable):
     """The worker answered, but did not do the work: full, draining, or its engine failed."""
 
     code = "worker_refused"
+
+
+class HandoverFailed(WorkerRefused):
+    """The decode worker did not get the prompt's KV; the worker that computed it can go on."""
+
+    code = "handover_failed"
 
 
 class WorkerLost(StrataError):

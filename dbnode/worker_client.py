@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from dbnode.errors import WorkerRefused, WorkerUnreachable
+from dbnode.errors import HandoverFailed, WorkerRefused, WorkerUnreachable
 from dbnode.worker_http import EventStream, HttpDoor, decode_state
 from dbnode.worker_messages import UsageOptions, WorkerChunk, WorkerError, WorkerFacts, WorkerRequest
 from stratakv.errors import DeadlineExceeded, InvalidRequest, Overloaded, StrataError
@@ -122,6 +122,8 @@ def told(url: str, error: WorkerError, status: int | None) -> StrataError:
         return kind(error.message, param=error.param)
     if error.code == Overloaded.code or status == Overloaded.http_status:
         return Overloaded(error.message)
+    if error.code == HandoverFailed.code:
+        return HandoverFailed(f"{url}: {error.message}")
     return WorkerRefused(f"{url}: {error.message}")
 
 

@@ -19,6 +19,11 @@ class KVTransfer(msgspec.Struct, frozen=True, omit_defaults=True):
     remote_epoch: str = ""
     num_tokens: int = 0
     output_token_ids: list[int] = []
+    is_followed: bool = False
+    """Of a prefill: the decode worker follows it already, and takes the first token from it."""
+    remote_url: str = ""
+    remote_request_id: str = ""
+    """Of a decode: the prefill to follow."""
 
 
 class UsageOptions(msgspec.Struct, frozen=True):
@@ -122,3 +127,5 @@ class WorkerFacts(msgspec.Struct, frozen=True):
     """ZeroMQ endpoint on which it publishes KV events; empty: it does not."""
     replay: str = ""
     """ZeroMQ endpoint at which missed ones can be asked for."""
+    hands_over: bool = False
+    """Prompts can be handed over, to it and from it, while they are computed."""

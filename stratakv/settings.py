@@ -109,6 +109,7 @@ class MetaSettings:
     kvcm_http_port: int = setting(6382, "port of the KVCM API, HTTP; 0: none")
     admin_grpc_port: int = setting(6491, "port of the KVCM API's admin service, gRPC; 0: none")
     admin_http_port: int = setting(6492, "port of the KVCM API's admin service, HTTP; 0: none")
+    debug_service: bool = setting(False, "let clients of the admin ports inject faults into the KVCM API")
     kvcm_file_dir: Path = setting(
         Path("~/.local/share/stratakv/kvcm"), "root of the KVCM API's first storage, which its clients write into"
     )

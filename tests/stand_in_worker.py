@@ -48,6 +48,11 @@ class StandInWorker:
     warming_up: bool = False
     hang: bool = False
     """Accept requests and say nothing."""
+    hands_over: bool = False
+    handover_fails: bool = False
+    """Say so of prompts that it is to take over."""
+    prefill_delay_s: float = 0.0
+    """Before the first token of a prompt that is handed over."""
     epoch: bytes = field(default_factory=lambda: os.urandom(16))
     load: dict[str, Any] = field(default_factory=lambda: {"prefill_tokens_per_s": 1000.0, "decode_step_s": 0.01})
     requests: list[dict[str, Any]] = field(default_factory=list)
@@ -82,7 +87,8 @@ class StandInWorker:
     async def _info(self, request: web.Request) -> web.Response:
         facts = {"worker": self.name, "epoch": self.epoch.hex(), "role": self.role, "model": MODEL, "url": self.url}
         sizes = {"block_size": BLOCK_SIZE, "max_model_len": MAX_MODEL_LEN}
-        return web.json_response(facts | sizes | {"namespace": "00" * 16, "node": None, "dtype": "bf16"})
+        more = {"namespace": "00" * 16, "node": None, "dtype": "bf16", "hands_over": self.hands_over}
+        return web.json_response(facts | sizes | more)
 
     async def _load(self, request: web.Request) -> web.Response:
         return web.json_response(self.load)
@@ -106,8 +112,9 @@ class StandInWorker:
         transfer = body.get("kv_transfer_params") or {}
         if transfer.get("do_remote_decode"):
             return await self._prefill(request, body)
+        taken_over = [token_at(body["prompt"], 0)] if transfer.get("remote_request_id") else []
         try:
-            return await self._stream(request, body, transfer.get("output_token_ids", []))
+            return await self._stream(request, body, taken_over or transfer.get("output_token_ids", []))
         except (asyncio.CancelledError, ConnectionError):
             self.cancelled += 1
             raise
@@ -141,6 +148,7 @@ class StandInWorker:
         }
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
+        await asyncio.sleep(self.prefill_delay_s)
         token = {"index": 0, "text": "", "token_ids": [token_at(prompt, 0)], "finish_reason": None}
         await response.write(_event({"choices": [token]}))
         end = {"index": 0, "text": "", "token_ids": [], "finish_reason": "length"}
@@ -153,6 +161,10 @@ class StandInWorker:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         prompt = body["prompt"]
+        if self.handover_fails and (body.get("kv_transfer_params") or {}).get("remote_request_id"):
+            error = {"message": "not here", "type": "server_error", "param": None, "code": "handover_failed"}
+            await response.write(_event({"error": error}))
+            return response
         for number, index in enumerate(range(len(resumed), body["max_tokens"])):
             if self.lose_after_tokens == number:
                 assert request.transport is not None

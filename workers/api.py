@@ -37,6 +37,11 @@ class KVTransferParams(msgspec.Struct, frozen=True):
     remote_engine_id: str = ""
     remote_epoch: str = ""
     num_tokens: int = 0
+    is_followed: bool = False
+    """Told to a prefill worker: the decode worker follows the request; the answer waits for nothing."""
+    remote_url: str = ""
+    remote_request_id: str = ""
+    """Told to a decode worker: the request that it is to follow, and take the first token from."""
 
 
 class StructuredOutputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

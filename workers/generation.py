@@ -10,6 +10,7 @@ from stratakv.errors import Cancelled, DeadlineExceeded, StrataError
 from stratakv.keys import BlockKey
 from stratakv.text import Detokenizer
 from workers.engine.requests import EngineEvent, FinishedEvent, FinishReason, RequestUsage, TokenEvent
+from workers.handover.outgoing import Outgoing
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +35,18 @@ class Generation:
     What is queued is bounded by max_tokens. `cancel` may be called at any time and more than once.
     """
 
-    def __init__(self, prompt_keys: Sequence[BlockKey], detokenizer: Detokenizer, cancel: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        prompt_keys: Sequence[BlockKey],
+        detokenizer: Detokenizer,
+        cancel: Callable[[], None],
+        followed: Outgoing | None = None,
+    ) -> None:
         self.prompt_keys = prompt_keys
+        self.followed = followed
+        """Another worker is told of what becomes of it."""
+        self.token_ids: list[int] = []
+        """Told till now."""
         self._detokenizer = detokenizer
         self._cancel = cancel
         self._queue: asyncio.Queue[EngineEvent] = asyncio.Queue()
@@ -63,6 +74,7 @@ class Generation:
                 stopped = self._detokenizer.stopped
                 if stopped:
                     self._cancel()
+                self.token_ids.append(event.token_id)
                 yield Delta(text, [event.token_id])
                 continue
             self._ended = True

@@ -7,9 +7,10 @@ engine's events come from its thread and are carried into the event loop; a clie
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -26,14 +27,14 @@ from stratakv.log import EventLogger
 from stratakv.pool.auth import PoolCredentials
 from workers.api import CompletionRequest, parse_completion, usage_body
 from workers.generation import Delta, Finished, Generation
+from workers.handover.follow import HANDOVER_WAIT_S, follow
+from workers.handover.messages import PATH, Answered, Follow
 from workers.membership import BODY_BYTES_MAX, MembersOnly
 from workers.runtime import Runtime
 
 log = EventLogger("workers.http")
 
 RETRY_AFTER_S = 1
-HANDOVER_WAIT_S = 10.0
-"""How long a prefill worker holds its answer back until the prompt's blocks can be found."""
 
 _json = msgspec.json.Encoder().encode
 
@@ -47,6 +48,7 @@ def create_app(runtime: Runtime, credentials: PoolCredentials | None = None) -> 
         routes=[
             Route("/v1/completions", face.completions, methods=["POST"]),
             Route("/v1/models", face.models),
+            Route(PATH, face.handovers, methods=["POST"]),
             Route("/info", face.info),
             Route("/load", face.load),
             Route("/health", face.health),
@@ -74,12 +76,20 @@ class _Face:
         if body.model and body.model != self._runtime.info.model:
             raise ModelNotFound(f"this worker serves {self._runtime.info.model}, not {body.model}", param="model")
         request_id = body.request_id or request.headers.get("x-request-id") or uuid.uuid4().hex
-        generation = await self._runtime.start(body, request_id, arrived)
+        start = functools.partial(self._runtime.start, body, request_id, arrived)
+        if body.stream and body.transfer.remote_request_id:
+            # What it follows may take long: the stream begins at once, so that a client that goes away is noticed.
+            return self._streamed(body, request_id, start)
+        generation = await start()
         if body.stream:
-            return StreamingResponse(
-                _Stream(body, request_id, generation, self._runtime).chunks(), media_type="text/event-stream"
-            )
+            return self._streamed(body, request_id, functools.partial(_started, generation))
         return await self._whole(request, body, request_id, generation)
+
+    def _streamed(
+        self, body: CompletionRequest, request_id: str, start: Callable[[], Awaitable[Generation]]
+    ) -> StreamingResponse:
+        stream = _Stream(body, request_id, start, self._runtime)
+        return StreamingResponse(stream.chunks(), media_type="text/event-stream")
 
     async def _whole(
         self, request: Request, body: CompletionRequest, request_id: str, generation: Generation
@@ -118,6 +128,14 @@ class _Face:
             }
         )
 
+    async def handovers(self, request: Request) -> Response:
+        try:
+            wanted = msgspec.json.decode(await read_body(request, BODY_BYTES_MAX), type=Follow)
+        except msgspec.DecodeError as error:
+            raise InvalidRequest(f'expected {{"request_id": …}}: {error}') from None
+        handover = await self._runtime.handovers.follow(wanted.request_id)
+        return StreamingResponse(follow(self._runtime, handover), media_type="application/octet-stream")
+
     async def models(self, request: Request) -> Response:
         info = self._runtime.info
         card = {"id": info.model, "object": "model", "owned_by": "stratakv", "max_model_len": info.max_model_len}
@@ -126,7 +144,7 @@ class _Face:
     async def info(self, request: Request) -> Response:
         info = self._runtime.info
         facts = msgspec.to_builtins(info) | {"epoch": info.epoch.hex(), "namespace": info.namespace.hex()}
-        return JSONResponse(facts | {"dtype": self._runtime.dtype})
+        return JSONResponse(facts | {"dtype": self._runtime.dtype, "hands_over": self._runtime.hands_over})
 
     async def load(self, request: Request) -> Response:
         return Response(_json(self._runtime.load()), media_type="application/json")
@@ -158,11 +176,13 @@ class _Face:
 
 
 class _Stream:
-    """One streamed answer as server-sent events."""
+    """One streamed answer as server-sent events; `start` makes the generation when the stream begins."""
 
-    def __init__(self, body: CompletionRequest, request_id: str, generation: Generation, runtime: Runtime) -> None:
+    def __init__(
+        self, body: CompletionRequest, request_id: str, start: Callable[[], Awaitable[Generation]], runtime: Runtime
+    ) -> None:
         self._body = body
-        self._generation = generation
+        self._start = start
         self._runtime = runtime
         self._head = {
             "id": request_id,
@@ -175,22 +195,38 @@ class _Stream:
         return b"data: " + _json(self._head | fields) + b"\n\n"
 
     async def chunks(self) -> AsyncIterator[bytes]:
+        generation: Generation | None = None
         try:
-            async for event in self._generation.events():
+            generation = await self._start()
+            async for event in generation.events():
                 if isinstance(event, Delta):
                     choice = {"index": 0, "text": event.text, "token_ids": event.token_ids, "finish_reason": None}
                     yield self._chunk(choices=[choice])
                     continue
-                choice = {"index": 0, "text": "", "token_ids": [], "finish_reason": event.reason}
-                handover = await _handover(self._body, self._generation, self._runtime)
-                yield self._chunk(choices=[choice], **({"kv_transfer_params": handover} if handover else {}))
-                if self._body.stream_options and self._body.stream_options.include_usage:
-                    yield self._chunk(choices=[], usage=usage_body(event.usage))
-                yield b"data: [DONE]\n\n"
+                for chunk in await self._end(generation, event):
+                    yield chunk
         except StrataError as error:
             yield b"data: " + _json({"error": error.openai_body()}) + b"\n\n"
         finally:
-            self._generation.cancel()
+            if generation is not None:
+                generation.cancel()
+                self._runtime.request_over(generation)
+
+    async def _end(self, generation: Generation, finished: Finished) -> list[bytes]:
+        handover = None
+        if generation.followed is None:
+            handover = await _handover(self._body, generation, self._runtime)
+        else:
+            generation.followed.tell(Answered(generation.token_ids, finished.reason))
+        choice = {"index": 0, "text": "", "token_ids": [], "finish_reason": finished.reason}
+        chunks = [self._chunk(choices=[choice], **({"kv_transfer_params": handover} if handover else {}))]
+        if self._body.stream_options and self._body.stream_options.include_usage:
+            chunks.append(self._chunk(choices=[], usage=usage_body(finished.usage)))
+        return [*chunks, b"data: [DONE]\n\n"]
+
+
+async def _started(generation: Generation) -> Generation:
+    return generation
 
 
 async def _handover(body: CompletionRequest, generation: Generation, runtime: Runtime) -> dict[str, Any] | None:
@@ -199,7 +235,7 @@ async def _handover(body: CompletionRequest, generation: Generation, runtime: Ru
         return None
     info = runtime.info
     return {
-        "do_remote_prefill": await runtime.wait_saved(generation.prompt_keys, HANDOVER_WAIT_S),
+        "do_remote_prefill": (await runtime.wait_saved(generation.prompt_keys, HANDOVER_WAIT_S)).is_whole,
         "remote_engine_id": info.worker,
         "remote_epoch": info.epoch.hex(),
         "num_tokens": len(generation.prompt_keys) * info.block_size,

@@ -73,10 +73,15 @@ class WorkerMetrics:
         self._load_seconds = counter("kv_load_seconds", "Time spent on loading, by tier", tier)
         self._written_pages = counter("kv_written_pages", "Pages written to the pool")
         self._written_bytes = counter("kv_written_bytes", "Bytes written to the pool")
+        self._handovers = counter("handovers", "Prompts taken over from another worker", [*label, "outcome"])
         self._load_rate = Gauge(
             "stratakv_kv_load_bytes_per_second", "Measured bandwidth of each tier", tier, registry=self.registry
         )
         self._pool_errors = counter("pool_errors", "Loads and saves that failed, by kind", [*label, "kind"])
+
+    def handover(self, outcome: str) -> None:
+        """One hand-over to this worker has ended: `whole`, `part`, `failed` or `cancelled`."""
+        self._handovers.labels(self._model, outcome).inc()
 
     def watch(self, l1: KVCache, num_l2_pages: Callable[[], int], page_bytes: int) -> None:
         """Tell what these hold too."""

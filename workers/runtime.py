@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from stratakv.errors import ContextTooLong, StrataError, Unavailable
+from stratakv.errors import ContextTooLong, DeadlineExceeded, Overloaded, StrataError, Unavailable
 from stratakv.keys import BlockKey, block_keys, salt_extra
 from stratakv.log import EventLogger
 from stratakv.text import Detokenizer
@@ -20,11 +20,15 @@ from stratakv.wire import WorkerInfo, WorkerLoad
 from workers.api import CompletionRequest
 from workers.engine.engine import Engine
 from workers.engine.requests import EngineEvent, EngineRequest, FinishedEvent, OnEvent
+from workers.engine.reservations import HeldBlocks
 from workers.engine.structured import Structure, Structures
 from workers.generation import Generation
+from workers.handover.errors import HandoverFailed
+from workers.handover.incoming import HandoverTaker
+from workers.handover.outgoing import HandoverBook, Outgoing
 from workers.metrics import WorkerMetrics
 from workers.rates import Rates
-from workers.tiers.tiers import Tiers
+from workers.tiers.tiers import Saved, Tiers
 
 log = EventLogger("workers.runtime")
 
@@ -42,10 +46,14 @@ class Runtime:
         structures: Structures,
         rates: Rates,
         metrics: WorkerMetrics,
+        handovers: HandoverBook,
+        taker: HandoverTaker | None,
     ) -> None:
         self.info = info
         self.dtype = dtype
         self.metrics = metrics
+        self.handovers = handovers
+        self._taker = taker
         self.draining = False
         self._warm = False
         self._engine = engine
@@ -96,13 +104,43 @@ class Runtime:
         if reasons:
             raise Unavailable(f"this worker takes no requests: {', '.join(reasons)}")
         prompt = await self._token_ids(body.prompt)
-        resumed = body.transfer.output_token_ids
         if len(prompt) + body.max_tokens > self.info.max_model_len:
             raise ContextTooLong(
                 f"{len(prompt)} prompt tokens and {body.max_tokens} to generate are more than the model's context of"
                 f" {self.info.max_model_len} tokens",
                 param="max_tokens",
             )
+        resumed, held = await self._resumed(body, prompt)
+        try:
+            return await self._submit(body, request_id, arrived, prompt, resumed, held)
+        except BaseException:
+            self._engine.reservations.release(held.blocks)
+            raise
+
+    async def _resumed(self, body: CompletionRequest, prompt: list[int]) -> tuple[list[int], HeldBlocks]:
+        """What was generated elsewhere, and the blocks of the prompt that were brought from there. Raises HandoverFailed."""
+        transfer = body.transfer
+        if not transfer.remote_request_id:
+            return transfer.output_token_ids, HeldBlocks()
+        if self._taker is None:
+            raise HandoverFailed("this worker has no pool to take a prompt over by")
+        keys = block_keys(prompt, self.info.block_size, first_block_extra=salt_extra(body.cache_salt))
+        try:
+            async with asyncio.timeout(body.timeout_s):
+                taken = await self._taker.take(transfer.remote_url, transfer.remote_request_id, keys)
+        except TimeoutError:
+            raise DeadlineExceeded("the request's deadline passed") from None
+        return taken.token_ids, taken.held
+
+    async def _submit(
+        self,
+        body: CompletionRequest,
+        request_id: str,
+        arrived: float,
+        prompt: list[int],
+        resumed: list[int],
+        held: HeldBlocks,
+    ) -> Generation:
         if len(resumed) >= body.max_tokens:
             raise ContextTooLong(f"all {body.max_tokens} tokens were generated elsewhere already", param="max_tokens")
         structure = await self._structure(body, resumed)
@@ -115,7 +153,9 @@ class Runtime:
         detokenizer = Detokenizer(self._tokenizer, body.stop_strings)
         detokenizer.push(resumed)
         num_prompt_keys = len(prompt) // self.info.block_size
-        generation = Generation(keys[:num_prompt_keys], detokenizer, lambda: self._engine.cancel(request_id))
+        prompt_keys = keys[:num_prompt_keys]
+        followed = self._followed(body, request_id, prompt_keys)
+        generation = Generation(prompt_keys, detokenizer, lambda: self._engine.cancel(request_id), followed)
         request = EngineRequest(
             request_id=request_id,
             token_ids=prompt,
@@ -125,6 +165,7 @@ class Runtime:
             external=external,
             deadline=None if body.timeout_s is None else arrived + body.timeout_s,
             structure=structure,
+            held=held,
             cache_salt=body.cache_salt,
         )
         try:
@@ -132,11 +173,27 @@ class Runtime:
         except StrataError:
             if external is not None:
                 external.release()
+            self.request_over(generation)
             raise
         self._in_flight += 1
         self._idle.clear()
         self._tokens_to_prefill += num_to_prefill
         return generation
+
+    def _followed(self, body: CompletionRequest, request_id: str, keys: Sequence[BlockKey]) -> Outgoing | None:
+        """The hand-over of a request that another worker follows; one too many is not handed over."""
+        if not (body.stream and body.transfer.do_remote_decode and body.transfer.is_followed and self.hands_over):
+            return None
+        try:
+            return self.handovers.open(request_id, keys)
+        except Overloaded as error:
+            log.info("handover_refused", error=error.message)
+            return None
+
+    def request_over(self, generation: Generation) -> None:
+        """The request has been answered, or never will be."""
+        if generation.followed is not None:
+            self.handovers.request_over(generation.followed)
 
     def _observed(self, generation: Generation, arrived: float, num_to_prefill: int) -> OnEvent:
         """The engine's listener: passes events on to the generation and counts them here."""
@@ -178,9 +235,20 @@ class Runtime:
             self._compile, self._structures.structure, form, resumed
         )
 
-    async def wait_saved(self, keys: Sequence[BlockKey], timeout_s: float) -> bool:
+    @property
+    def hands_over(self) -> bool:
+        """Whether prompts can be handed over to this worker, and from it, while they are computed."""
+        return self._taker is not None
+
+    async def wait_saved(self, keys: Sequence[BlockKey], timeout_s: float, lease_s: float = 0.0) -> Saved:
         """Whether these blocks can be found in the pool, waiting for writes that are under way."""
-        return self._tiers is not None and await self._tiers.wait_saved(keys, timeout_s)
+        if self._tiers is None:
+            return Saved(is_whole=False)
+        return await self._tiers.wait_saved(keys, timeout_s, lease_s)
+
+    def release_lease(self, lease_id: int) -> None:
+        if self._tiers is not None:
+            self._tiers.release_lease(lease_id)
 
     async def drop_cache(self, tiers: frozenset[str]) -> dict[str, int]:
         """Forget what L1 or L2 hold and nobody is using; the numbers of blocks dropped."""

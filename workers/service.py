@@ -24,6 +24,9 @@ from stratakv.wire import EPOCH_BYTES, WorkerInfo
 from workers.engine.config import EngineConfig, EngineDtype
 from workers.engine.engine import Engine
 from workers.engine.structured import Structures
+from workers.handover.client import HandoverClient
+from workers.handover.incoming import HandoverTaker
+from workers.handover.outgoing import HandoverBook
 from workers.http import create_app
 from workers.metrics import WorkerMetrics
 from workers.rates import Rates
@@ -45,7 +48,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     server = HttpServer(worker.host, worker.port, "worker")
     meta = MetaClient(settings.meta, credentials=credentials)
     loop = asyncio.get_running_loop()
-    runtime, engine, tiers, rates = await asyncio.to_thread(_build, settings, meta, credentials, loop)
+    runtime, engine, tiers, taker, rates = await asyncio.to_thread(_build, settings, meta, credentials, loop)
     engine.start()
     try:
         async with asyncio.TaskGroup() as tasks:
@@ -64,6 +67,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             await http
     finally:
         await asyncio.to_thread(engine.shutdown)
+        if taker is not None:
+            await taker.close()
         if tiers is not None:
             await tiers.close()
         await meta.close()
@@ -71,7 +76,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
 
 def _build(
     settings: Settings, meta: MetaClient, credentials: PoolCredentials | None, loop: asyncio.AbstractEventLoop
-) -> tuple[Runtime, Engine, Tiers | None, Rates]:
+) -> tuple[Runtime, Engine, Tiers | None, HandoverTaker | None, Rates]:
     worker = settings.worker
     directory = resolve(settings.model.name, settings.model.cache_dir)
     identity = model_identity(directory)
@@ -111,17 +116,21 @@ def _build(
     )
     metrics = WorkerMetrics(info.model)
     rates = Rates()
-    tiers = None
+    handovers = HandoverBook(namespace, loop)
+    tiers, taker = None, None
     if worker.pool_enabled:
         transfers = transfer_engine(public_host, settings.pool.transfer_engine)
         connections = ConnectionCache(credentials=credentials, engine=transfers)
-        tiers = Tiers(info, layout, worker, meta, connections, engine.kv_cache, rates, metrics, loop)
+        listen = handovers.listener
+        tiers = Tiers(info, layout, worker, meta, connections, engine.kv_cache, rates, metrics, loop, listen)
+        client = HandoverClient(credentials)
+        taker = HandoverTaker(namespace, tiers, engine.reservations, engine.num_cached_blocks, client, metrics)
     metrics.watch(engine.kv_cache, lambda: tiers.num_l2_pages if tiers is not None else 0, layout.page_bytes)
     engine.attach(tiers)
     tokenizer = load_tokenizer(directory)
     structures = Structures(tokenizer, facts.vocab_size, sorted(facts.eos_token_ids))
-    runtime = Runtime(info, facts.dtype, engine, tiers, tokenizer, structures, rates, metrics)
-    return runtime, engine, tiers, rates
+    runtime = Runtime(info, facts.dtype, engine, tiers, tokenizer, structures, rates, metrics, handovers, taker)
+    return runtime, engine, tiers, taker, rates
 
 
 def _dtype(name: str) -> EngineDtype:

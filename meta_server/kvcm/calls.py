@@ -17,6 +17,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from meta_server.kvcm.errors import NotSupported, code_of
+from meta_server.kvcm.faults import Faults
 from meta_server.kvcm.metrics import Metrics
 from stratakv.errors import Overloaded, StrataError
 from stratakv.log import EventLogger
@@ -59,15 +60,18 @@ class Gate:
 class Calls:
     """The calls of one service; what a call does is the method of the same name in snake_case, if there is one."""
 
-    def __init__(self, service: ServiceDescriptor, cluster: object, metrics: Metrics, gate: Gate) -> None:
+    def __init__(
+        self, service: ServiceDescriptor, cluster: object, metrics: Metrics, gate: Gate, faults: Faults
+    ) -> None:
         """`cluster` has the calls that every meta server answers."""
         self.service_name = str(service.full_name)
         self._metrics = metrics
         self._gate = gate
+        self._faults = faults
         self._refusal: Callable[[], NotLeader | None] = lambda: NotLeader("this meta server does not lead")
         self._leading: dict[str, Handler] = {}
         self.by_name: dict[str, Call] = {}
-        for method in service.methods:
+        for method in (method for method in service.methods if not method.server_streaming):
             self.by_name[method.name] = Call(
                 method.name, GetMessageClass(method.input_type), GetMessageClass(method.output_type)
             )
@@ -88,6 +92,7 @@ class Calls:
         response: Any
         try:
             with self._gate:
+                self._faults.check(call.name)
                 response = await self._handler(call)(request)
             code, message = "OK", ""
         except StrataError as error:

@@ -5,7 +5,8 @@ KvcmError
 ├── Duplicate          DUPLICATE_ENTITY
 ├── CapacityReached    REACH_MAX_ENTITY_CAPACITY
 ├── NotSupported       UNSUPPORTED
-└── StorageFailed      IO_ERROR
+├── StorageFailed      IO_ERROR
+└── FaultInjected      INTERNAL_ERROR
 """
 
 from __future__ import annotations
@@ -50,6 +51,10 @@ class StorageFailed(KvcmError):
     """A storage could not be used."""
 
     kvcm_code = "IO_ERROR"
+
+
+class FaultInjected(KvcmError):
+    """DebugService was asked to let this call fail."""
 
 
 def code_of(error: StrataError) -> str:

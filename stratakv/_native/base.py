@@ -276,6 +276,8 @@ class Wire(Protocol):
 
         `done` is the frame that answers a write; `limits` are the bytes of a control request, and the ranges and bytes of a
         transfer; `idle_s` is how long a client may be silent (negative: for ever), `frame_s` how long one frame may take;
-        `traffic` is [3][3]: ranges, bytes and nanoseconds of what was read, then of what was written. Returns (an `Ended`, header, body) of a frame that nothing has been done about:
-        its payload is still to come, and also its body if its header is not one of this protocol. No header: the client has left.
+        `traffic` is [3][3]: ranges, bytes and nanoseconds of what was read, then of what was written.
+
+        Returns (an `Ended`, header, body) of a frame that nothing has been done about: its payload is still to come, and also its
+        body if its header is not one of this protocol. No header: the client has left.
         """

@@ -5,6 +5,8 @@ Writing:   pages = writer.begin(connection, put_id, extents, keys)
            or step by step: pages.write_layers(layers, …), and pages.write_headers(…), with each layer's checksum, last
 Reading:   reader.read(connection, places, keys, memory, done=gate, deadline=…)        the gate opens behind each layer
            or step by step: pages = reader.read_headers(…), and pages.read_layers(layers, …)
+In between: pages = reader.without_headers(connection, extents)            of a put that is not finished
+           pages.expect(layers, checksums); pages.read_layers(layers, …)   as its writer tells them
 
 A page that is not exactly what the index says is an error of that page, never bytes: what lies in the caller's memory counts
 only once the call that filled it has returned, or the gate has opened.
@@ -99,6 +101,11 @@ class ReadPages:
             self._geometry,
         )
 
+    def expect(self, layers: Sequence[int], packed: bytes) -> None:
+        """Take what the writer of these pages says of layers: `WritePages.checksums` of the same ones. Raises ValueError."""
+        numbers = np.frombuffer(packed, dtype="<u8")
+        self._checksums[list(layers)] = numbers.reshape(len(layers), len(self))
+
     def read_layers(
         self,
         layers: Sequence[int],
@@ -192,6 +199,12 @@ class PageReader:
         headers = geometry.headers(self._namespace, keys, [place.generation for place in places])
         return ReadPages(connection, {}, offsets, checksums, geometry), headers
 
+    def without_headers(self, connection: DmpConnection, extents: Sequence[Extent]) -> ReadPages:
+        """Pages that are still being written: `expect` a layer before it is read."""
+        offsets = np.array([extent.offset for extent in extents], dtype=np.int64)
+        checksums = np.zeros((self._geometry.num_layers, len(extents)), dtype=np.uint64)
+        return ReadPages(connection, {}, offsets, checksums, self._geometry)
+
 
 @dataclass(slots=True)
 class WritePages:
@@ -222,6 +235,10 @@ class WritePages:
         self.connection.transport.write_pages(self.put_id, batch, checksums, deadline=deadline, ready=ready)
         self._checksums[list(layers)] = checksums
         self._written.update(layers)
+
+    def checksums(self, layers: Sequence[int]) -> bytes:
+        """Of layers that were written, [layer][page], 8 bytes each, little-endian."""
+        return self._checksums[list(layers)].astype("<u8").tobytes()
 
     def write_headers(self, *, deadline: float) -> None:
         """Write all headers, once every layer is written. Raises TransportError, PutRefused."""

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.registry import Collector
 
 from dbnode.metrics import NodeMetrics
@@ -15,6 +15,7 @@ from dmp.disk.store import DiskStore
 from dmp.metrics import DaemonMetrics
 from dmp.puts import PutTable
 from meta_server.metrics import PoolCollector
+from stratakv.integrations.sglang import metrics as sglang
 from stratakv.pool.messages import DaemonStats
 from tests.pool_world import World
 from workers.metrics import WorkerMetrics
@@ -43,6 +44,11 @@ def test_those_of_the_meta_server() -> None:
     world = World()
     assert told(PoolCollector(lambda: world.handlers)) == documented("stratakv_pool_") - {"stratakv_pool_errors_total"}
     world.close()
+
+
+def test_those_of_the_sglang_integration() -> None:
+    assert {name for name in told(REGISTRY) if name.startswith("stratakv_sglang_")} == documented("stratakv_sglang_")
+    assert sglang.FAILURES.describe()
 
 
 @pytest.mark.parametrize("registry", [WorkerMetrics("m").registry, NodeMetrics("m").registry], ids=["worker", "node"])

@@ -40,6 +40,7 @@ from workers.engine.requests import (
     OnEvent,
     TokenEvent,
 )
+from workers.engine.reservations import Reservations
 from workers.engine.scheduler import Scheduler
 from workers.engine.sequence import Sequence as RunningSequence
 from workers.engine.stats import EngineStats, StatsKeeper
@@ -80,7 +81,8 @@ class Engine:
         self._thread = threading.Thread(target=self._run, args=(loaded,), name="engine", daemon=True)
         self._thread.start()
         self.model, self.kv_cache = loaded.result()
-        self._scheduler = Scheduler(config, self.kv_cache)
+        self.reservations = Reservations(self.kv_cache, self._post, lambda: bool(self._scheduler.waiting))
+        self._scheduler = Scheduler(config, self.kv_cache, self.reservations.released)
 
     # --- any thread ---------------------------------------------------------------------------------------------------
 
@@ -98,9 +100,9 @@ class Engine:
             self._lock.notify()
 
     def submit(self, request: EngineRequest, on_event: OnEvent) -> None:
-        """Queue a request, whose `external` is released by the engine from then on.
+        """Queue a request, whose `external` and `held` are released by the engine from then on.
 
-        Raises InvalidRequest, Overloaded or Unavailable; then no event follows and `external` stays the caller's.
+        Raises InvalidRequest, Overloaded or Unavailable; then no event follows and both stay the caller's.
         """
         self._validate(request)
         seed = request.sampling.seed

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from stratakv.errors import InvalidRequest, StrataError
 from stratakv.keys import BlockKey
 from workers.engine.connector import ExternalHit, Tier
+from workers.engine.reservations import HeldBlocks
 from workers.engine.structured import Structure
 
 MAX_LOGPROBS = 20
@@ -63,6 +64,8 @@ class EngineRequest:
     external: ExternalHit | None = None
     deadline: float | None = None
     structure: Structure | None = None
+    held: HeldBlocks = HeldBlocks()
+    """Blocks of its prompt that were put into L1 ahead of it."""
     cache_salt: str | None = None
     """`keys` were made with it."""
 

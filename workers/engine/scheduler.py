@@ -9,7 +9,8 @@ block is just being computed by another one waits for it instead of computing it
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Blocks
 from dataclasses import dataclass
 
 from workers.engine.config import EngineConfig
@@ -45,9 +46,10 @@ class StepPart:
 class Scheduler:
     """Queues of waiting and running sequences. Owned by the engine's thread."""
 
-    def __init__(self, config: EngineConfig, cache: KVCache) -> None:
+    def __init__(self, config: EngineConfig, cache: KVCache, release_held: Callable[[Blocks[int]], None]) -> None:
         self._config = config
         self._cache = cache
+        self._release_held = release_held
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         """In order of admission."""
@@ -77,6 +79,7 @@ class Scheduler:
             self.waiting.remove(sequence)
         self._give_back(sequence)
         sequence.release_external()
+        self._release_held(sequence.take_held())
 
     def computed(self, part: StepPart) -> None:
         """A part's KV is whole in L1: let its full blocks be found by others."""
@@ -144,6 +147,7 @@ class Scheduler:
             if following and following[0] in promised and self._config.prefix_caching:
                 continue
             if not self._place(sequence, matched):
+                self._let_go_of_held()
                 break
             part = self._start(sequence, len(matched), budget)
             parts.append(part)
@@ -172,6 +176,12 @@ class Scheduler:
         sequence.table.extend(blocks)
         return True
 
+    def _let_go_of_held(self) -> None:
+        """Where nothing runs, what is held for those that wait must not keep the first of them from starting."""
+        if not self.running:
+            for waiting in self.waiting:
+                self._release_held(waiting.take_held())
+
     def _start(self, sequence: Sequence, num_matched: int, budget: int) -> StepPart:
         """Move a placed sequence to the running ones and plan its first chunk."""
         self.waiting.remove(sequence)
@@ -180,6 +190,7 @@ class Scheduler:
         sequence.num_registered = num_matched
         sequence.num_computed = load_stop * self._config.block_size
         self._count_tiers(sequence, num_matched, load_stop)
+        self._release_held(sequence.take_held())
         part = StepPart(sequence, min(budget, sequence.num_uncomputed))
         if load_first < load_stop:
             part.load_first_block = load_first
@@ -199,7 +210,9 @@ class Scheduler:
         if sequence.preemptions:
             return  # computed again after a preemption: the request's tokens have been counted
         counts = dict.fromkeys(Tier, 0)
-        counts[Tier.L1] = num_matched * self._config.block_size
+        tiers = dict(zip(sequence.held.blocks, sequence.held.tiers, strict=True))
+        for block in sequence.table.blocks[:num_matched]:
+            counts[tiers.get(block, Tier.L1)] += self._config.block_size
         hit = sequence.external
         if hit is not None:
             for tier in hit.tiers[num_matched - hit.start_block : load_stop - hit.start_block]:

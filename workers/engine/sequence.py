@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Blocks
 from dataclasses import dataclass, field
 
 from stratakv.keys import NONE_HASH, BlockKey, block_keys, salt_extra
 from workers.engine.block_table import BlockTable
 from workers.engine.connector import ExternalHit, Tier
 from workers.engine.requests import EngineRequest, OnEvent, RequestUsage
+from workers.engine.reservations import HeldBlocks
 
 
 @dataclass(slots=True, eq=False)
@@ -24,6 +26,7 @@ class Sequence:
     keys: list[BlockKey] = field(init=False)
     """Of the full blocks of `token_ids`."""
     external: ExternalHit | None = field(init=False)
+    held: HeldBlocks = field(init=False)
     table: BlockTable = field(init=False)
     num_computed: int = 0
     """Leading tokens whose KV is in L1."""
@@ -39,6 +42,7 @@ class Sequence:
         self.token_ids = [*self.request.token_ids, *self.request.resume_token_ids]
         self.keys = list(self.request.keys)
         self.external = self.request.external
+        self.held = self.request.held
         self.table = BlockTable(self.block_size)
 
     @property
@@ -85,6 +89,11 @@ class Sequence:
         external, self.external = self.external, None
         if external is not None:
             external.release()
+
+    def take_held(self) -> Blocks[int]:
+        """The blocks held for it, to be released; there are none afterwards."""
+        held, self.held = self.held, HeldBlocks()
+        return held.blocks
 
     def usage(self, now: float) -> RequestUsage:
         scheduled = self.scheduled_at if self.scheduled_at is not None else now

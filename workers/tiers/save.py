@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from stratakv._native import Gate, make_gate
 from stratakv.errors import StrataError
@@ -43,6 +43,16 @@ class Written:
     extents: Sequence[Extent]
 
 
+class SaveListener(Protocol):
+    """Follows one save from where its bytes have places; called from the saver's thread, and must return at once."""
+
+    def placed(self, segment: Segment, keys: Sequence[BlockKey], extents: Sequence[Extent]) -> None:
+        """Pages of these keys are going to be written there."""
+
+    def written(self, layers: Sequence[int], checksums: bytes) -> None:
+        """These layers of every page lie there now; `checksums` [layer][page] of 8 bytes."""
+
+
 @dataclass(slots=True)
 class BlockSave:
     """The write-down of the blocks that one step fills (a SaveJob)."""
@@ -52,6 +62,7 @@ class BlockSave:
     """Of some of the keys' blocks, by index."""
     on_released: Callable[[], None]
     """L1's blocks are not needed any more."""
+    listener: SaveListener | None = None
     published: Future[None] = field(default_factory=Future)
     """Done when the blocks can be found, or never will be by this save."""
     ready: Gate = field(default_factory=make_gate)
@@ -168,7 +179,9 @@ class Saver:
                 put_id, len(keys), page_bytes, PUT_TIMEOUT_S, deadline=deadline, term=grant.term
             )
             pages = self._writer.begin(connection, put_id, extents, keys)
-            _write_pages(pages, window, len(self._layout.layers), save.ready, deadline)
+            if save.listener is not None:
+                save.listener.placed(segment, keys, extents)
+            _write_pages(pages, window, len(self._layout.layers), save, deadline)
         except TransportError as error:
             self._connections.drop(connection, error.message)
             raise
@@ -194,14 +207,20 @@ class Saver:
         return asyncio.run_coroutine_threadsafe(call, self._loop).result(PUT_TIMEOUT_S)
 
 
-def _write_pages(pages: WritePages, window: Window, num_layers: int, ready: Gate, deadline: float) -> None:
+def _write_pages(pages: WritePages, window: Window, num_layers: int, save: BlockSave, deadline: float) -> None:
     """Raises TransferCancelled if the step fails, TransportError, PutRefused."""
-    if window.is_l1:
-        pages.write(window.memory, ready=ready, deadline=deadline)
+    if window.is_l1 and save.listener is None:
+        pages.write(window.memory, ready=save.ready, deadline=deadline)
         return
-    for layer in range(num_layers):
-        if not ready.wait(layer + 1, deadline):
+    layer = 0
+    while layer < num_layers:
+        if not save.ready.wait(layer + 1, deadline):
             raise TransferCancelled("the step that was to fill these blocks failed")
-        window.fetch(layer)
-        pages.write_layers([layer], window.memory, deadline=deadline)
+        layers = range(layer, min(save.ready.open_layers, num_layers))
+        for number in layers:
+            window.fetch(number)
+        pages.write_layers(layers, window.memory, deadline=deadline)
+        if save.listener is not None:
+            save.listener.written(layers, pages.checksums(layers))
+        layer = layers.stop
     pages.write_headers(deadline=deadline)

@@ -22,14 +22,25 @@ from stratakv.pool.dmp_client import ConnectionCache
 from stratakv.pool.meta_client import MetaClient
 from stratakv.pool.pages import PageReader
 from stratakv.settings import WorkerSettings
-from stratakv.wire import Done, Match, MatchPrefix, Place, ReleaseLease, ReportCorrupt, WorkerInfo
+from stratakv.wire import (
+    Done,
+    Extent,
+    Match,
+    MatchPrefix,
+    Place,
+    ReleaseLease,
+    ReportCorrupt,
+    Segment,
+    WorkerInfo,
+)
 from workers.engine.connector import SaveJob, Tier
 from workers.engine.kv_cache import KVCache
 from workers.metrics import WorkerMetrics
 from workers.rates import Rates, Stretch
+from workers.tiers.announced import AnnouncedLoad
 from workers.tiers.l2 import L2Table
 from workers.tiers.load import FoundPage, LayerLoad, LoadOutcome
-from workers.tiers.save import BlockSave, Saver, Written
+from workers.tiers.save import BlockSave, SaveListener, Saver, Written
 from workers.tiers.window import windows_of
 
 log = EventLogger("workers.tiers")
@@ -40,6 +51,17 @@ LOAD_THREADS = 2
 LEASE_S = 30.0
 LOOKUP_S_MAX = 0.5
 """A lookup that takes longer counts as a miss."""
+
+Listen = Callable[[Sequence[BlockKey]], SaveListener | None]
+"""Who follows the save of these blocks; called from the engine's thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """Whether blocks can be found in the pool."""
+
+    is_whole: bool
+    lease_id: int = 0
 
 
 @dataclass(slots=True)
@@ -77,8 +99,10 @@ class Tiers:
         rates: Rates,
         metrics: WorkerMetrics,
         loop: asyncio.AbstractEventLoop,
+        listen: Listen,
     ) -> None:
         self._layout = layout
+        self._listen = listen
         self._namespace = Namespace(info.namespace)
         self._node = info.node
         self._load_timeout_s = settings.load_timeout_s
@@ -205,6 +229,7 @@ class Tiers:
             keys,
             lambda wanted: self._open_window([l1_blocks[index] for index in wanted]),
             on_finished,
+            self._listen(keys),
         )
         for key in keys:
             self._in_flight[key] = save.published
@@ -225,19 +250,39 @@ class Tiers:
             places = (Place(written.segment.node, e.offset, e.generation) for e in written.extents)
             self._l2.add(written.segment, zip(written.keys, places, strict=True))
 
-    async def wait_saved(self, keys: Sequence[BlockKey], timeout_s: float) -> bool:
-        """Whether all these blocks can be found in the pool, once the saves under way have ended."""
+    async def wait_saved(self, keys: Sequence[BlockKey], timeout_s: float, lease_s: float = 0.0) -> Saved:
+        """Whether all these blocks can be found in the pool, once the saves under way have ended; leased for `lease_s`."""
         under_way = {id(f): asyncio.wrap_future(f) for key in keys if (f := self._in_flight.get(key)) is not None}
         if under_way:
             await asyncio.wait(under_way.values(), timeout=timeout_s)
-        if not self._meta.available:
-            return False
+        if not keys or not self._meta.available:
+            return Saved(is_whole=not keys)
         try:
-            match = await self._meta.call(MatchPrefix(self._namespace, pack_keys(keys)), Match, timeout_s=LOOKUP_S_MAX)
+            match = await self._meta.call(
+                MatchPrefix(self._namespace, pack_keys(keys), lease_s), Match, timeout_s=LOOKUP_S_MAX
+            )
         except StrataError as error:
             log.debug("lookup_failed", error=error.message)
-            return False
-        return match.num_blocks == len(keys)
+            return Saved(is_whole=False)
+        return Saved(match.num_blocks == len(keys), match.lease_id)
+
+    def release_lease(self, lease_id: int) -> None:
+        """Give a lease back, if it is one."""
+        if lease_id:
+            self._spawn_release(lease_id)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._layout.layers)
+
+    def announced(self, segment: Segment, extents: Sequence[Extent], l1_blocks: Sequence[int]) -> AnnouncedLoad:
+        """Load pages of this namespace that are still being written, as their writer tells of them."""
+        window = self._open_window(l1_blocks)
+        return AnnouncedLoad(segment, extents, window, self._reader, self._connections, self._load_timeout_s)
+
+    def handed_over(self, num_pages: int, seconds: float) -> None:
+        """So many announced pages are whole in L1."""
+        self._metrics.loaded(Tier.POOL, num_pages, num_pages * self._layout.data_bytes, seconds)
 
     @property
     def num_l2_pages(self) -> int:
