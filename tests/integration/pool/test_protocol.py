@@ -247,8 +247,13 @@ def test_what_was_moved_is_counted(daemon: DaemonProcess) -> None:
     connection.transport.write_batch(put_id, [WriteRange(e.offset, b"x" * 100) for e in extents], deadline=soon())
     into = memoryview(bytearray(30))
     connection.transport.read_batch([ReadRange(extents[0].offset, into)], deadline=soon())
-    after = connection.stats(deadline=soon())
-    assert (after.bytes_written - before.bytes_written, after.bytes_read - before.bytes_read) == (200, 30)
+
+    def is_counted() -> bool:
+        # Counted once it has been sent, which the reader may see first.
+        after = connection.stats(deadline=soon())
+        return (after.bytes_written - before.bytes_written, after.bytes_read - before.bytes_read) == (200, 30)
+
+    eventually(is_counted)
     connection.release(put_id, deadline=soon())
     connection.close()
 
