@@ -48,7 +48,7 @@ class KvcmServer:
         self._grpc: list[GrpcFace] = []
         self._http: list[tuple[HttpServer, asyncio.Task[None]]] = []
         self._metrics, self._gate, self._faults = Metrics(), Gate(), Faults()
-        self._cluster = Cluster(elector, self._is_healthy)
+        self._cluster = Cluster(elector, self._leads, self._is_healthy)
         self._meta = self._calls(meta.DESCRIPTOR.services_by_name["MetaService"], self._cluster)
         self._admin = self._calls(admin.DESCRIPTOR.services_by_name["AdminService"], self._cluster)
         self._events = self._calls(events.DESCRIPTOR.services_by_name["EventService"], None)
@@ -95,6 +95,9 @@ class KvcmServer:
     def tick(self) -> None:
         if self._state is not None:
             self._state.tick()
+
+    def _leads(self) -> bool:
+        return self._state is not None and self._elector.is_leader
 
     def _calls(self, service: ServiceDescriptor, cluster: object) -> Calls:
         return Calls(service, cluster, self._metrics, self._gate, self._faults)

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -274,3 +275,17 @@ def test_a_daemon_killed_among_page_transfers_is_a_typed_error(
     assert not isinstance(caught.value, TransportTimeout)
     killer.join()
     connection.close()
+
+
+def test_many_threads_read_over_one_connection(connection: DmpConnection) -> None:
+    written = write_pages(connection, 2)
+    offset = written.extents[0].offset
+
+    def read(_: int) -> bytes:
+        data = bytearray(4096)
+        for _ in range(200):
+            connection.transport.read_batch([(offset, memoryview(data))], deadline=soon())
+        return bytes(data)
+
+    with ThreadPoolExecutor(8) as threads:
+        assert len(set(threads.map(read, range(8)))) == 1

@@ -156,6 +156,17 @@ def test_writes_without_a_live_put_are_refused(connection: DmpConnection) -> Non
         connection.transport.write_batch(written.put_id, ranges, deadline=soon())
 
 
+def test_what_a_leader_of_the_past_has_granted_is_refused(connection: DmpConnection) -> None:
+    first, second = os.urandom(PUT_ID_BYTES), os.urandom(PUT_ID_BYTES)
+    term = time.time_ns()
+    connection.allocate(first, 1, 4096, 60.0, deadline=soon(), term=term)
+    with pytest.raises(PutRefused, match="no longer leads"):
+        connection.allocate(second, 1, 4096, 60.0, deadline=soon(), term=term - 1)
+    connection.allocate(second, 1, 4096, 60.0, deadline=soon(), term=term + 1)
+    for put_id in (first, second):
+        connection.release(put_id, deadline=soon())
+
+
 def test_a_put_out_of_time_takes_no_more_bytes(connection: DmpConnection) -> None:
     put_id = os.urandom(PUT_ID_BYTES)
     extent = connection.allocate(put_id, 1, 4096, 0.2, deadline=soon())[0]
