@@ -57,6 +57,8 @@ class StandInVllm:
     stream_error: dict[str, Any] | None = None
     """Said instead of any token, in a stream whose status is 200."""
     refuse: tuple[int, dict[str, Any]] | None = None
+    namespace: str = ""
+    """What its connector says; empty: it has none."""
     token_delay_s: float = 0.0
     requests: list[dict[str, Any]] = field(default_factory=list)
     authorizations: list[str | None] = field(default_factory=list)
@@ -111,6 +113,9 @@ class StandInVllm:
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
+        if not body.get("stream"):
+            said = {"stratakv": {"namespace": self.namespace}} if self.namespace else None
+            return web.json_response({"choices": [], "kv_transfer_params": said})
         self.requests.append(body)
         self.authorizations.append(request.headers.get("Authorization"))
         if self.refuse is not None:
