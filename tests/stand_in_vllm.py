@@ -54,6 +54,7 @@ class StandInVllm:
     eos_after: int | None = None
     """Tokens after which it ends by itself."""
     lose_after_tokens: int | None = None
+    engine_is_dead: bool = False
     stream_error: dict[str, Any] | None = None
     """Said instead of any token, in a stream whose status is 200."""
     refuse: tuple[int, dict[str, Any]] | None = None
@@ -96,7 +97,7 @@ class StandInVllm:
             self._runner = None
 
     async def _health(self, request: web.Request) -> web.Response:
-        return web.Response()
+        return web.Response(status=503 if self.engine_is_dead else 200)
 
     async def _metrics(self, request: web.Request) -> web.Response:
         known = {"started": self.started, "running": self.running, "waiting": self.waiting, "usage": self.usage}

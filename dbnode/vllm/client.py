@@ -138,8 +138,9 @@ class VllmClient(HttpDoor):
         return VllmStream(server, response, deadline_s, Reader(url, request, part), self._pool)
 
     async def info(self, url: str, timeout_s: float) -> WorkerFacts:
-        """Who the server is. Raises WorkerUnreachable that also says what does not fit."""
+        """Who the server is, if its engine lives. Raises WorkerUnreachable that also says what does not fit."""
         server = self._server(url)
+        await self.check_ready(url, timeout_s)
         text = await self._get(server.http_url, "/metrics", timeout_s)
         metrics = read_metrics(text.decode(errors="replace"))
         if not server.is_known(metrics):

@@ -165,6 +165,12 @@ async def test_a_server_that_is_gone_is_not_used_and_one_that_is_back_is(vllm: S
         assert await tokens_of(node, PROMPT) == expected_tokens(PROMPT, 5)
 
 
+async def test_a_server_whose_engine_died_is_not_used(vllm: StandInVllm) -> None:
+    async with running_node(also=(vllm.url,)) as node:
+        vllm.engine_is_dead = True
+        await node.sees()
+
+
 async def test_the_api_key_is_shown_and_vllms_name_of_the_model_used(vllm: StandInVllm) -> None:
     vllm.served = "HuggingFaceTB/SmolLM2"
     async with running_node(also=(vllm.url,), vllm_api_key=Secret("k")) as node:
@@ -271,6 +277,10 @@ async def test_events_decide_where_a_prompt_goes(vllm: StandInVllm, other: Stand
             async with node.http.get("/admin/workers") as answer:
                 states = {state["url"]: state for state in (await answer.json())["workers"]}
             assert states[other.url]["events"]["state"] == "live"
+            async with node.http.get("/metrics") as answer:
+                metrics = await answer.text()
+            assert f'stratakv_router_event_batches_total{{worker="{other.url}"}} 2.0' in metrics
+            assert f'stratakv_router_index_blocks{{worker="{other.url}"}} 0.0' in metrics
             assert states[vllm.url]["info"]["engine"] == "vllm"
 
 
