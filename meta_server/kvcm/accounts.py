@@ -85,7 +85,9 @@ class Accounts:
         if role not in (admin.ROLE_USER, admin.ROLE_ADMIN):
             raise InvalidRequest(f"there is no role {role}", param="role")
         if role != admin.ROLE_ADMIN and not self._has_token and not self._admins():
-            raise InvalidRequest("the first account must be an administrator's: nobody else could add more", param="role")
+            raise InvalidRequest(
+                "the first account must be an administrator's: nobody else could add more", param="role"
+            )
         if len(self._by_name) >= ACCOUNTS_MAX:
             raise Overloaded(f"there are {ACCOUNTS_MAX} accounts, which is the limit")
 
@@ -101,7 +103,9 @@ class Accounts:
         if account is None:
             raise InvalidRequest(f"there is no account {name!r}", param="user_name")
         if len(self._by_name) > 1 and not self._has_token and self._admins() == [account]:
-            raise InvalidRequest(f"{name} is the last administrator; remove the other accounts first", param="user_name")
+            raise InvalidRequest(
+                f"{name} is the last administrator; remove the other accounts first", param="user_name"
+            )
         del self._by_name[name]
 
     def _admins(self) -> list[Account]:

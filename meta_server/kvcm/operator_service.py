@@ -6,6 +6,7 @@ from collections import Counter
 from itertools import islice
 
 from meta_server.kvcm.entities import Group
+from meta_server.kvcm.protocol import admin_service_pb2 as admin
 from meta_server.kvcm.protocol import operator_service_pb2 as operator
 from meta_server.kvcm.state import KvcmState
 
@@ -18,9 +19,7 @@ class OperatorService:
     def __init__(self, state: KvcmState) -> None:
         self._state = state
 
-    async def list_instance_groups(
-        self, _: operator.ListInstanceGroupsRequest
-    ) -> operator.ListInstanceGroupsResponse:
+    async def list_instance_groups(self, _: operator.ListInstanceGroupsRequest) -> operator.ListInstanceGroupsResponse:
         """All of them, and what each uses of its quota."""
         instances = Counter(instance.group for instance in self._state.instances.values())
         groups = [_group_state(group, instances[group.name]) for group in self._state.groups.values()]
@@ -65,7 +64,11 @@ class OperatorService:
 
 
 def _group_state(group: Group, instance_count: int) -> operator.GroupState:
-    by_type = [operator.TypeUsage(type=kind, used_bytes=used) for kind, used in sorted(group.used_bytes.items()) if used]  # type: ignore[arg-type]
+    by_type = [
+        operator.TypeUsage(type=admin.StorageType.Name(kind), used_bytes=used)
+        for kind, used in sorted(group.used_bytes.items())
+        if used
+    ]
     return operator.GroupState(
         instance_group=group.config,
         used_bytes=group.used(None),

@@ -6,7 +6,22 @@ import sys
 
 import typer
 
-from stratakv.cli import bench, cache, chat, config, drain, functions, meta, migrate, model, serve, sql, status, up, version
+from stratakv.cli import (
+    bench,
+    cache,
+    chat,
+    config,
+    drain,
+    functions,
+    meta,
+    migrate,
+    model,
+    serve,
+    sql,
+    status,
+    up,
+    version,
+)
 from stratakv.errors import SetupError, StrataError
 
 EXIT_FAILED = 1

@@ -6,7 +6,9 @@ import typer
 
 from stratakv.cli.meta import accounts, groups, instances, leader, sessions, storages
 
-app = typer.Typer(help="The meta server's KVCM API: quotas, instances, storages, accounts, the leader.", no_args_is_help=True)
+app = typer.Typer(
+    help="The meta server's KVCM API: quotas, instances, storages, accounts, the leader.", no_args_is_help=True
+)
 app.add_typer(groups.app, name="groups")
 app.add_typer(instances.app, name="instances")
 app.add_typer(storages.app, name="storages")

@@ -20,7 +20,9 @@ TIMEOUT_S = 30.0
 ServerOption = Annotated[
     str | None,
     typer.Option(
-        "--server", metavar="HOST:PORT", help="A meta server's admin port (HTTP); by default the leader's, by the settings."
+        "--server",
+        metavar="HOST:PORT",
+        help="A meta server's admin port (HTTP); by default the leader's, by the settings.",
     ),
 ]
 Fields = dict[str, Any]
@@ -41,7 +43,7 @@ class AdminClient:
         self._tls = tls_context(settings)
         self._headers = {"content-type": "application/json", **_authorization(settings)}
 
-    def call(self, name: str, **fields: Any) -> Fields:
+    def call(self, name: str, /, **fields: Any) -> Fields:
         """The response without its header. Raises CallFailed, Unavailable."""
         refusal: StrataError | None = None
         for host, port in self._servers:

@@ -15,7 +15,8 @@ from stratakv.cli.options import ConfigOption, JsonOption, SetOption, StateFileO
 app = typer.Typer(help="Quotas and policies of instances.")
 NameArgument = Annotated[str, typer.Argument(metavar="NAME")]
 StorageOption = Annotated[
-    list[str] | None, typer.Option("--storage", metavar="NAME", help="A candidate; repeatable, the preferred one first.")
+    list[str] | None,
+    typer.Option("--storage", metavar="NAME", help="A candidate; repeatable, the preferred one first."),
 ]
 CapacityOption = Annotated[str | None, typer.Option(metavar="SIZE", help="Most bytes it may have; 0: no limit.")]
 KeysOption = Annotated[int | None, typer.Option("--max-keys", min=0, help="Most blocks it may have; 0: no limit.")]
