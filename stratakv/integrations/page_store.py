@@ -280,8 +280,7 @@ class PageStore:
                 put_id, len(keys), self.layout.page_bytes, self._patience.put_s, deadline=deadline
             )
             pages = self._writer.begin(connection, put_id, extents, keys)
-            pages.write_layers(self._layers, memory, deadline=deadline)
-            pages.write_headers(deadline=deadline)
+            pages.write(memory, deadline=deadline)
         except TransportError as error:
             connections.drop(connection, error.message)
             raise

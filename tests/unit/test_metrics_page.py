@@ -19,6 +19,7 @@ from dmp.allocator import ExtentAllocator
 from dmp.disk.store import DiskStore
 from dmp.metrics import DaemonMetrics
 from dmp.puts import PutTable
+from dmp.traffic import no_traffic
 from meta_server.metrics import PoolCollector
 from stratakv.integrations.sglang import metrics as sglang
 from stratakv.pool.messages import DaemonStats
@@ -42,7 +43,8 @@ def told(registry: CollectorRegistry | Collector) -> set[str]:
 
 def test_those_of_a_daemon(tmp_path: Path) -> None:
     metrics, puts = DaemonMetrics(), PutTable(ExtentAllocator(4096), lambda: 0.0)
-    metrics.watch(puts, DiskStore(tmp_path, 4096, 4096), lambda: DaemonStats(4096, 0, 0, 0, 0, 0, 0))
+    stats = DaemonStats(4096, 0, 0, 0, 0, 0, 0)
+    metrics.watch(puts, DiskStore(tmp_path, 4096, 4096), lambda: stats, no_traffic)
     assert told(metrics.registry) == documented("stratakv_dmp_")
 
 
