@@ -103,6 +103,26 @@ async def test_a_client_that_goes_away_cancels_its_request(vllm: StandInVllm) ->
         await eventually_async(lambda: vllm.cancelled == 1, what="the request aborted")
 
 
+async def test_a_request_that_takes_too_long_is_ended_in_the_server_too(vllm: StandInVllm) -> None:
+    vllm.token_delay_s = 0.1
+    async with running_node(also=(vllm.url,), request_timeout_s=0.5) as node:
+        with pytest.raises(openai.APIStatusError, match="deadline"):
+            await complete(node, PROMPT, 500)
+        await eventually_async(lambda: vllm.cancelled == 1, what="the request aborted")
+
+
+async def test_workers_of_both_makers_stand_in_for_each_other(vllm: StandInVllm) -> None:
+    own = await StandInWorker("w0", lose_after_tokens=2).start()
+    vllm.waiting = 50
+    try:
+        async with running_node(own, also=(vllm.url,)) as node:
+            found = await tokens_of(node, PROMPT, 4)
+    finally:
+        await own.stop()
+    sent = expected_tokens(PROMPT, 2)
+    assert found == [*sent, *expected_tokens([*PROMPT, *sent], 2)]
+
+
 async def test_a_refusal_in_words_or_in_a_stream_is_the_clients_error(vllm: StandInVllm) -> None:
     wrong = {"message": "Grammar error: Invalid type", "type": "BadRequestError", "param": None, "code": 400}
     async with running_node(also=(vllm.url,)) as node:
