@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from stratakv._native import Gate, make_gate
@@ -21,6 +22,10 @@ from workers.engine.connector import KVLoadError, Tier
 from workers.tiers.window import Window
 
 log = EventLogger("workers.tiers.load")
+
+
+RUNS_AT_ONCE_MAX = 8
+"""Transfers of one load that go on at the same time; a prefix in more pieces is read piece by piece, layer by layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,8 @@ class _Run:
     pages: ReadPages
     seconds: float
     """Spent on it till now."""
+    arrived: Gate = field(default_factory=make_gate)
+    """Opens behind each layer of these pages; closed when nothing reads them any more."""
 
 
 @dataclass(slots=True)
@@ -73,6 +80,8 @@ class LayerLoad:
     _num_good: int = 0
     _error: str = ""
     _bad_page: FoundPage | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    """Of what is good, and the error."""
     _cancellation: Cancellation = field(default_factory=Cancellation)
     _future: Future[None] | None = None
 
@@ -97,16 +106,18 @@ class LayerLoad:
             self._future.result()
 
     def _cut(self, num_good: int, error: str, bad_page: FoundPage | None = None) -> None:
-        self._num_good = min(self._num_good, num_good)
-        self._error = self._error or error
-        self._bad_page = self._bad_page or bad_page
+        with self._lock:
+            if num_good < self._num_good:
+                self._bad_page = bad_page or self._bad_page
+            self._num_good = min(self._num_good, num_good)
+            self._error = self._error or error
 
     def _run(self, reader: PageReader, connections: ConnectionCache) -> None:
         runs: list[_Run] = []
         try:
             runs = self._open_runs(reader, connections)
-            if len(runs) == 1 and self.window.is_l1 and not self._error:
-                self._read_at_once(runs[0], connections)
+            if self.window.is_l1 and not self._error and len(runs) <= RUNS_AT_ONCE_MAX:
+                self._read_at_once(runs, connections)
             layer = self._arrived.open_layers
             while layer < self.num_layers and self._num_good:
                 if all(self._read_run(run, layer, connections) for run in runs):
@@ -149,9 +160,26 @@ class LayerLoad:
             runs.append(_Run(first, connection, found, time.monotonic() - started))
         return runs
 
-    def _read_at_once(self, run: _Run, connections: ConnectionCache) -> None:
-        """All layers in one transfer, which lets each through by itself."""
-        self._read(run, run.pages, range(self.num_layers), self._arrived, connections)
+    def _read_at_once(self, runs: Sequence[_Run], connections: ConnectionCache) -> None:
+        """All layers of each run in one transfer, all runs at the same time."""
+        if len(runs) == 1:
+            # The gate of the load itself, which the transfer opens.
+            self._read(runs[0], runs[0].pages, range(self.num_layers), self._arrived, connections)
+            return
+        with ThreadPoolExecutor(len(runs), thread_name_prefix="kv-load-run") as threads:
+            reading = [threads.submit(self._read_whole_run, run, connections) for run in runs]
+            for layer in range(self.num_layers):
+                if not all(run.arrived.wait(layer + 1, self.deadline) for run in runs):
+                    break
+                self._publish(layer)
+        for run_read in reading:
+            run_read.result()
+
+    def _read_whole_run(self, run: _Run, connections: ConnectionCache) -> None:
+        try:
+            self._read(run, run.pages, range(self.num_layers), run.arrived, connections)
+        finally:
+            run.arrived.close()
 
     def _read_run(self, run: _Run, layer: int, connections: ConnectionCache) -> bool:
         """One layer of what is still good of a run; False if less is good now."""
