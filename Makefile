@@ -8,6 +8,7 @@
 #   make bench            quick benchmarks
 #   make vllm-venv        vLLM in an environment of its own, ~/.cache/stratakv/vllm
 #   make test-vllm        tests of vLLM's connector to the pool, with that vLLM
+#   make test-sglang      tests of SGLang's storage backend on the pool, in an environment of its own, ~/.cache/stratakv/sglang
 #   make protocol         generates the messages of the KVCM API from its .proto files
 #   make mooncake         installs what `stratakv bench dmp` compares with
 #
@@ -21,9 +22,13 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 VLLM_VENV ?= $(HOME)/.cache/stratakv/vllm
 VLLM_PY := $(VLLM_VENV)/bin/python
+SGLANG_VENV ?= $(HOME)/.cache/stratakv/sglang
+SGLANG_PY := $(SGLANG_VENV)/bin/python
+# What SGLang's storage interface and host memory pools import; torchvision and SGLang themselves come without requirements.
+SGLANG_NEEDS := apache-tvm-ffi compressed-tensors dill ipython orjson pillow pybase64 requests sentencepiece triton
 BENCHMARKS ?= chat_warm sql zero_hit
 
-.PHONY: install demo test lint format test-debian test-sql-compat test-vllm vllm-venv chaos bench mooncake protocol clean
+.PHONY: install demo test lint format test-debian test-sql-compat test-vllm vllm-venv test-sglang chaos bench mooncake protocol clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -73,6 +78,19 @@ $(VLLM_VENV)/.installed: constraints-vllm.txt
 test-vllm: install vllm-venv
 	$(PY) -m stratakv.cli model pull smollm2-135m
 	STRATAKV_VLLM_VENV=$(VLLM_VENV) $(PY) -m pytest -m vllm $(PYTEST_ARGS) tests/vllm
+
+test-sglang: $(SGLANG_VENV)/.installed
+	$(SGLANG_PY) setup.py --quiet build_ext --inplace
+	$(SGLANG_PY) -m pytest tests/sglang $(PYTEST_ARGS)
+
+$(SGLANG_VENV)/.installed: pyproject.toml constraints.txt constraints-sglang.txt
+	$(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_PY) -m pip install --quiet --disable-pip-version-check \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -c constraints-sglang.txt \
+		-e '.[dev]' $(SGLANG_NEEDS)
+	$(SGLANG_PY) -m pip install --quiet --disable-pip-version-check --no-deps \
+		-c constraints.txt -c constraints-sglang.txt sglang torchvision
+	touch $@
 
 chaos: install
 	$(PY) -m tests.chaos --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))

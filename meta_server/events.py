@@ -53,7 +53,14 @@ class EventLog:
     def tick(self) -> None:
         """Time has passed."""
         if self._publishers and self._clock() - self._last_at >= ALIVE_S:
-            self._publish(PoolEvent(self.epoch, self.sequence, EventKind.ALIVE))
+            self._publish(self._alive())
+
+    def tell_alive(self, publisher: Publisher) -> None:
+        """To one who has just come: what the last event was."""
+        publisher(self._alive())
+
+    def _alive(self) -> PoolEvent:
+        return PoolEvent(self.epoch, self.sequence, EventKind.ALIVE)
 
     def _tell(self, kind: EventKind, node: Node, namespace: bytes = b"", keys: bytes = b"") -> None:
         if self.is_quiet:
@@ -65,7 +72,7 @@ class EventLog:
 
     def _publish(self, event: PoolEvent) -> None:
         self._last_at = self._clock()
-        for publisher in self._publishers:
+        for publisher in tuple(self._publishers):
             publisher(event)
 
 

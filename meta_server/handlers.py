@@ -103,6 +103,7 @@ class Handlers:
             wire.ListWorkers: lambda _: wire.Workers(self._workers.states()),
             wire.ListNodes: lambda _: wire.Nodes(self._nodes.states()),
             wire.MatchPrefix: self.match_prefix,
+            wire.FindBlocks: self.find_blocks,
             wire.ReleaseLease: self.release_lease,
             wire.GetEventSnapshot: self.event_snapshot,
             wire.PutStart: self.put_start,
@@ -204,6 +205,10 @@ class Handlers:
         indexes, segment_of, extents = self._index.packed_places(slots)
         segments = [self._segment_of(index) for index in indexes]
         return wire.Match(len(slots), segments, segment_of, extents, lease_id)
+
+    def find_blocks(self, request: wire.FindBlocks) -> wire.FoundBlocks:
+        check_keys(request.namespace, request.keys)
+        return wire.FoundBlocks(missing=self._index.absent(request.namespace, request.keys))
 
     def release_lease(self, request: wire.ReleaseLease) -> wire.Done:
         self._catalog.unpinned(self._leases.release(request.lease_id))

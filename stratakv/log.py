@@ -62,10 +62,11 @@ class _JsonFormatter(logging.Formatter):
 
 
 def log_as_guest() -> None:
-    """Inside another program: show what StrataKV itself has to say, unless that program has seen to it already."""
+    """Inside another program: show what StrataKV itself has to say, with its fields, which other formats leave out."""
     ours = logging.getLogger("stratakv")
-    if ours.hasHandlers():
+    if ours.handlers:
         return
+    ours.propagate = False
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_ConsoleFormatter())
     ours.addHandler(handler)

@@ -13,7 +13,7 @@ from typing import TypeVar
 import msgspec
 
 from stratakv.wire_events import EventSnapshot, GetEventSnapshot
-from stratakv.wire_lookups import Match, MatchPrefix, ReleaseLease
+from stratakv.wire_lookups import FindBlocks, FoundBlocks, Match, MatchPrefix, ReleaseLease
 from stratakv.wire_parts import (
     EPOCH_BYTES,
     MESSAGE_BYTES_MAX,
@@ -41,6 +41,8 @@ __all__ = [
     "CacheRule",
     "EventSnapshot",
     "Extent",
+    "FindBlocks",
+    "FoundBlocks",
     "GetEventSnapshot",
     "Match",
     "MatchPrefix",
@@ -428,6 +430,7 @@ Request = (
     | ListWorkers
     | ListNodes
     | MatchPrefix
+    | FindBlocks
     | ReleaseLease
     | PutStart
     | PutEnd
@@ -457,6 +460,7 @@ Reply = (
     | Workers
     | Nodes
     | Match
+    | FoundBlocks
     | PutGrant
     | Flushed
     | Namespaces

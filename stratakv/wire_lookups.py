@@ -49,5 +49,17 @@ class Match(Message, frozen=True):
         ]
 
 
+class FindBlocks(Message, frozen=True):
+    """Which of `keys` are in the pool, each by itself; they need not be one prefix, and nothing is pinned."""
+
+    namespace: bytes
+    keys: bytes
+
+
+class FoundBlocks(Message, frozen=True):
+    missing: list[int]
+    """Indexes into the request's keys, ascending."""
+
+
 class ReleaseLease(Message, frozen=True):
     lease_id: int

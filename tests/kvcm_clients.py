@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +14,22 @@ import grpc.aio
 from google.protobuf import json_format
 from google.protobuf.message_factory import GetMessageClass
 
-from meta_server.kvcm.protocol import admin_service_pb2, meta_service_pb2
+from meta_server.kvcm.protocol import (
+    admin_service_pb2,
+    debug_service_pb2,
+    event_service_pb2,
+    meta_service_pb2,
+)
 from tests.meta_process import MetaProcess
 from tests.support import eventually, free_port
 
 SERVICES = {
     "meta": meta_service_pb2.DESCRIPTOR.services_by_name["MetaService"],
     "admin": admin_service_pb2.DESCRIPTOR.services_by_name["AdminService"],
+    "debug": debug_service_pb2.DESCRIPTOR.services_by_name["DebugService"],
+    "events": event_service_pb2.DESCRIPTOR.services_by_name["EventService"],
 }
-PORT_NAMES = {"meta": "kvcm", "admin": "admin"}
+PORT_NAMES = {"meta": "kvcm", "admin": "admin", "debug": "admin", "events": "kvcm"}
 
 
 @dataclass
@@ -33,7 +40,9 @@ class Ports:
 
     @classmethod
     def free(cls) -> Ports:
-        names = [f"{name}_{transport}_port" for name in PORT_NAMES.values() for transport in ("grpc", "http")]
+        names = [
+            f"{name}_{transport}_port" for name in sorted({*PORT_NAMES.values()}) for transport in ("grpc", "http")
+        ]
         return cls({name: free_port() for name in names})
 
     def of(self, service: str, transport: str) -> int:
@@ -64,6 +73,10 @@ class Client:
     async def send(self, service: str, name: str, fields: dict[str, Any]) -> dict[str, Any]:
         raise NotImplementedError
 
+    def events(self) -> AsyncIterator[dict[str, Any]]:
+        """The stream of events, each as JSON has it."""
+        raise NotImplementedError
+
 
 class GrpcClient(Client):
     """Over gRPC, with the wire types and nothing else of the server's."""
@@ -80,6 +93,19 @@ class GrpcClient(Client):
             answer, always_print_fields_with_no_presence=True, preserving_proto_field_name=True
         )
 
+    async def events(self) -> AsyncIterator[dict[str, Any]]:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{self.ports.of('events', 'grpc')}") as channel:
+            call = channel.unary_stream(
+                f"/{SERVICES['events'].full_name}/Subscribe",
+                lambda m: m.SerializeToString(),
+                event_service_pb2.PoolEvent.FromString,
+            )
+            stream = call(event_service_pb2.SubscribeRequest(), metadata=tuple(self.headers.items()))
+            async for event in stream:
+                yield json_format.MessageToDict(
+                    event, always_print_fields_with_no_presence=True, preserving_proto_field_name=True
+                )
+
 
 class HttpClient(Client):
     """Over HTTP, as JSON."""
@@ -93,6 +119,13 @@ class HttpClient(Client):
         async with aiohttp.ClientSession() as session, session.post(url, data=body, headers=self.headers) as response:
             assert response.status == 200, await response.text()
             return await response.read()
+
+    async def events(self) -> AsyncIterator[dict[str, Any]]:
+        url = f"http://127.0.0.1:{self.ports.of('events', 'http')}/events"
+        async with aiohttp.ClientSession() as session, session.get(url, headers=self.headers) as response:
+            assert response.status == 200, await response.text()
+            async for line in response.content:
+                yield json.loads(line)
 
 
 TRANSPORTS = {"grpc": GrpcClient, "http": HttpClient}

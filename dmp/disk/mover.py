@@ -97,14 +97,16 @@ class Mover:
             if batch is None:
                 self._wake.clear()
                 continue
-            copy, moves = batch
-            began = time.perf_counter()
-            try:
-                copied = await asyncio.to_thread(copy, moves)
-                self._count(copied, time.perf_counter() - began)
-                await self._report(copied)
-            except StrataError as error:
-                log.warning("pages_not_moved", pages=len(moves), reason=error.message)
+            await self._carry_out(*batch)
+
+    async def _carry_out(self, copy: Callable[[Sequence[Move]], _Copied], moves: Sequence[Move]) -> None:
+        began = time.perf_counter()
+        try:
+            copied = await asyncio.to_thread(copy, moves)
+            self._count(copied, time.perf_counter() - began)
+            await self._report(copied)
+        except StrataError as error:
+            log.warning("pages_not_moved", pages=len(moves), reason=error.message)
 
     def _add(self, copy: Callable[[Sequence[Move]], _Copied], moves: Iterable[Move]) -> None:
         orders = [(copy, move) for move in moves]

@@ -181,7 +181,7 @@ class DiskStore:
                 return self._enter(number, start, pages)
 
     def read(self, extent: Extent) -> bytearray | None:
-        """A whole page, checked; None if it is gone or damaged."""
+        """A whole page, checked; None if it is gone, damaged, or another page."""
         page = self.page(extent)
         if page is None:
             return None
@@ -190,7 +190,7 @@ class DiskStore:
             self.read_into([(extent.offset, memoryview(data))])
         except OutOfBounds:
             data.clear()
-        if is_whole(data):
+        if is_whole(data) and _is_page(data, page, extent):
             return data
         with self._lock:
             self.damaged_pages += extent in self._pages
@@ -316,6 +316,12 @@ class DiskStore:
 
     def _path(self, number: int) -> Path:
         return self._directory / f"{number:08d}{_SUFFIX}"
+
+
+def _is_page(data: bytearray, page: StoredPage, extent: Extent) -> bool:
+    """Whether a disk that mixes up its blocks has not given another page, as whole as this one."""
+    header = PageHeader.unpack(memoryview(data)[:HEADER_BYTES])
+    return (header.namespace, header.key, header.generation) == (page.namespace, page.key, extent.generation)
 
 
 def _write_whole(descriptor: int, data: bytearray, position: int) -> None:

@@ -17,6 +17,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from meta_server.kvcm.errors import NotSupported, code_of
+from meta_server.kvcm.faults import Faults
 from meta_server.kvcm.metrics import Metrics
 from stratakv.errors import Overloaded, StrataError
 from stratakv.log import EventLogger
@@ -59,15 +60,18 @@ class Gate:
 class Calls:
     """The calls of one service; what a call does is the method of the same name in snake_case, if there is one."""
 
-    def __init__(self, service: ServiceDescriptor, cluster: object, metrics: Metrics, gate: Gate) -> None:
+    def __init__(
+        self, service: ServiceDescriptor, cluster: object, metrics: Metrics, gate: Gate, faults: Faults
+    ) -> None:
         """`cluster` has the calls that every meta server answers."""
         self.service_name = str(service.full_name)
         self._metrics = metrics
         self._gate = gate
+        self._faults = faults
         self._refusal: Callable[[], NotLeader | None] = lambda: NotLeader("this meta server does not lead")
         self._leading: dict[str, Handler] = {}
         self.by_name: dict[str, Call] = {}
-        for method in service.methods:
+        for method in (method for method in service.methods if not method.server_streaming):
             self.by_name[method.name] = Call(
                 method.name, GetMessageClass(method.input_type), GetMessageClass(method.output_type)
             )
@@ -88,8 +92,9 @@ class Calls:
         response: Any
         try:
             with self._gate:
+                self._faults.check(call.name)
                 response = await self._handler(call)(request)
-            code, message = "OK", ""
+            code, message = _told(response)
         except StrataError as error:
             response = call.response()
             code, message = code_of(error), error.message
@@ -116,6 +121,14 @@ class Calls:
             name: getattr(implementation, re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower(), None) for name in self.by_name
         }
         return {name: handler for name, handler in named.items() if handler is not None}
+
+
+def _told(response: Any) -> tuple[str, str]:
+    """What a handler says of itself, which has something to tell beside an error; else OK."""
+    status = response.header.status
+    if not status.code:
+        return "OK", ""
+    return type(status).DESCRIPTOR.fields_by_name["code"].enum_type.values_by_number[status.code].name, status.message
 
 
 def set_header(response: Any, code: str, message: str) -> None:

@@ -6,6 +6,7 @@ Both ask for `Authorization: Bearer <token>` when a token is set, and share the 
 from __future__ import annotations
 
 import hmac
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import grpc
@@ -13,12 +14,14 @@ import grpc.aio
 from google.protobuf.message import DecodeError, Message
 from prometheus_client import CollectorRegistry, generate_latest
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from meta_server.kvcm.calls import Call, Calls, set_header
 from meta_server.kvcm.errors import code_of
+from meta_server.kvcm.event_streams import EventStreams
 from meta_server.kvcm.json_form import parse, render
+from meta_server.kvcm.protocol import event_service_pb2
 from stratakv.errors import InvalidRequest, SetupError, StrataError
 from stratakv.http_body import read_body
 from stratakv.process import port_taken
@@ -27,6 +30,8 @@ MESSAGE_BYTES_MAX = 64 * 1024 * 1024
 GRPC_STOP_S = 5.0
 API_PREFIX = "/api/"
 METRICS_PATH = "/metrics"
+EVENTS_PATH = "/events"
+EVENT_SERVICE = event_service_pb2.DESCRIPTOR.services_by_name["EventService"].full_name
 
 
 class Doorman:
@@ -43,8 +48,8 @@ class Doorman:
 class GrpcFace:
     """One gRPC port."""
 
-    def __init__(self, calls: Calls, doorman: Doorman) -> None:
-        self._calls = calls
+    def __init__(self, services: Sequence[Calls], doorman: Doorman, streams: EventStreams | None = None) -> None:
+        """With `streams` events can be subscribed to here."""
         self._doorman = doorman
         options = [
             ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
@@ -52,8 +57,11 @@ class GrpcFace:
             ("grpc.so_reuseport", 0),
         ]
         self._server = grpc.aio.server(options=options)
-        handlers = {call.name: self._handler(call) for call in calls.by_name.values()}
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(calls.service_name, handlers),))
+        for calls in services:
+            handlers = {call.name: self._handler(calls, call) for call in calls.by_name.values()}
+            if streams is not None and calls.service_name == EVENT_SERVICE:
+                handlers["Subscribe"] = self._stream_handler(streams)
+            self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(calls.service_name, handlers),))
 
     def bind(self, host: str, port: int, setting: str) -> None:
         """Raises SetupError."""
@@ -71,16 +79,33 @@ class GrpcFace:
     async def stop(self) -> None:
         await self._server.stop(GRPC_STOP_S)
 
-    def _handler(self, call: Call) -> Any:
+    async def _check(self, context: Any) -> None:
+        if not self._doorman.lets_in(dict(context.invocation_metadata() or ()).get("authorization")):
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "send the token as `authorization: Bearer …`")
+
+    def _stream_handler(self, streams: EventStreams) -> Any:
+        async def handle(_: Message, context: Any) -> AsyncIterator[Message]:
+            await self._check(context)
+            try:
+                events = streams.subscribe()
+            except StrataError as error:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, error.message)
+            async for event in events:
+                yield event
+
+        return grpc.unary_stream_rpc_method_handler(
+            handle, event_service_pb2.SubscribeRequest.FromString, event_service_pb2.PoolEvent.SerializeToString
+        )
+
+    def _handler(self, calls: Calls, call: Call) -> Any:
         async def handle(body: bytes, context: Any) -> Message:
-            if not self._doorman.lets_in(dict(context.invocation_metadata() or ()).get("authorization")):
-                await context.abort(grpc.StatusCode.UNAUTHENTICATED, "send the token as `authorization: Bearer …`")
+            await self._check(context)
             try:
                 request = call.request.FromString(body)
             except DecodeError as error:
                 failed: Message = _failed(call, InvalidRequest(f"the request is not valid: {error}"))
                 return failed
-            response: Message = await self._calls.run(call, request)
+            response: Message = await calls.run(call, request)
             return response
 
         # Decoded in the handler, so that a malformed request gets an answer of the API.
@@ -90,15 +115,23 @@ class GrpcFace:
 
 
 class HttpFace:
-    """The HTTP form of a service, as an ASGI application; metrics in Prometheus' form at /metrics.
+    """The HTTP form of services, as an ASGI application; metrics in Prometheus' form at /metrics, events at /events.
 
     No framework: routing and its layers of middleware cost more than most calls.
     """
 
-    def __init__(self, calls: Calls, doorman: Doorman, registry: CollectorRegistry) -> None:
-        self._calls = calls
+    def __init__(
+        self,
+        services: Sequence[Calls],
+        doorman: Doorman,
+        registry: CollectorRegistry,
+        streams: EventStreams | None = None,
+    ) -> None:
+        self._calls = {name: (calls, call) for calls in services for name, call in calls.by_http_name.items()}
         self._doorman = doorman
-        self._registry = registry
+        self._pages = {METRICS_PATH: lambda: _metrics(registry)}
+        if streams is not None:
+            self._pages[EVENTS_PATH] = lambda: _events(streams)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert scope["type"] == "http", "the server has neither WebSockets nor a lifespan"
@@ -108,28 +141,45 @@ class HttpFace:
 
     async def _answer(self, request: Request) -> Response:
         method, path = request.method, request.scope["path"]
-        if not (path == METRICS_PATH or path.startswith(API_PREFIX)):
+        page = self._pages.get(path)
+        if page is None and not path.startswith(API_PREFIX):
             return PlainTextResponse("there is no such page\n", 404)
         if not self._doorman.lets_in(request.headers.get("authorization")):
             return PlainTextResponse("send the token as `Authorization: Bearer …`\n", 401)
-        if path == METRICS_PATH:
-            return self._metrics() if method == "GET" else _not_allowed("GET")
+        if page is not None:
+            return page() if method == "GET" else _not_allowed("GET")
         if method != "POST":
             return _not_allowed("POST")
-        call = self._calls.by_http_name.get(path.removeprefix(API_PREFIX))
-        return await self._run(call, request) if call is not None else PlainTextResponse("there is no such call\n", 404)
+        found = self._calls.get(path.removeprefix(API_PREFIX))
+        return await _run(*found, request) if found is not None else PlainTextResponse("there is no such call\n", 404)
 
-    async def _run(self, call: Call, request: Request) -> Response:
-        try:
-            message = parse(await read_body(request, MESSAGE_BYTES_MAX), call.request)
-        except StrataError as error:
-            response = _failed(call, error)
-        else:
-            response = await self._calls.run(call, message)
-        return Response(render(response), media_type="application/json")
 
-    def _metrics(self) -> Response:
-        return Response(generate_latest(self._registry), media_type="text/plain; version=0.0.4")
+async def _run(calls: Calls, call: Call, request: Request) -> Response:
+    try:
+        message = parse(await read_body(request, MESSAGE_BYTES_MAX), call.request)
+    except StrataError as error:
+        response = _failed(call, error)
+    else:
+        response = await calls.run(call, message)
+    return Response(render(response), media_type="application/json")
+
+
+def _metrics(registry: CollectorRegistry) -> Response:
+    return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
+
+
+def _events(streams: EventStreams) -> Response:
+    """One event a line, as JSON, until the client goes away."""
+    try:
+        events = streams.subscribe()
+    except StrataError as error:
+        return PlainTextResponse(f"{error.message}\n", 503)
+
+    async def lines() -> AsyncIterator[bytes]:
+        async for event in events:
+            yield render(event) + b"\n"
+
+    return StreamingResponse(lines(), media_type="application/x-ndjson")
 
 
 def _not_allowed(method: str) -> Response:

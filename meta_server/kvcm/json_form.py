@@ -6,6 +6,7 @@ do lists of 64-bit keys go through its parser, which takes 4 µs for each.
 
 from __future__ import annotations
 
+import base64
 import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -80,7 +81,13 @@ def _value_printer(field: FieldDescriptor) -> _Printer:
     if field.enum_type is not None:
         names = {value.number: value.name for value in field.enum_type.values}
         return lambda number: names.get(number, number)
+    if field.type == FieldDescriptor.TYPE_BYTES:
+        return _base64
     return str if field.type in _INT64S else _same
+
+
+def _base64(value: bytes) -> str:
+    return base64.b64encode(value).decode()
 
 
 def _same(value: object) -> object:

@@ -5,17 +5,25 @@ from __future__ import annotations
 import asyncio
 import time
 
+from google.protobuf.descriptor import ServiceDescriptor
+
+from meta_server.call_times import CallTimes
 from meta_server.elector import Elector
 from meta_server.handlers import Handlers
 from meta_server.journal import Journal
 from meta_server.kvcm.admin_service import AdminService
 from meta_server.kvcm.calls import Calls, Gate
 from meta_server.kvcm.cluster import Cluster
+from meta_server.kvcm.event_streams import EventCalls, EventStreams
 from meta_server.kvcm.faces import Doorman, GrpcFace, HttpFace, check_reachable
+from meta_server.kvcm.faults import DebugService, Faults
 from meta_server.kvcm.meta_service import MetaService
 from meta_server.kvcm.metrics import Metrics
 from meta_server.kvcm.protocol import admin_service_pb2 as admin
+from meta_server.kvcm.protocol import debug_service_pb2 as debug
+from meta_server.kvcm.protocol import event_service_pb2 as events
 from meta_server.kvcm.protocol import meta_service_pb2 as meta
+from meta_server.kvcm.reported import Reports
 from meta_server.kvcm.state import KvcmState
 from meta_server.kvcm.store import Changes, load
 from meta_server.store import CONNECTION_ERRORS, Store
@@ -33,19 +41,23 @@ _log = EventLogger("meta_server.kvcm")
 class KvcmServer:
     """The ports, open from `listen` to `close`, and for each term as leader the state and the services behind them."""
 
-    def __init__(self, settings: MetaSettings, elector: Elector) -> None:
+    def __init__(self, settings: MetaSettings, elector: Elector, native: CallTimes) -> None:
+        """`native`: of the other protocol's calls."""
         self._settings = settings
         self._elector = elector
         self._state: KvcmState | None = None
         self._store: Store | None = None
         self._journal: Journal | None = None
+        self._reports: Reports | None = None
         self._grpc: list[GrpcFace] = []
         self._http: list[tuple[HttpServer, asyncio.Task[None]]] = []
-        self._metrics, gate = Metrics(), Gate()
-        self._cluster = Cluster(elector, self._is_healthy)
-        services = meta.DESCRIPTOR.services_by_name["MetaService"], admin.DESCRIPTOR.services_by_name["AdminService"]
-        self._meta, self._admin = (Calls(service, self._cluster, self._metrics, gate) for service in services)
-        for calls in (self._meta, self._admin):
+        self._metrics, self._gate, self._faults = Metrics(native, slow_s=settings.slow_call_s), Gate(), Faults()
+        self._cluster = Cluster(elector, self._leads, self._is_healthy)
+        self._meta = self._calls(meta.DESCRIPTOR.services_by_name["MetaService"], self._cluster)
+        self._admin = self._calls(admin.DESCRIPTOR.services_by_name["AdminService"], self._cluster)
+        self._events = self._calls(events.DESCRIPTOR.services_by_name["EventService"], None)
+        self._streams = EventStreams()
+        for calls in (self._meta, self._admin, self._events):
             calls.stand_by(self._cluster.refusal)
 
     async def listen(self) -> None:
@@ -69,21 +81,43 @@ class KvcmServer:
             open_writes_max=self._settings.puts_pending_max,
         )
         self._state, self._store, self._journal = state, store, handlers.journal
-        meta_service = MetaService(state, handlers.own_blocks)
+        self._reports = Reports(
+            time.monotonic,
+            silence_s=self._settings.kvcm_host_timeout_s,
+            blocks_max=self._settings.kvcm_reported_blocks_max,
+        )
+        meta_service = MetaService(state, handlers.own_blocks, self._reports)
         self._meta.lead(meta_service, self._refusal)
-        self._admin.lead(AdminService(state, meta_service, self._metrics), self._refusal)
+        self._admin.lead(AdminService(state, meta_service, self._metrics, self._reports.forget), self._refusal)
+        self._events.lead(EventCalls(handlers), self._refusal)
+        self._streams.lead(handlers)
 
     async def stand_by(self) -> None:
         """The term is over. Safe to repeat."""
-        for calls in (self._meta, self._admin):
+        for calls in (self._meta, self._admin, self._events):
             calls.stand_by(self._cluster.refusal)
-        state, self._state, self._store, self._journal = self._state, None, None, None
+        self._streams.stand_by()
+        state, self._state, self._store, self._journal, self._reports = self._state, None, None, None, None
         if state is not None:
             await state.files.close()
 
     def tick(self) -> None:
         if self._state is not None:
             self._state.tick()
+        if self._reports is not None:
+            self._reports.tick()
+
+    def _leads(self) -> bool:
+        return self._state is not None and self._elector.is_leader
+
+    def _calls(self, service: ServiceDescriptor, cluster: object) -> Calls:
+        return Calls(service, cluster, self._metrics, self._gate, self._faults)
+
+    def _admin_services(self) -> tuple[Calls, ...]:
+        if not self._settings.debug_service:
+            return (self._admin,)
+        service = DebugService(self._faults, [*self._meta.by_name, *self._admin.by_name])
+        return self._admin, self._calls(debug.DESCRIPTOR.services_by_name["DebugService"], service)
 
     def _refusal(self) -> NotLeader | None:
         return None if self._elector.may_answer else self._cluster.refusal()
@@ -91,22 +125,24 @@ class KvcmServer:
     async def _listen(self) -> None:
         """All ports are bound before the first HTTP server runs, so that a taken one leaves nothing to end."""
         settings, doorman = self._settings, Doorman(self._settings.kvcm_token)
-        for calls, name in ((self._meta, "kvcm"), (self._admin, "admin")):
+        ports = {"kvcm": ((self._meta, self._events), self._streams), "admin": (self._admin_services(), None)}
+        for name, (services, streams) in ports.items():
             if port := getattr(settings, f"{name}_grpc_port"):
-                face = GrpcFace(calls, doorman)
+                face = GrpcFace(services, doorman, streams)
                 face.bind(settings.kvcm_host, port, f"meta.{name}_grpc_port")
                 await face.start()
                 self._grpc.append(face)
         servers = []
-        for calls, name in ((self._meta, "kvcm"), (self._admin, "admin")):
+        for name, (services, streams) in ports.items():
             if port := getattr(settings, f"{name}_http_port"):
                 server = HttpServer(settings.kvcm_host, port, "meta", port_setting=f"meta.{name}_http_port")
-                servers.append((server, HttpFace(calls, doorman, self._metrics.registry)))
+                servers.append((server, HttpFace(services, doorman, self._metrics.registry, streams)))
         self._http = [(server, asyncio.create_task(server.run(app))) for server, app in servers]
         _log.info("listening", host=settings.kvcm_host)
 
     async def close(self) -> None:
         """Answer what is under way, and no more. Safe to repeat."""
+        self._streams.stand_by()
         grpc_faces, self._grpc = self._grpc, []
         http_faces, self._http = self._http, []
         for server, _ in http_faces:

@@ -1,6 +1,6 @@
 """A pool client for code that has threads and no event loop: what runs inside another engine.
 
-    link = PoolLink("tcp://127.0.0.1:6383", secret_file=None, role="vllm", name="scheduler")
+    link = PoolLink("tcp://127.0.0.1:6383", credentials=None, role="vllm", name="host-1")
     answer = link.call(MatchPrefix(…), Match)          a future; nothing blocks
     link.tell(ReleaseLease(lease_id))                  nobody waits for the answer
 
@@ -17,11 +17,12 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
-from stratakv.errors import SetupError, StrataError
+from stratakv.errors import SetupError, StrataError, Unavailable
 from stratakv.log import EventLogger
 from stratakv.pool.auth import PoolCredentials
 from stratakv.pool.dmp_client import ConnectionCache
 from stratakv.pool.meta_client import MetaClient
+from stratakv.settings import MetaSettings
 from stratakv.wire import Done, ListNodes, Message, Nodes, ReplyT
 
 log = EventLogger("stratakv.integrations.link")
@@ -50,9 +51,13 @@ def read_credentials(secret_file: str | None) -> PoolCredentials | None:
 class PoolLink:
     """The meta server and the daemons of one pool. Thread-safe."""
 
-    def __init__(self, endpoint: str, *, credentials: PoolCredentials | None, role: str, name: str) -> None:
+    def __init__(self, meta: str, *, credentials: PoolCredentials | None, role: str, name: str) -> None:
+        """`meta`: tcp://host:port of the meta server, or of several that stand by for each other, with commas between them."""
         self.connections = ConnectionCache(credentials=credentials)
-        self.meta = MetaClient(endpoint, role=role, name=name, credentials=credentials)
+        addresses = tuple(address.strip().removeprefix("tcp://") for address in meta.split(","))
+        self.meta = MetaClient(MetaSettings(addresses=addresses), role=role, name=name, credentials=credentials)
+        """For coroutines of `submit`."""
+        self._addresses = addresses
         self._loop = asyncio.new_event_loop()
         self._told: set[Future[Done]] = set()
         self._thread = threading.Thread(target=self._run, name="stratakv-link", daemon=True)
@@ -65,8 +70,12 @@ class PoolLink:
         return self.meta.available
 
     def submit(self, work: Coroutine[Any, Any, ResultT]) -> Future[ResultT]:
-        """Run on the link's event loop."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+        """Run on the link's event loop. Raises Unavailable once the link is closed."""
+        try:
+            return asyncio.run_coroutine_threadsafe(work, self._loop)
+        except RuntimeError:
+            work.close()
+            raise Unavailable("the connection to the pool was closed") from None
 
     def call(self, request: Message, reply_type: type[ReplyT], timeout_s: float | None = None) -> Future[ReplyT]:
         """Ask the meta server; the future fails with what `MetaClient.call` raises."""
@@ -115,9 +124,9 @@ class PoolLink:
         """Raises ProtocolMismatch; a server that is away is greeted on in the background."""
         try:
             if not self.submit(self.meta.start()).result(START_S):
-                log.warning("meta_server_away", endpoint=self.meta.endpoint)
+                log.warning("meta_server_away", addresses=self._addresses)
         except TimeoutError:
-            log.warning("meta_server_away", endpoint=self.meta.endpoint)
+            log.warning("meta_server_away", addresses=self._addresses)
 
     def _was_told(self, told: Future[Done]) -> None:
         self._told.discard(told)

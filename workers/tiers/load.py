@@ -58,8 +58,6 @@ class _Run:
     pages: ReadPages
     seconds: float
     """Spent on it till now."""
-    arrived: Gate = field(default_factory=make_gate)
-    """Opens behind each layer of these pages; closed when nothing reads them any more."""
 
 
 @dataclass(slots=True)
@@ -115,9 +113,11 @@ class LayerLoad:
     def _run(self, reader: PageReader, connections: ConnectionCache) -> None:
         runs: list[_Run] = []
         try:
-            runs = self._open_runs(reader, connections)
-            if self.window.is_l1 and not self._error and len(runs) <= RUNS_AT_ONCE_MAX:
-                self._read_at_once(runs, connections)
+            pieces = _by_segment(self.pages)
+            if self.window.is_l1 and len(pieces) <= RUNS_AT_ONCE_MAX:
+                runs = self._read_at_once(pieces, reader, connections)
+            if not runs and self._num_good:
+                runs = self._open_runs(reader, connections)
             layer = self._arrived.open_layers
             while layer < self.num_layers and self._num_good:
                 if all(self._read_run(run, layer, connections) for run in runs):
@@ -160,26 +160,62 @@ class LayerLoad:
             runs.append(_Run(first, connection, found, time.monotonic() - started))
         return runs
 
-    def _read_at_once(self, runs: Sequence[_Run], connections: ConnectionCache) -> None:
-        """All layers of each run in one transfer, all runs at the same time."""
-        if len(runs) == 1:
-            # The gate of the load itself, which the transfer opens.
-            self._read(runs[0], runs[0].pages, range(self.num_layers), self._arrived, connections)
-            return
-        with ThreadPoolExecutor(len(runs), thread_name_prefix="kv-load-run") as threads:
-            reading = [threads.submit(self._read_whole_run, run, connections) for run in runs]
+    def _read_at_once(
+        self, pieces: Sequence[tuple[int, int]], reader: PageReader, connections: ConnectionCache
+    ) -> list[_Run]:
+        """Each piece in one transfer, all at the same time; a layer is through when every piece has it.
+
+        Empty if that did not end well.
+        """
+        if len(pieces) == 1:
+            run = self._read_piece(*pieces[0], self._arrived, reader, connections)
+            return [run] if run is not None else []
+        gates = [make_gate() for _ in pieces]
+        with ThreadPoolExecutor(len(pieces), thread_name_prefix="kv-load-piece") as threads:
+            reading = [
+                threads.submit(self._read_piece, first, stop, gate, reader, connections)
+                for (first, stop), gate in zip(pieces, gates, strict=True)
+            ]
             for layer in range(self.num_layers):
-                if not all(run.arrived.wait(layer + 1, self.deadline) for run in runs):
+                if not all(gate.wait(layer + 1, self.deadline) for gate in gates):
                     break
                 self._publish(layer)
-        for run_read in reading:
-            run_read.result()
+        runs = [run for piece in reading if (run := piece.result()) is not None]
+        return runs if len(runs) == len(pieces) else []
 
-    def _read_whole_run(self, run: _Run, connections: ConnectionCache) -> None:
+    def _read_piece(
+        self, first: int, stop: int, arrived: Gate, reader: PageReader, connections: ConnectionCache
+    ) -> _Run | None:
+        """Headers and all layers of consecutive pages of one daemon; `arrived` opens behind each layer. None if it failed."""
+        pages = self.pages[first:stop]
+        started = time.monotonic()
+        connection: DmpConnection | None = None
         try:
-            self._read(run, run.pages, range(self.num_layers), run.arrived, connections)
+            connection = connections.get(pages[0].segment, deadline=self.deadline)
+            read = reader.read(
+                connection,
+                [page.place for page in pages],
+                [page.key for page in pages],
+                self.window.memory.part(first, stop),
+                deadline=self.deadline,
+                done=arrived,
+                cancellation=self._cancellation,
+            )
+        except PageError as error:
+            # What comes before that page is read again, by itself.
+            self._cut(first + error.index, str(error), pages[error.index])
+        except TransferCancelled:
+            raise
+        except StrataError as error:
+            if connection is not None and isinstance(error, TransportError):
+                connections.drop(connection, error.message)
+            self._cut(first, error.message)
+        else:
+            return _Run(first, connection, read, time.monotonic() - started)
         finally:
-            run.arrived.close()
+            if arrived is not self._arrived:
+                arrived.close()
+        return None
 
     def _read_run(self, run: _Run, layer: int, connections: ConnectionCache) -> bool:
         """One layer of what is still good of a run; False if less is good now."""
@@ -187,20 +223,13 @@ class LayerLoad:
         if count <= 0:
             return True
         pages = run.pages if count == len(run.pages) else run.pages.take(range(count))
-        return self._read(run, pages, [layer], None, connections)
+        return self._read(run, pages, layer, connections)
 
-    def _read(
-        self,
-        run: _Run,
-        pages: ReadPages,
-        layers: Sequence[int],
-        done: Gate | None,
-        connections: ConnectionCache,
-    ) -> bool:
+    def _read(self, run: _Run, pages: ReadPages, layer: int, connections: ConnectionCache) -> bool:
         memory = self.window.memory.part(run.first, run.first + len(pages))
         started = time.monotonic()
         try:
-            pages.read_layers(layers, memory, deadline=self.deadline, done=done, cancellation=self._cancellation)
+            pages.read_layers([layer], memory, deadline=self.deadline, cancellation=self._cancellation)
         except PageError as error:
             bad = run.first + error.index
             self._cut(bad, str(error), self.pages[bad])

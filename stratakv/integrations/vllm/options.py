@@ -30,7 +30,7 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The keys, their defaults, and what they mean."""
 
     meta: str = "tcp://127.0.0.1:6383"
-    """Endpoint of the meta server's native protocol."""
+    """Where the meta server listens; several that stand by for each other with commas between them."""
     namespace: str = ""
     """Instances with different names share no blocks, whatever they serve."""
     namespace_id: str = ""

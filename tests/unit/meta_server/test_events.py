@@ -100,7 +100,7 @@ def up(world: World) -> set[str]:
 
 
 TestFollowedPool = FollowedPoolMachine.TestCase
-TestFollowedPool.settings = settings(max_examples=60, stateful_step_count=50)
+TestFollowedPool.settings = settings(max_examples=40, stateful_step_count=40)
 
 
 @pytest.fixture

@@ -178,6 +178,19 @@ def test_a_page_that_is_damaged_meanwhile_is_not_given_out(store: DiskStore, tmp
     assert store.read(extent) is None
 
 
+def test_whole_pages_at_each_others_places_are_not_given_out(store: DiskStore, tmp_path: Path) -> None:
+    extents = store.append([make_page(1), make_page(2)])
+    path = next(tmp_path.glob("*.pages"))
+    content, half = path.read_bytes(), path.stat().st_size // 2
+    path.write_bytes(content[half:] + content[:half])
+    assert [store.read(extent) for extent in extents] == [None, None]
+    assert store.damaged_pages == 2
+    store.close()
+    again = open_store(tmp_path)
+    assert not set(again.extents()) & set(extents)
+    again.close()
+
+
 @pytest.mark.parametrize(("call", "error"), [("pwrite", errno.ENOSPC), ("pwrite", errno.EIO), ("fdatasync", errno.EIO)])
 def test_a_disk_that_refuses_a_write_is_read_only_for_a_while(
     call: str, error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
