@@ -215,7 +215,7 @@ class WorkerDirectory:
         self._set_alive(record, alive=True)
 
     def _listen(self, record: WorkerRecord, facts: WorkerFacts) -> None:
-        feed = KvFeed(record.index, facts.block_size)
+        feed = KvFeed(record.index, facts.block_size, facts.hash_algorithm)
         subscriber = KvSubscriber(facts.worker, facts.events, facts.replay, feed)
         record.events = feed.status
         record.listener = asyncio.create_task(subscriber.run(), name=f"kv-events-{facts.worker}")
