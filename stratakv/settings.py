@@ -86,6 +86,9 @@ class MetaSettings:
     addresses: tuple[str, ...] = setting(
         (), "host:port of every meta server, where there are several; by default the one at `host`"
     )
+    shards: tuple[str, ...] = setting(
+        (), "host:port+host:port of each shard's meta servers, where namespaces are spread over several leaders"
+    )
     leader_lease_s: float = setting(5.0, "a leader that is not heard of for so long is replaced by one that stands by")
     slow_call_s: float = setting(0.25, "calls that take so long are logged; 0: none")
     metrics_port: int = setting(0, "port of the pool's Prometheus metrics (HTTP, `/metrics`); 0: none")
@@ -152,6 +155,7 @@ class DmpSettings:
     """[dmp] one memory-pool daemon."""
 
     node: str = setting("dmp-0", "name of this daemon, unique in the pool")
+    shard_number: int = setting(0, "which of meta.shards it belongs to, from 0")
     host: str = setting("127.0.0.1", "address to listen on")
     public_host: str = setting("", "where others reach it; by default `host`, which must be given for all addresses")
     port: int = setting(6390, "port of the TCP transport")
