@@ -33,6 +33,9 @@ from stratakv.wire import PUT_ID_BYTES, Place, Segment
 DEADLINE_S = 60.0
 PUT_TIMEOUT_S = 600.0
 CALL_BYTES = 1024 * 1024
+TOUCH_BYTES = 4 * 1024 * 1024
+TOUCH_SHARE = 0.9
+"""Beyond that Mooncake begins to evict."""
 NAMESPACE = Namespace(bytes(16))
 _ORDER = struct.Struct("<cQ")
 
@@ -97,13 +100,11 @@ class Ours(Arm):
             self.put_id, self.pages, self.layout.page_bytes, PUT_TIMEOUT_S, deadline=_soon()
         )
         writing = self.writer.begin(self.connection, self.put_id, self.extents, self.keys)
-        writing.write_layers(range(len(self.layout.layers)), self.memory, deadline=_soon())
-        writing.write_headers(deadline=_soon())
+        writing.write(self.memory, deadline=_soon())
 
     def get(self) -> None:
         places = [Place(self.connection.segment.node, e.offset, e.generation) for e in self.extents]
-        found = self.reader.read_headers(self.connection, places, self.keys, deadline=_soon())
-        found.read_layers(range(len(self.layout.layers)), self.memory, deadline=_soon())
+        self.reader.read(self.connection, places, self.keys, self.memory, deadline=_soon())
 
     def in_place(self) -> None:
         """Verify the pages where they lie: what a reader does that needs no copy."""
@@ -124,6 +125,20 @@ class Mooncake(Arm):
         self.stack = ExitStack()
         self.store = mooncake.client(self.stack.enter_context(mooncake.running_store(int(segment_bytes))))
         self.puts = 0
+        self._bring_in(int(segment_bytes))
+
+    def _bring_in(self, segment_bytes: int) -> None:
+        """Fill what the provider lends once, as our daemon touches its memory: nothing that is measured waits for the host's."""
+        memory = mmap.mmap(-1, TOUCH_BYTES)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        keys = [f"touch-{at}" for at in range(0, int(segment_bytes * TOUCH_SHARE), TOUCH_BYTES)]
+        if self.store.register_buffer(address, TOUCH_BYTES) != 0:
+            raise SystemExit("Mooncake did not register the buffer.")
+        for key in keys:
+            self.store.put_from(key, address, TOUCH_BYTES)
+        for key in keys:
+            self.store.remove(key, True)
+        self.store.unregister_buffer(address)
 
     def begin(self, layers: int) -> None:
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.map))

@@ -87,6 +87,7 @@ class MetaSettings:
         (), "host:port of every meta server, where there are several; by default the one at `host`"
     )
     leader_lease_s: float = setting(5.0, "a leader that is not heard of for so long is replaced by one that stands by")
+    slow_call_s: float = setting(0.25, "calls that take so long are logged; 0: none")
     metrics_port: int = setting(0, "port of the pool's Prometheus metrics (HTTP, `/metrics`); 0: none")
     heartbeat_s: float = setting(1.0, "how often daemons and workers report; three misses and they count as gone")
     lease_s_max: float = setting(60.0, "longest read lease granted")
@@ -109,6 +110,8 @@ class MetaSettings:
     kvcm_http_port: int = setting(6382, "port of the KVCM API, HTTP; 0: none")
     admin_grpc_port: int = setting(6491, "port of the KVCM API's admin service, gRPC; 0: none")
     admin_http_port: int = setting(6492, "port of the KVCM API's admin service, HTTP; 0: none")
+    kvcm_host_timeout_s: float = setting(30.0, "hosts that report to the KVCM API and are silent for so long are gone")
+    kvcm_reported_blocks_max: int = setting(10_000_000, "blocks that the hosts of one instance report at once")
     debug_service: bool = setting(False, "let clients of the admin ports inject faults into the KVCM API")
     kvcm_file_dir: Path = setting(
         Path("~/.local/share/stratakv/kvcm"), "root of the KVCM API's first storage, which its clients write into"

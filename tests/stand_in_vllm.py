@@ -36,7 +36,7 @@ vllm:inter_token_latency_seconds_count{{engine="0",model_name="m"}} 54.0
 vllm:inter_token_latency_seconds_sum{{engine="0",model_name="m"}} 2.659498879995226
 vllm:cache_config_info{{_block_size_resolved="True",block_size="{block_size}",cache_dtype="auto",\
 enable_prefix_caching="True",engine="0",num_cpu_blocks="None",num_gpu_blocks="182",\
-prefix_caching_hash_algo="sha256_cbor"}} 1.0
+prefix_caching_hash_algo="{algorithm}"}} 1.0
 """
 
 
@@ -47,6 +47,7 @@ class StandInVllm:
     served: str = MODEL
     tokenize: Callable[[str], list[int]] | None = None
     """None: the endpoint is not there."""
+    algorithm: str = "sha256_cbor"
     started: float = 1.79536859559e09
     running: int = 0
     waiting: int = 0
@@ -54,9 +55,12 @@ class StandInVllm:
     eos_after: int | None = None
     """Tokens after which it ends by itself."""
     lose_after_tokens: int | None = None
+    engine_is_dead: bool = False
     stream_error: dict[str, Any] | None = None
     """Said instead of any token, in a stream whose status is 200."""
     refuse: tuple[int, dict[str, Any]] | None = None
+    namespace: str = ""
+    """What its connector says; empty: it has none."""
     token_delay_s: float = 0.0
     requests: list[dict[str, Any]] = field(default_factory=list)
     authorizations: list[str | None] = field(default_factory=list)
@@ -94,10 +98,16 @@ class StandInVllm:
             self._runner = None
 
     async def _health(self, request: web.Request) -> web.Response:
-        return web.Response()
+        return web.Response(status=503 if self.engine_is_dead else 200)
 
     async def _metrics(self, request: web.Request) -> web.Response:
-        known = {"started": self.started, "running": self.running, "waiting": self.waiting, "usage": self.usage}
+        known = {
+            "algorithm": self.algorithm,
+            "started": self.started,
+            "running": self.running,
+            "waiting": self.waiting,
+            "usage": self.usage,
+        }
         return web.Response(text=METRICS.format(block_size=BLOCK_SIZE, **known))
 
     async def _models(self, request: web.Request) -> web.Response:
@@ -111,6 +121,9 @@ class StandInVllm:
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
+        if not body.get("stream"):
+            said = {"stratakv": {"namespace": self.namespace}} if self.namespace else None
+            return web.json_response({"choices": [], "kv_transfer_params": said})
         self.requests.append(body)
         self.authorizations.append(request.headers.get("Authorization"))
         if self.refuse is not None:

@@ -7,6 +7,7 @@ import time
 
 from google.protobuf.descriptor import ServiceDescriptor
 
+from meta_server.call_times import CallTimes
 from meta_server.elector import Elector
 from meta_server.handlers import Handlers
 from meta_server.journal import Journal
@@ -22,6 +23,7 @@ from meta_server.kvcm.protocol import admin_service_pb2 as admin
 from meta_server.kvcm.protocol import debug_service_pb2 as debug
 from meta_server.kvcm.protocol import event_service_pb2 as events
 from meta_server.kvcm.protocol import meta_service_pb2 as meta
+from meta_server.kvcm.reported import Reports
 from meta_server.kvcm.state import KvcmState
 from meta_server.kvcm.store import Changes, load
 from meta_server.store import CONNECTION_ERRORS, Store
@@ -39,15 +41,17 @@ _log = EventLogger("meta_server.kvcm")
 class KvcmServer:
     """The ports, open from `listen` to `close`, and for each term as leader the state and the services behind them."""
 
-    def __init__(self, settings: MetaSettings, elector: Elector) -> None:
+    def __init__(self, settings: MetaSettings, elector: Elector, native: CallTimes) -> None:
+        """`native`: of the other protocol's calls."""
         self._settings = settings
         self._elector = elector
         self._state: KvcmState | None = None
         self._store: Store | None = None
         self._journal: Journal | None = None
+        self._reports: Reports | None = None
         self._grpc: list[GrpcFace] = []
         self._http: list[tuple[HttpServer, asyncio.Task[None]]] = []
-        self._metrics, self._gate, self._faults = Metrics(), Gate(), Faults()
+        self._metrics, self._gate, self._faults = Metrics(native, slow_s=settings.slow_call_s), Gate(), Faults()
         self._cluster = Cluster(elector, self._leads, self._is_healthy)
         self._meta = self._calls(meta.DESCRIPTOR.services_by_name["MetaService"], self._cluster)
         self._admin = self._calls(admin.DESCRIPTOR.services_by_name["AdminService"], self._cluster)
@@ -77,9 +81,14 @@ class KvcmServer:
             open_writes_max=self._settings.puts_pending_max,
         )
         self._state, self._store, self._journal = state, store, handlers.journal
-        meta_service = MetaService(state, handlers.own_blocks)
+        self._reports = Reports(
+            time.monotonic,
+            silence_s=self._settings.kvcm_host_timeout_s,
+            blocks_max=self._settings.kvcm_reported_blocks_max,
+        )
+        meta_service = MetaService(state, handlers.own_blocks, self._reports)
         self._meta.lead(meta_service, self._refusal)
-        self._admin.lead(AdminService(state, meta_service, self._metrics), self._refusal)
+        self._admin.lead(AdminService(state, meta_service, self._metrics, self._reports.forget), self._refusal)
         self._events.lead(EventCalls(handlers), self._refusal)
         self._streams.lead(handlers)
 
@@ -88,13 +97,15 @@ class KvcmServer:
         for calls in (self._meta, self._admin, self._events):
             calls.stand_by(self._cluster.refusal)
         self._streams.stand_by()
-        state, self._state, self._store, self._journal = self._state, None, None, None
+        state, self._state, self._store, self._journal, self._reports = self._state, None, None, None, None
         if state is not None:
             await state.files.close()
 
     def tick(self) -> None:
         if self._state is not None:
             self._state.tick()
+        if self._reports is not None:
+            self._reports.tick()
 
     def _leads(self) -> bool:
         return self._state is not None and self._elector.is_leader

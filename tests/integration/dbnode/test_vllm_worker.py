@@ -13,16 +13,18 @@ import pytest_asyncio
 
 from dbnode.errors import WorkerRefused
 from dbnode.generate import GenerateRequest, Sampling, Source, StructuredOutputs
+from dbnode.kv_events.feed import FeedState
 from dbnode.vllm import client
+from stratakv.cli.status import Report, _ask_db_node, _print
 from stratakv.keys import KEY_BYTES, block_keys
-from stratakv.settings import Secret
+from stratakv.settings import RestSettings, Secret, Settings
 from stratakv.text import encode, load_tokenizer
 from stratakv.wire import MatchPrefix
 from tests.integration.dbnode.running_node import CACHE_DIR, PoolOfBlocks, RunningNode, running_node
 from tests.kv_event_publisher import publishing, removed, stored
 from tests.stand_in_vllm import BLOCK_SIZE, StandInVllm
 from tests.stand_in_worker import MODEL, StandInWorker, expected_tokens, token_at
-from tests.support import eventually_async
+from tests.support import eventually_async, free_port
 
 PROMPT = list(range(1000, 1080))
 LONG = list(range(2000, 2800))
@@ -101,6 +103,26 @@ async def test_a_client_that_goes_away_cancels_its_request(vllm: StandInVllm) ->
         await eventually_async(lambda: vllm.cancelled == 1, what="the request aborted")
 
 
+async def test_a_request_that_takes_too_long_is_ended_in_the_server_too(vllm: StandInVllm) -> None:
+    vllm.token_delay_s = 0.1
+    async with running_node(also=(vllm.url,), request_timeout_s=0.5) as node:
+        with pytest.raises(openai.APIStatusError, match="deadline"):
+            await complete(node, PROMPT, 500)
+        await eventually_async(lambda: vllm.cancelled == 1, what="the request aborted")
+
+
+async def test_workers_of_both_makers_stand_in_for_each_other(vllm: StandInVllm) -> None:
+    own = await StandInWorker("w0", lose_after_tokens=2).start()
+    vllm.waiting = 50
+    try:
+        async with running_node(own, also=(vllm.url,)) as node:
+            found = await tokens_of(node, PROMPT, 4)
+    finally:
+        await own.stop()
+    sent = expected_tokens(PROMPT, 2)
+    assert found == [*sent, *expected_tokens([*PROMPT, *sent], 2)]
+
+
 async def test_a_refusal_in_words_or_in_a_stream_is_the_clients_error(vllm: StandInVllm) -> None:
     wrong = {"message": "Grammar error: Invalid type", "type": "BadRequestError", "param": None, "code": 400}
     async with running_node(also=(vllm.url,)) as node:
@@ -162,6 +184,12 @@ async def test_a_server_that_is_gone_is_not_used_and_one_that_is_back_is(vllm: S
         await vllm.start(port)
         await node.sees(vllm.url)
         assert await tokens_of(node, PROMPT) == expected_tokens(PROMPT, 5)
+
+
+async def test_a_server_whose_engine_died_is_not_used(vllm: StandInVllm) -> None:
+    async with running_node(also=(vllm.url,)) as node:
+        vllm.engine_is_dead = True
+        await node.sees()
 
 
 async def test_the_api_key_is_shown_and_vllms_name_of_the_model_used(vllm: StandInVllm) -> None:
@@ -239,6 +267,14 @@ async def test_blocks_that_do_not_get_into_the_pool_keep_the_answer_where_it_beg
     assert (len(vllm.requests), len(other.requests)) == (2, 0)
 
 
+async def test_a_connector_tells_its_namespace_itself(vllm: StandInVllm, other: StandInVllm) -> None:
+    vllm.namespace = other.namespace = NAMESPACE
+    pair = f"{vllm.url},role=prefill", f"{other.url},role=decode"
+    async with running_node(also=pair, meta=PoolAfterPrefill(vllm)) as node:
+        await tokens_of(node, LONG, 4)
+    assert (len(vllm.requests), len(other.requests)) == (1, 1)
+
+
 async def test_servers_without_a_common_namespace_are_not_split_over(vllm: StandInVllm, other: StandInVllm) -> None:
     pair = f"{vllm.url},role=prefill", f"{other.url},role=decode"
     async with running_node(also=pair, meta=PoolOfBlocks(1000)) as node:
@@ -262,4 +298,33 @@ async def test_events_decide_where_a_prompt_goes(vllm: StandInVllm, other: Stand
             async with node.http.get("/admin/workers") as answer:
                 states = {state["url"]: state for state in (await answer.json())["workers"]}
             assert states[other.url]["events"]["state"] == "live"
+            async with node.http.get("/metrics") as answer:
+                metrics = await answer.text()
+            assert f'stratakv_router_event_batches_total{{worker="{other.url}"}} 2.0' in metrics
+            assert f'stratakv_router_index_blocks{{worker="{other.url}"}} 0.0' in metrics
             assert states[vllm.url]["info"]["engine"] == "vllm"
+
+
+async def test_a_server_that_hashes_otherwise_is_told_which_flag_mends_it(vllm: StandInVllm) -> None:
+    vllm.algorithm = "sha256"
+    async with running_node(also=(f"{vllm.url},events=tcp://127.0.0.1:{free_port()}",)) as node:
+        (record,) = node.node.directory.records
+        assert record.events is not None
+        assert record.events.state is FeedState.REFUSED
+        assert "--prefix-caching-hash-algo sha256_cbor" in record.events.detail
+        assert await tokens_of(node, PROMPT) == expected_tokens(PROMPT, 5)
+
+
+async def test_status_shows_the_servers_and_what_is_wrong_with_them(
+    vllm: StandInVllm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vllm.running = 3
+    gone = f"vllm://127.0.0.1:{free_port()}"
+    async with running_node(also=(f"{vllm.url},role=decode",), later=(gone,)) as node:
+        await eventually_async(lambda: all(r.alive or r.problem for r in node.node.directory.records), what="a reason")
+        report = Report()
+        await _ask_db_node(Settings(rest=RestSettings(port=int(node.url.rsplit(":", 1)[1]))), report)
+    _print(report)
+    shown = {line.split("│")[1].strip(): line for line in capsys.readouterr().out.splitlines() if "vllm://" in line}
+    assert [cell.strip() for cell in shown[vllm.url].split("│")[2:6]] == ["yes", "decode", MODEL, "3"]
+    assert "no: " in shown[gone]
