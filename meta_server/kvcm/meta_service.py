@@ -242,6 +242,10 @@ class MetaService:
         usable = [s for s in storages if s is not None and s.enabled and (not only or s.place.type == kind)]
         failure = StorageFailed(f"group {group.name} has no enabled storage of the kind it asks for")
         for storage in sorted(usable, key=lambda s: _preference(s, kind)):
+            if not storage.health.takes_blocks:
+                why = storage.health.detail or f"storage {storage.name} is full"
+                failure = StorageFailed(why)
+                continue
             try:
                 await self._state.files.prepare(storage.place, instance.id)
             except StorageFailed as error:

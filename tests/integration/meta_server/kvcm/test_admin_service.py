@@ -91,7 +91,8 @@ async def test_storages_that_cannot_be_used_are_refused(client: Client, tmp_path
     assert await code(global_unique_name="", nfs={"root_path": str(tmp_path)}) == "INVALID_ARGUMENT"
     for root in ("relative", "/", f"{tmp_path}/../x", ""):
         assert await code(nfs={"root_path": root}) == "INVALID_ARGUMENT", root
-    for kind in ("mooncake", "tair_mem_pool", "local", "vcnsthreefs"):
+    assert await code(mooncake={}) == "INVALID_ARGUMENT"
+    for kind in ("tair_mem_pool", "local", "vcnsthreefs"):
         assert await code(**{kind: {}}) == "UNSUPPORTED"
     missing = {"root_path": str(tmp_path / "missing")}
     assert await code(nfs=missing, check_storage_available_when_open=True) == "IO_ERROR"
