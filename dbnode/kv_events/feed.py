@@ -108,6 +108,7 @@ class KvFeed:
         """Go by what is sent, for this reason."""
         self.status.state, self.status.detail = FeedState.REFUSED, detail
         self._index.forget_told()
+        self._index.doubt()
 
     def _apply(self, event: KvEvent) -> None:
         match event:

@@ -165,7 +165,7 @@ class WorkerDirectory:
         record.probe.set()
 
     async def _watch(self, url: str) -> None:
-        record = self._records[url] = WorkerRecord(url, BlockIndex(self._settings.index_blocks_max))
+        record = self._records[url] = WorkerRecord(url, BlockIndex(self._settings.index_blocks_max, self._clock))
         record.heard_s = self._clock()
         try:
             await self._keep_polling(url, record)

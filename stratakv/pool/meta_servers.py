@@ -8,13 +8,14 @@ from stratakv.errors import StrataError
 from stratakv.pool.auth import PoolCredentials
 from stratakv.pool.meta_client import meta_endpoints
 from stratakv.pool.meta_link import MetaLink
+from stratakv.pool.shards import all_shards
 from stratakv.settings import MetaSettings
 from stratakv.wire import GetLeader, LeaderState
 
 
 async def leader_states(settings: MetaSettings, credentials: PoolCredentials | None) -> dict[str, LeaderState | None]:
     """host:port → what that server says; None if it does not answer."""
-    endpoints = meta_endpoints(settings)
+    endpoints = [endpoint for shard in all_shards(settings) for endpoint in meta_endpoints(shard)]
     states = await asyncio.gather(*(_ask(endpoint, settings.request_timeout_s, credentials) for endpoint in endpoints))
     return {endpoint.removeprefix("tcp://"): state for endpoint, state in zip(endpoints, states, strict=True)}
 
