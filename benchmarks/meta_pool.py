@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psycopg
+
 from stratakv import migrate
 from stratakv.keys import KEY_BYTES
 from stratakv.pool.meta_client import MetaClient
@@ -49,6 +51,8 @@ BLOCK_TOKENS = 16
 START_S_MAX = 60.0
 SEGMENT_BYTES = 1 << 40
 REQUEST_S_MAX = 60.0
+SETTLE_S_MAX = 600.0
+_UNFILLED = "SELECT count(*) FROM stratakv.put_sessions WHERE state = 'committed' AND NOT filled"
 
 
 @dataclass
@@ -89,6 +93,15 @@ class MetaServer:
         """How long its index took at its start, by its own log."""
         entries = (json.loads(line) for line in self._log.read_text().splitlines() if line.startswith("{"))
         return next(float(entry["seconds"]) for entry in entries if entry.get("event") == "index_rebuilt")
+
+    def settle(self) -> None:
+        """Wait until the tables of blocks are filled, which the server does behind its answers."""
+        with psycopg.connect(self.url.replace("+asyncpg", ""), autocommit=True) as connection:
+            deadline = time.monotonic() + SETTLE_S_MAX
+            while connection.execute(_UNFILLED).fetchone() != (0,):
+                if time.monotonic() > deadline:
+                    raise SystemExit("the meta server does not finish filling its tables")
+                time.sleep(0.1)
 
     def resident_bytes(self) -> int:
         assert self.process is not None

@@ -107,7 +107,16 @@ class MetaSettings:
     kvcm_enabled: bool = setting(False, "serve the KVCM API too")
     kvcm_host: str = setting("127.0.0.1", "address the KVCM API listens on")
     kvcm_token: Secret | None = setting(
-        None, "token that clients of the KVCM API must send; needed to listen beyond this machine"
+        None, "token that clients of the KVCM API may send; needed to listen beyond this machine"
+    )
+    kvcm_user: str = setting("", "account by which `stratakv meta` asks; by default it sends the token")
+    kvcm_password: Secret | None = setting(None, "its password")
+    kvcm_tls_cert: Path | None = setting(
+        None, "certificate of the KVCM API's ports, and its chain (PEM); needed to listen beyond this machine"
+    )
+    kvcm_tls_key: Path | None = setting(None, "its key (PEM)")
+    kvcm_tls_ca: Path | None = setting(
+        None, "roots by which `stratakv meta` knows the meta server (PEM); by default the certificate itself"
     )
     kvcm_grpc_port: int = setting(6381, "port of the KVCM API, gRPC; 0: none")
     kvcm_http_port: int = setting(6382, "port of the KVCM API, HTTP; 0: none")

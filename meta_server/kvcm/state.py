@@ -11,6 +11,7 @@ import heapq
 import time
 import uuid
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from meta_server.kvcm.entities import Group, Instance, default_group, default_storage
 from meta_server.kvcm.errors import CapacityReached, NoSuchInstance
@@ -28,6 +29,18 @@ RECLAIM_LOW = 0.9
 """Reclaiming goes on down to this share of the level at which it begins."""
 
 
+@dataclass(slots=True)
+class Usage:
+    """Blocks and bytes of one storage."""
+
+    num_keys: int = 0
+    size_bytes: int = 0
+
+    def count(self, location: Location, sign: int) -> None:
+        self.num_keys += sign
+        self.size_bytes += sign * location.size_bytes
+
+
 class KvcmState:
     """All that the KVCM API knows."""
 
@@ -42,7 +55,8 @@ class KvcmState:
         self.writes = {write.session_id: write for write in loaded.writes}
         self._ending: list[tuple[float, str]] = []
         self._empty: dict[str, Write] = {}
-        self._num_open = 0
+        self.open_writes: dict[str, Write] = {}
+        self._usage: dict[str, Usage] = {}
         if not self.storages and not self.groups:
             self._add_defaults(file_root)
         for write in loaded.writes:
@@ -60,6 +74,14 @@ class KvcmState:
             raise InvalidRequest(f"there is no instance group {name!r}", param="instance_group")
         return group
 
+    def usage_of(self, storage: str) -> Usage:
+        """What a storage holds of blocks being written or served."""
+        return self._usage.get(storage) or Usage()
+
+    def seconds_left(self, write: Write) -> float:
+        """Of an open session."""
+        return write.ends_at - self._clock()
+
     def start(
         self,
         instance: Instance,
@@ -76,7 +98,7 @@ class KvcmState:
         held, new = _split(instance, wanted, min_replicas)
         if not new:
             return None, held
-        if self._num_open >= self._open_writes_max:
+        if len(self.open_writes) >= self._open_writes_max:
             raise Overloaded("too many write sessions are open")
         group = self.group(instance.group)
         # Room must not be made with the blocks that the client is about to be told are there.
@@ -189,13 +211,14 @@ class KvcmState:
 
     def _open(self, write: Write) -> None:
         heapq.heappush(self._ending, (write.ends_at, write.session_id))
-        self._num_open += 1
+        self.open_writes[write.session_id] = write
 
     def _enter(self, write: Write, instance: Instance) -> None:
         group = self.groups.get(write.group)
         for location in write.locations:
             if location.state in (State.WRITING, State.SERVING):
                 instance.by_key.setdefault(location.key, []).append(location)
+                self._usage.setdefault(write.place.storage, Usage()).count(location, 1)
                 if group is not None:
                     _count(group, location, 1)
                     if location.is_serving:
@@ -211,6 +234,7 @@ class KvcmState:
                 found.remove(location)
                 if not found:
                     del instance.by_key[location.key]
+        self.usage_of(write.place.storage).count(location, -1)
         if group is not None:
             _count(group, location, -1)
             group.recency.pop(location, None)
@@ -218,7 +242,7 @@ class KvcmState:
     def _decide(self, write: Write, success: bytes) -> None:
         write.success = success
         write.ends_at = self._clock() + FINISHED_KEPT_S
-        self._num_open -= 1
+        self.open_writes.pop(write.session_id, None)
         status = bytes(State.SERVING if done else State.DELETING for done in success)
         self.changes.end_write(write, status, FINISHED_KEPT_S)
         self.changes.when_written().add_done_callback(lambda _: self._decided(write, success))

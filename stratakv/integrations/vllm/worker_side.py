@@ -220,8 +220,10 @@ class WorkerSide:
         with self._report_lock:
             self._report.loads += 1
             self._report.failed_loads += not load.is_whole
-            self._report.loaded_bytes += load.num_good * self._memory.layout.data_bytes
-            self._report.load_s += load.seconds
+            if load.is_whole:
+                distance = load.hit.distance(self._node)
+                self._report.loaded_tokens[distance] += load.num_good * self._memory.layout.page_tokens
+                self._report.load_s[distance] = self._report.load_s.get(distance, 0.0) + load.seconds
 
     def _void(self, saves: list[BlockSave]) -> None:
         for save in saves:

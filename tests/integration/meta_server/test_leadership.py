@@ -149,14 +149,14 @@ async def test_the_command_line_shows_who_leads_and_has_another_one_lead(migrate
         second = await stack.enter_async_context(meta_server(migrated_url))
         addresses = [endpoint.removeprefix("tcp://") for endpoint in (first, second)]
         known = f"--set=meta.addresses={','.join(addresses)}"
-        shown = await stratakv(0, tmp_path, "meta", "leader", "--json", known)
+        shown = await stratakv(0, tmp_path, "meta", "servers", "--json", known)
         assert [shown.json[address]["is_leader"] for address in addresses] == [True, False]
-        wrong = await stratakv(0, tmp_path, "meta", "leader", "demote", addresses[1], known)
+        wrong = await stratakv(0, tmp_path, "meta", "servers", "demote", addresses[1], known)
         assert (wrong.status, "does not lead" in wrong.err) == (1, True)
-        demoted = await stratakv(0, tmp_path, "meta", "leader", "demote", known)
+        demoted = await stratakv(0, tmp_path, "meta", "servers", "demote", known)
         assert (demoted.status, demoted.out.strip()) == (0, f"{addresses[0]} no longer leads")
         await eventually_async(lambda: leads(second), what="the other one leads")
-        assert f"standing by for {addresses[1]}" in (await stratakv(0, tmp_path, "meta", "leader", known)).out
+        assert f"standing by for {addresses[1]}" in (await stratakv(0, tmp_path, "meta", "servers", known)).out
 
 
 async def test_a_put_begun_with_one_leader_ends_with_the_next(migrated_url: str, tmp_path: Path) -> None:
