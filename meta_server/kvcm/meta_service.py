@@ -113,7 +113,7 @@ class MetaService:
         keys = visible(request.block_mask, _keys(request, instance.config.block_size))
         query_type = request.query_type or instance.config.default_query_type
         found = match(query_type, keys, request.sw_size, lambda asked: _serving(instance, asked, names))
-        self._state.group(instance.group).touch([location for location in found if location is not None])
+        self._state.group(instance.group).ranking.touch([location for location in found if location is not None])
         return [location.message(names) if location is not None else meta.CacheLocation() for location in found]
 
     async def get_cache_meta(self, request: meta.GetCacheMetaRequest) -> meta.GetCacheMetaResponse:
