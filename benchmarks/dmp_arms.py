@@ -97,13 +97,11 @@ class Ours(Arm):
             self.put_id, self.pages, self.layout.page_bytes, PUT_TIMEOUT_S, deadline=_soon()
         )
         writing = self.writer.begin(self.connection, self.put_id, self.extents, self.keys)
-        writing.write_layers(range(len(self.layout.layers)), self.memory, deadline=_soon())
-        writing.write_headers(deadline=_soon())
+        writing.write(self.memory, deadline=_soon())
 
     def get(self) -> None:
         places = [Place(self.connection.segment.node, e.offset, e.generation) for e in self.extents]
-        found = self.reader.read_headers(self.connection, places, self.keys, deadline=_soon())
-        found.read_layers(range(len(self.layout.layers)), self.memory, deadline=_soon())
+        self.reader.read(self.connection, places, self.keys, self.memory, deadline=_soon())
 
     def in_place(self) -> None:
         """Verify the pages where they lie: what a reader does that needs no copy."""

@@ -15,6 +15,7 @@ from dbnode.inference import InferenceService
 from dbnode.metrics import NodeMetrics
 from dbnode.rest.app import RestFace
 from dbnode.rest.http import Guard
+from dbnode.scheduler.metrics import RouterMetrics
 from dbnode.scheduler.pool_view import MetaCalls, PoolView
 from dbnode.scheduler.scheduler import Scheduler
 from dbnode.scheduler.workers import WorkerDirectory
@@ -57,6 +58,7 @@ class Node:
         self.usage = UsageWriter(settings.database, self.metrics.usage_dropped.inc)
         self.statements = StatementStats(settings.database, self.metrics.statements_dropped.inc)
         self.directory = WorkerDirectory(settings.router, self.client, pool, self._on_workers_changed)
+        self.metrics.registry.register(RouterMetrics(self.directory))
         scheduler = Scheduler(settings.router, self.directory, pool, kv_bytes_per_token(model_dir))
         self.inference = InferenceService(
             self.model,

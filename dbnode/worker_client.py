@@ -5,7 +5,6 @@ The form is OpenAI's completions with token ids and `kv_transfer_params`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
@@ -15,13 +14,11 @@ import msgspec
 
 from dbnode.errors import HandoverFailed, WorkerRefused, WorkerUnreachable
 from dbnode.worker_http import EventStream, HttpDoor, decode_state
-from dbnode.worker_messages import UsageOptions, WorkerChunk, WorkerError, WorkerFacts, WorkerRequest
+from dbnode.worker_messages import UsageOptions, WorkerChunk, WorkerError, WorkerFacts, WorkerRequest, is_namespace
 from stratakv.errors import DeadlineExceeded, InvalidRequest, Overloaded, StrataError
-from stratakv.keys import NAMESPACE_BYTES
 from stratakv.pool.auth import PoolCredentials, RequestSigner
 from stratakv.wire import WorkerLoad
 
-_NAMESPACE = re.compile(rf"[0-9a-f]{{{2 * NAMESPACE_BYTES}}}")
 _NO_HEADERS: Mapping[str, str] = {}
 
 _encode = msgspec.json.Encoder().encode
@@ -56,7 +53,7 @@ class WorkerClient(HttpDoor):
     async def info(self, url: str, timeout_s: float) -> WorkerFacts:
         """Who the worker is. Raises WorkerUnreachable."""
         facts = decode_state(url, _decode_facts, await self._get(url, "/info", timeout_s))
-        if not _NAMESPACE.fullmatch(facts.namespace) or facts.block_size < 1:
+        if not is_namespace(facts.namespace) or facts.block_size < 1:
             raise WorkerUnreachable(f"{url} is no worker: its namespace or block size is wrong")
         return facts
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import enum
+import re
 
 import msgspec
 
 from dbnode.generate import FinishReason, PromptTiers, StructuredOutputs
+from stratakv.keys import NAMESPACE_BYTES
 from stratakv.wire import WorkerRole
+
+_NAMESPACE = re.compile(rf"[0-9a-f]{{{2 * NAMESPACE_BYTES}}}")
 
 
 class KVTransfer(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -129,3 +133,8 @@ class WorkerFacts(msgspec.Struct, frozen=True):
     """ZeroMQ endpoint at which missed ones can be asked for."""
     hands_over: bool = False
     """Prompts can be handed over, to it and from it, while they are computed."""
+
+
+def is_namespace(text: str) -> bool:
+    """Whether a worker's namespace is one."""
+    return _NAMESPACE.fullmatch(text) is not None

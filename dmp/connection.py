@@ -1,7 +1,8 @@
 """One client's connection, served by a thread of its own: control requests, and bytes in and out of the segment.
 
-The event loop has no part in it, so large transfers never hold it up. Whatever a client sends or fails to send ends at most
-this connection; writes it leaves unfinished belong to puts that are void when their time runs out.
+The event loop has no part in it, so large transfers never hold it up; nor has the interpreter where the C++ module was built:
+`serve_frames` answers reads and writes that are in order, and hands everything else to what is here. Whatever a client sends
+or fails to send ends at most this connection; writes it leaves unfinished belong to puts that are void when their time runs out.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import select
 import socket
+import struct
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,17 +21,35 @@ import numpy.typing as npt
 
 from dmp import http_face
 from dmp.disk.store import DiskStore
-from dmp.metrics import DaemonMetrics, Tier
+from dmp.metrics import DaemonMetrics
 from dmp.puts import PutTable
 from dmp.segment import MemorySegment
+from dmp.traffic import Flow, count, no_traffic
+from stratakv import _native
+from stratakv._native import Ended
 from stratakv.errors import InvalidRequest, StrataError
 from stratakv.layout import ALIGNMENT_BYTES
 from stratakv.pool import messages
 from stratakv.pool.auth import NONCE_BYTES, PoolCredentials
-from stratakv.pool.errors import NotAMember, OutOfBounds, ProtocolMismatch, PutRefused, SegmentFull, TransportError
+from stratakv.pool.errors import (
+    NotAMember,
+    OutOfBounds,
+    ProtocolMismatch,
+    PutRefused,
+    SegmentFull,
+    TransportError,
+    TransportTimeout,
+)
 from stratakv.pool.fence import TermFence
 from stratakv.pool.framing import receive_all, receive_exactly, receive_header, send_all, send_frame
-from stratakv.pool.messages import FrameHeader, FrameKind, RefusalCode, frame_header
+from stratakv.pool.messages import (
+    FrameHeader,
+    FrameKind,
+    MalformedFrame,
+    RefusalCode,
+    frame_header,
+    parse_frame_header,
+)
 from stratakv.wire import PUT_ID_BYTES
 
 FRAME_TIMEOUT_S = 30.0
@@ -44,12 +64,10 @@ _CODES: dict[type[StrataError], RefusalCode] = {
 }
 
 
-@dataclass(slots=True)
-class Traffic:
-    """Bytes one connection moved; written by its thread only."""
-
-    bytes_read: int = 0
-    bytes_written: int = 0
+_OPENING = frame_header(FrameKind.CONTROL, 0)[: struct.calcsize("<4sH")]
+"""Magic and version, as every frame begins."""
+_DONE_FRAME = frame_header(FrameKind.REPLY, len(messages.encode(messages.Done()))) + messages.encode(messages.Done())
+_LIMITS = (messages.CONTROL_BYTES_MAX, messages.RANGES_MAX, messages.TRANSFER_BYTES_MAX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +99,17 @@ class Connection:
         """What is read, if not the memory."""
         self._nonces: tuple[bytes, bytes] | None = None
         """The client's and ours, while its proof is awaited."""
-        self.traffic = Traffic()
+        self.traffic = no_traffic()
+        """Counted by this connection's thread only."""
 
     def run(self) -> None:
         """Serve until the client leaves or breaks the protocol. Raises TransportError when it does the latter."""
-        while (header := self._next_header()) is not None:
+        while (frame := self._next_frame()) is not None:
+            header, body, deadline = frame
             if header.kind not in (FrameKind.CONTROL, FrameKind.READ, FrameKind.WRITE):
                 raise ProtocolMismatch(f"a client does not send {header.kind.name} frames")
             if header.kind is not FrameKind.CONTROL and not self._is_attached:
                 raise ProtocolMismatch("bytes were asked for before Attach")
-            deadline = time.monotonic() + FRAME_TIMEOUT_S
-            body = bytes(receive_exactly(self._sock, header.body_bytes, deadline))
             if header.kind is FrameKind.CONTROL:
                 self._control(body, deadline)
             elif header.kind is FrameKind.READ:
@@ -99,14 +117,36 @@ class Connection:
             else:
                 self._write(header, body, deadline)
 
-    def _next_header(self) -> FrameHeader | None:
-        """None when the client has left or fallen silent."""
+    def _next_frame(self) -> tuple[FrameHeader, bytes, float] | None:
+        """Header, body and deadline; None when the client has left or fallen silent."""
+        wire = _native.wire()
+        if wire is None or not self._is_attached or self._disk is not None:
+            return self._receive_frame()
+        served = self._served
+        idle_s = -1.0 if self._is_neighbour else served.idle_timeout_s
+        what = (served.segment.memory, served.puts.grants, _OPENING, _DONE_FRAME, _LIMITS)
+        ended, raw, body = wire.serve_frames(self._sock.fileno(), *what, idle_s, FRAME_TIMEOUT_S, self.traffic)
+        if ended == Ended.LATE:
+            raise TransportTimeout("a frame was not over in time")
+        if ended != Ended.WHOLE:
+            raise TransportError("the connection broke in the middle of a frame")
+        if not raw:
+            return None
+        try:
+            return parse_frame_header(raw), body, time.monotonic() + FRAME_TIMEOUT_S
+        except MalformedFrame as error:
+            raise ProtocolMismatch(str(error)) from error
+
+    @property
+    def _is_neighbour(self) -> bool:
+        """The kernel tells when a process of this host ends; and to one that maps the segment, a closed socket means that the
+        daemon has died."""
+        return self._is_attached and self._sock.family == socket.AF_UNIX
+
+    def _receive_frame(self) -> tuple[FrameHeader, bytes, float] | None:
         poller = select.poll()
         poller.register(self._sock, select.POLLIN)
-        # The kernel tells when a process of this host ends; and to one that maps the segment, a closed socket means that the
-        # daemon has died.
-        is_neighbour = self._is_attached and self._sock.family == socket.AF_UNIX
-        idle_timeout_ms = None if is_neighbour else self._served.idle_timeout_s * 1000
+        idle_timeout_ms = None if self._is_neighbour else self._served.idle_timeout_s * 1000
         try:
             first = self._sock.recv(1, socket.MSG_PEEK) if poller.poll(idle_timeout_ms) else b""
         except ConnectionError:
@@ -116,7 +156,10 @@ class Connection:
             return None
         if not first:
             return None
-        return receive_header(self._sock, time.monotonic() + FRAME_TIMEOUT_S)
+        deadline = time.monotonic() + FRAME_TIMEOUT_S
+        header = receive_header(self._sock, deadline)
+        is_asked = header.kind in (FrameKind.CONTROL, FrameKind.READ, FrameKind.WRITE)
+        return header, bytes(receive_exactly(self._sock, header.body_bytes if is_asked else 0, deadline)), deadline
 
     def _reply(self, reply: messages.ControlReply, deadline: float) -> None:
         send_frame(self._sock, FrameKind.REPLY, messages.encode(reply), deadline)
@@ -234,11 +277,7 @@ class Connection:
         header = frame_header(FrameKind.DATA, 0, total)
         started = time.perf_counter()
         send_all(self._sock, [header, *self._views(offsets, sizes)], deadline)
-        self._sent(Tier.MEMORY, len(sizes), total, started)
-
-    def _sent(self, tier: Tier, num_ranges: int, size_bytes: int, started: float) -> None:
-        self.traffic.bytes_read += size_bytes
-        self._served.metrics.sent(tier, num_ranges, size_bytes, time.perf_counter() - started)
+        count(self.traffic, Flow.READ, len(sizes), total, time.perf_counter() - started)
 
     def _read_disk(self, disk: DiskStore, body: bytes, deadline: float) -> None:
         started = time.perf_counter()
@@ -253,7 +292,7 @@ class Connection:
             self._refuse(error, deadline)
             return
         send_all(self._sock, [frame_header(FrameKind.DATA, 0, len(data)), data], deadline)
-        self._sent(Tier.DISK, len(ranges), len(data), started)
+        count(self.traffic, Flow.READ_FROM_DISK, len(ranges), len(data), time.perf_counter() - started)
 
     def _write(self, header: FrameHeader, body: bytes, deadline: float) -> None:
         put_id = body[:PUT_ID_BYTES]
@@ -271,8 +310,7 @@ class Connection:
             self._discard(header.payload_bytes, deadline)
             self._refuse(error, deadline)
             return
-        self.traffic.bytes_written += header.payload_bytes
-        self._served.metrics.received(len(sizes), header.payload_bytes, time.perf_counter() - started)
+        count(self.traffic, Flow.WRITTEN, len(sizes), header.payload_bytes, time.perf_counter() - started)
         self._reply(messages.Done(), deadline)
 
     def _discard(self, size_bytes: int, deadline: float) -> None:

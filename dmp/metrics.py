@@ -15,6 +15,8 @@ from prometheus_client.registry import Collector
 
 from dmp.disk.store import DiskStore
 from dmp.puts import PutTable
+from dmp.traffic import Amount, Flow
+from stratakv._native.base import Int64s
 from stratakv.pool.messages import DaemonStats
 
 
@@ -42,12 +44,6 @@ class DaemonMetrics:
         def counter(name: str, doc: str, *labels: str) -> Counter:
             return Counter(f"stratakv_dmp_{name}", doc, labels, registry=self.registry)
 
-        self._read_ranges = counter("read_ranges", "Ranges sent to readers over TCP", "tier")
-        self._read_bytes = counter("read_bytes", "Their bytes", "tier")
-        self._read_seconds = counter("read_seconds", "Time spent on sending them", "tier")
-        self._written_ranges = counter("written_ranges", "Ranges received from writers over TCP")
-        self._written_bytes = counter("written_bytes", "Their bytes")
-        self._written_seconds = counter("written_seconds", "Time spent on receiving them")
         self._granted_pages = counter("granted_pages", "Pages of memory given to writers, over TCP or in shared memory")
         self._granted_bytes = counter("granted_bytes", "Their bytes")
         self._moved_pages = counter("moved_pages", "Pages copied between memory and disk", "direction")
@@ -60,19 +56,15 @@ class DaemonMetrics:
         self._scrubbed_pages = counter("scrubbed_pages", "Pages on disk that were read and checked in the background")
         self._scrubbed_bytes = counter("scrubbed_bytes", "Their bytes")
 
-    def watch(self, puts: PutTable, store: DiskStore | None, stats: Callable[[], DaemonStats]) -> None:
-        """Tell the state of these too."""
-        self.registry.register(_State(puts, store, stats))
-
-    def sent(self, tier: Tier, num_ranges: int, size_bytes: int, seconds: float) -> None:
-        self._read_ranges.labels(tier).inc(num_ranges)
-        self._read_bytes.labels(tier).inc(size_bytes)
-        self._read_seconds.labels(tier).inc(seconds)
-
-    def received(self, num_ranges: int, size_bytes: int, seconds: float) -> None:
-        self._written_ranges.inc(num_ranges)
-        self._written_bytes.inc(size_bytes)
-        self._written_seconds.inc(seconds)
+    def watch(
+        self,
+        puts: PutTable,
+        store: DiskStore | None,
+        stats: Callable[[], DaemonStats],
+        traffic: Callable[[], Int64s],
+    ) -> None:
+        """Tell the state of these too, and what has been moved over TCP (`dmp.traffic`)."""
+        self.registry.register(_State(puts, store, stats, traffic))
 
     def granted(self, num_pages: int, size_bytes: int) -> None:
         self._granted_pages.inc(num_pages)
@@ -98,10 +90,17 @@ class DaemonMetrics:
 class _State(Collector):
     """Gauges, read when they are asked for."""
 
-    def __init__(self, puts: PutTable, store: DiskStore | None, stats: Callable[[], DaemonStats]) -> None:
+    def __init__(
+        self,
+        puts: PutTable,
+        store: DiskStore | None,
+        stats: Callable[[], DaemonStats],
+        traffic: Callable[[], Int64s],
+    ) -> None:
         self._puts = puts
         self._store = store
         self._stats = stats
+        self._traffic = traffic
 
     def collect(self) -> Iterator[Metric]:
         stats, store = self._stats(), self._store
@@ -111,6 +110,7 @@ class _State(Collector):
         memory = stats.size_bytes, stats.used_bytes, stats.extents
         disk = (store.size_bytes, store.used_bytes, store.num_pages) if store is not None else None
         yield from _by_tier(memory, disk)
+        yield from _moved(self._traffic(), has_disk=store is not None)
         if store is not None:
             yield _gauge(
                 "disk_file_bytes", "Length of the disk's files, with what is out of use in them", store.stored_bytes
@@ -135,6 +135,27 @@ def _by_tier(memory: tuple[int, int, int], disk: tuple[int, int, int] | None) ->
             free.add_metric([tier], max(0, state[0] - state[1]))
             pages.add_metric([tier], state[2])
     yield from (size, used, free, pages)
+
+
+def _moved(traffic: Int64s, *, has_disk: bool) -> Iterator[Metric]:
+    units = (("ranges", Amount.RANGES, 1.0), ("bytes", Amount.BYTES, 1.0), ("seconds", Amount.NANOSECONDS, 1e-9))
+    documentations = {
+        "read_ranges": "Ranges sent to readers over TCP",
+        "read_bytes": "Their bytes",
+        "read_seconds": "Time spent on sending them",
+        "written_ranges": "Ranges received from writers over TCP",
+        "written_bytes": "Their bytes",
+        "written_seconds": "Time spent on receiving them",
+    }
+    for unit, amount, scale in units:
+        name = f"read_{unit}"
+        read = CounterMetricFamily(f"stratakv_dmp_{name}", documentations[name], labels=["tier"])
+        read.add_metric([Tier.MEMORY], traffic[Flow.READ, amount] * scale)
+        if has_disk:
+            read.add_metric([Tier.DISK], traffic[Flow.READ_FROM_DISK, amount] * scale)
+        yield read
+        name = f"written_{unit}"
+        yield _counter(name, documentations[name], traffic[Flow.WRITTEN, amount] * scale)
 
 
 def _gauge(name: str, doc: str, value: float) -> Metric:

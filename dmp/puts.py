@@ -14,12 +14,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from dmp.allocator import ExtentAllocator
+from stratakv._native import Entered, make_grants
 from stratakv.pool.errors import OutOfBounds, PutRefused, SegmentFull
 from stratakv.wire import Extent
 
@@ -38,27 +39,16 @@ class _Put:
     extents: list[Extent]
     page_bytes: int
     deadline: float
-    num_writers: int = 0
     is_released: bool = False
     """The writer gave up: no further writes, and the meta server is asked at once."""
-    starts: npt.NDArray[np.uint64] = field(init=False)
-    """Runs of consecutive extents, ascending."""
-    ends: npt.NDArray[np.uint64] = field(init=False)
 
-    def __post_init__(self) -> None:
+    def runs(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+        """Starts and ends of the runs of consecutive extents, ascending."""
         offsets = np.sort(np.array([e.offset for e in self.extents], dtype=np.uint64))
         after = offsets + np.uint64(self.page_bytes)
         breaks = offsets[1:] != after[:-1]
-        self.starts = offsets[np.concatenate(([True], breaks))]
-        self.ends = after[np.concatenate((breaks, [True]))]
-
-    def covers(self, offsets: npt.NDArray[np.uint64], sizes: npt.NDArray[np.uint32]) -> bool:
-        """Whether every range lies within the put's pages."""
-        run = np.searchsorted(self.starts, offsets, side="right").astype(np.int64) - 1
-        if (run < 0).any():
-            return False
-        ends = self.ends[run]
-        return bool(((offsets < ends) & (sizes <= ends - offsets)).all())
+        starts = offsets[np.concatenate(([True], breaks))]
+        return starts, after[np.concatenate((breaks, [True]))]
 
 
 class PutTable:
@@ -67,6 +57,8 @@ class PutTable:
     def __init__(self, allocator: ExtentAllocator, clock: Callable[[], float]) -> None:
         self._allocator = allocator
         self._clock = clock
+        self.grants = make_grants()
+        """Who may write where just now; told by this table only."""
         self._lock = threading.Lock()
         self._puts: dict[bytes, _Put] = {}
         self._put_of_extent: dict[Extent, bytes] = {}
@@ -103,7 +95,8 @@ class PutTable:
             if len(self._puts) >= PUTS_MAX:
                 raise SegmentFull(f"{PUTS_MAX} puts are unfinished already")
             extents = self._allocator.allocate(count, page_bytes)
-            self._puts[put_id] = _Put(extents, page_bytes, self._clock() + timeout_s)
+            put = self._puts[put_id] = _Put(extents, page_bytes, self._clock() + timeout_s)
+            self.grants.open(put_id, *put.runs(), put.deadline)
             self._put_of_extent.update(dict.fromkeys(extents, put_id))
             return extents
 
@@ -120,22 +113,20 @@ class PutTable:
                 self._close(put_id)
             else:
                 put.is_released = True
+                self.grants.close(put_id)
 
     @contextmanager
     def writing(self, put_id: bytes, offsets: npt.NDArray[np.uint64], sizes: npt.NDArray[np.uint32]) -> Iterator[None]:
         """Hold the put's memory while its ranges are written. Raises PutRefused, OutOfBounds."""
-        with self._lock:
-            put = self._puts.get(put_id)
-            if put is None or put.is_released or put.deadline < self._clock():
-                raise PutRefused("this put is unknown, over or out of time")
-            if not put.covers(offsets, sizes):
-                raise OutOfBounds("a range lies outside the pages of its put")
-            put.num_writers += 1
+        entered = self.grants.enter(put_id, offsets, sizes, self._clock())
+        if entered == Entered.REFUSED:
+            raise PutRefused("this put is unknown, over or out of time")
+        if entered == Entered.OUTSIDE:
+            raise OutOfBounds("a range lies outside the pages of its put")
         try:
             yield
         finally:
-            with self._lock:
-                put.num_writers -= 1
+            self.grants.leave(put_id)
 
     def undecided(self) -> list[bytes]:
         """Puts that nobody may write to any more, oldest first: the meta server knows how they ended."""
@@ -155,7 +146,7 @@ class PutTable:
         with self._lock:
             for put_id in put_ids:
                 put = self._puts.get(put_id)
-                if put is not None and not put.num_writers:
+                if put is not None and self.grants.close(put_id):
                     self._forget(put_id)
                     for extent in put.extents:
                         self._allocator.free(extent)
@@ -222,6 +213,7 @@ class PutTable:
         """The put is decided; its extents stay."""
         put = self._puts.pop(put_id, None)
         if put is not None:
+            self.grants.close(put_id)
             self._close(put_id)
             for extent in put.extents:
                 del self._put_of_extent[extent]

@@ -18,6 +18,8 @@ from dmp.disk.store import DiskStore
 from dmp.metrics import DaemonMetrics
 from dmp.puts import PutTable
 from dmp.segment import MemorySegment
+from dmp.traffic import Amount, Flow, no_traffic
+from stratakv._native.base import Int64s
 from stratakv.log import EventLogger
 from stratakv.pool import messages
 from stratakv.pool.auth import PoolCredentials
@@ -58,8 +60,8 @@ class DaemonServer:
         self._puts = puts
         self._lock = threading.Lock()
         self._connections: dict[socket.socket, tuple[Connection, threading.Thread]] = {}
-        self._past_read = 0
-        self._past_written = 0
+        self._past = no_traffic()
+        """Of connections that have ended."""
         self._served = Served(
             settings.node,
             segment,
@@ -72,7 +74,7 @@ class DaemonServer:
             fence or TermFence(),
             engine,
         )
-        metrics.watch(puts, disk, self.stats)
+        metrics.watch(puts, disk, self.stats, self.traffic)
         self._tcp = self._listen_tcp()
         self._unix = self._listen_unix()
 
@@ -83,17 +85,22 @@ class DaemonServer:
 
     def stats(self) -> messages.DaemonStats:
         with self._lock:
-            traffic = [connection.traffic for connection, _ in self._connections.values()]
-            read, written = self._past_read, self._past_written
+            num_connections = len(self._connections)
+        moved = self.traffic()[:, Amount.BYTES].tolist()
         return messages.DaemonStats(
             size_bytes=self._segment.size_bytes,
             used_bytes=self._puts.used_bytes,
             extents=self._puts.num_extents,
             puts_open=self._puts.num_open,
-            connections=len(traffic),
-            bytes_read=read + sum(t.bytes_read for t in traffic),
-            bytes_written=written + sum(t.bytes_written for t in traffic),
+            connections=num_connections,
+            bytes_read=moved[Flow.READ] + moved[Flow.READ_FROM_DISK],
+            bytes_written=moved[Flow.WRITTEN],
         )
+
+    def traffic(self) -> Int64s:
+        """What all connections have moved so far: [flow][amount]."""
+        with self._lock:
+            return sum((connection.traffic for connection, _ in self._connections.values()), self._past.copy())
 
     async def accept(self) -> None:
         """Take connections until cancelled."""
@@ -174,8 +181,7 @@ class DaemonServer:
         finally:
             with self._lock:
                 del self._connections[sock]
-                self._past_read += connection.traffic.bytes_read
-                self._past_written += connection.traffic.bytes_written
+                self._past += connection.traffic
             sock.close()
 
 

@@ -54,9 +54,12 @@ class StandInVllm:
     eos_after: int | None = None
     """Tokens after which it ends by itself."""
     lose_after_tokens: int | None = None
+    engine_is_dead: bool = False
     stream_error: dict[str, Any] | None = None
     """Said instead of any token, in a stream whose status is 200."""
     refuse: tuple[int, dict[str, Any]] | None = None
+    namespace: str = ""
+    """What its connector says; empty: it has none."""
     token_delay_s: float = 0.0
     requests: list[dict[str, Any]] = field(default_factory=list)
     authorizations: list[str | None] = field(default_factory=list)
@@ -94,7 +97,7 @@ class StandInVllm:
             self._runner = None
 
     async def _health(self, request: web.Request) -> web.Response:
-        return web.Response()
+        return web.Response(status=503 if self.engine_is_dead else 200)
 
     async def _metrics(self, request: web.Request) -> web.Response:
         known = {"started": self.started, "running": self.running, "waiting": self.waiting, "usage": self.usage}
@@ -111,6 +114,9 @@ class StandInVllm:
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
+        if not body.get("stream"):
+            said = {"stratakv": {"namespace": self.namespace}} if self.namespace else None
+            return web.json_response({"choices": [], "kv_transfer_params": said})
         self.requests.append(body)
         self.authorizations.append(request.headers.get("Authorization"))
         if self.refuse is not None:

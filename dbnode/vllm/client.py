@@ -21,9 +21,9 @@ from dbnode.errors import WorkerRefused, WorkerUnreachable
 from dbnode.scheduler.pool_view import PoolView
 from dbnode.vllm.metrics import read_metrics
 from dbnode.vllm.server import VllmServer
-from dbnode.vllm.wire import ModelList, Part, Reader, Tokens, body, refusal
+from dbnode.vllm.wire import Introduced, ModelList, Part, Reader, Tokens, body, introduction, refusal
 from dbnode.worker_http import EventStream, HttpDoor, decode_state
-from dbnode.worker_messages import KVTransfer, WorkerChunk, WorkerFacts, WorkerRequest
+from dbnode.worker_messages import KVTransfer, WorkerChunk, WorkerFacts, WorkerRequest, is_namespace
 from stratakv.errors import StrataError
 from stratakv.keys import block_keys, salt_extra
 from stratakv.log import EventLogger
@@ -35,10 +35,13 @@ log = EventLogger("dbnode.vllm")
 HAND_OVER_S_MAX = 10.0
 """Blocks that are not in the pool so long after the first token are not waited for."""
 HAND_OVER_POLL_S = 0.01
+INTRODUCTION_TIMEOUT_S = 10.0
+"""A busy server's token may take longer than its other answers."""
 _NO_HEADERS: Mapping[str, str] = {}
 
 _encode = msgspec.json.Encoder().encode
 _decode_models = msgspec.json.Decoder(ModelList).decode
+_decode_introduced = msgspec.json.Decoder(Introduced).decode
 _decode_tokens = msgspec.json.Decoder(Tokens).decode
 
 
@@ -135,8 +138,9 @@ class VllmClient(HttpDoor):
         return VllmStream(server, response, deadline_s, Reader(url, request, part), self._pool)
 
     async def info(self, url: str, timeout_s: float) -> WorkerFacts:
-        """Who the server is. Raises WorkerUnreachable that also says what does not fit."""
+        """Who the server is, if its engine lives. Raises WorkerUnreachable that also says what does not fit."""
         server = self._server(url)
+        await self.check_ready(url, timeout_s)
         text = await self._get(server.http_url, "/metrics", timeout_s)
         metrics = read_metrics(text.decode(errors="replace"))
         if not server.is_known(metrics):
@@ -144,6 +148,7 @@ class VllmClient(HttpDoor):
             server.register(self._model, cards, metrics)
             try:
                 await self._check_tokens(server, timeout_s)
+                await self._ask_namespace(server)
             except WorkerUnreachable:
                 server.facts = None
                 raise
@@ -184,6 +189,22 @@ class VllmClient(HttpDoor):
             raise WorkerUnreachable(
                 f"{server.address.url} makes other tokens of a text than this DB node: it serves another model"
             )
+
+    async def _ask_namespace(self, server: VllmServer) -> None:
+        """Costs the server one token. Without a connector of ours there is no answer, and its blocks are in no pool."""
+        if server.address.namespace:
+            return
+        asked = introduction(server.model, self._golden.token_ids[0])
+        try:
+            answer = await self._post(server.http_url, "/v1/completions", _encode(asked), INTRODUCTION_TIMEOUT_S)
+            params = _decode_introduced(answer).kv_transfer_params
+        except WorkerUnreachable:
+            raise
+        except (StrataError, msgspec.DecodeError) as error:
+            log.info("vllm_namespace_not_known", worker=server.address.url, error=str(error))
+            return
+        if params is not None and params.stratakv is not None and is_namespace(params.stratakv.namespace):
+            server.introduced(params.stratakv.namespace)
 
     def _server(self, url: str) -> VllmServer:
         server = self._servers.get(url)

@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from dbnode.errors import WorkerUnreachable
 from dbnode.vllm.metrics import VllmMetrics, VllmRates, load_of
 from dbnode.vllm.wire import ModelCard
@@ -69,6 +71,11 @@ class VllmServer:
             events=address.events,
             replay=address.replay,
         )
+
+    def introduced(self, namespace: str) -> None:
+        """Its connector tells which blocks it writes."""
+        assert self.facts is not None
+        self.facts = msgspec.structs.replace(self.facts, namespace=namespace, is_pooled=True)
 
     def _card(self, served_model: str, cards: Sequence[ModelCard]) -> ModelCard:
         base = [card for card in cards if card.parent is None]

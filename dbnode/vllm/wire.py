@@ -78,6 +78,22 @@ class ModelList(msgspec.Struct, frozen=True):
     data: list[ModelCard]
 
 
+class Introduction(msgspec.Struct, frozen=True):
+    """What the connector says of itself."""
+
+    namespace: str
+
+
+class IntroductionParams(msgspec.Struct, frozen=True):
+    stratakv: Introduction | None = None
+
+
+class Introduced(msgspec.Struct, frozen=True):
+    """Answer of POST /v1/completions that is not streamed, as far as it is of use."""
+
+    kv_transfer_params: IntroductionParams | None = None
+
+
 class Tokens(msgspec.Struct, frozen=True):
     """Answer of POST /tokenize."""
 
@@ -119,6 +135,12 @@ def body(request: WorkerRequest, model: str, part: Part) -> dict[str, Any]:
     if request.structured_outputs is not None and part is Part.ALL:
         fields["structured_outputs"] = request.structured_outputs
     return fields
+
+
+def introduction(model: str, token_id: int) -> dict[str, Any]:
+    """Body of a POST /v1/completions that asks the connector, if there is one, which blocks it writes."""
+    fields = {"model": model, "prompt": [token_id], "max_tokens": 1, "temperature": 0}
+    return fields | {"kv_transfer_params": {"stratakv": "who"}}
 
 
 def _made(request: WorkerRequest) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TypeVar
 
 from google.protobuf.message import Message
@@ -24,8 +25,12 @@ MessageT = TypeVar("MessageT", bound=Message)
 class AdminService:
     """The calls, on the same state as MetaService."""
 
-    def __init__(self, state: KvcmState, meta_service: MetaService, metrics: Metrics) -> None:
+    def __init__(
+        self, state: KvcmState, meta_service: MetaService, metrics: Metrics, forget_reports: Callable[[str], None]
+    ) -> None:
+        """`forget_reports` is called with the id of an instance that was removed."""
         self._state = state
+        self._forget_reports = forget_reports
         self._meta = meta_service
         self._metrics = metrics
 
@@ -139,6 +144,7 @@ class AdminService:
             raise NoSuchInstance(f"instance {instance.id} is not in group {request.instance_group!r}")
         self._state.changes.check_room()
         self._state.remove_instance(instance)
+        self._forget_reports(instance.id)
         return await self._done()
 
     async def get_instance_info(self, request: admin.GetInstanceInfoRequest) -> admin.GetInstanceInfoResponse:

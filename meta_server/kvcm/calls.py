@@ -94,7 +94,7 @@ class Calls:
             with self._gate:
                 self._faults.check(call.name)
                 response = await self._handler(call)(request)
-            code, message = "OK", ""
+            code, message = _told(response)
         except StrataError as error:
             response = call.response()
             code, message = code_of(error), error.message
@@ -121,6 +121,14 @@ class Calls:
             name: getattr(implementation, re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower(), None) for name in self.by_name
         }
         return {name: handler for name, handler in named.items() if handler is not None}
+
+
+def _told(response: Any) -> tuple[str, str]:
+    """What a handler says of itself, which has something to tell beside an error; else OK."""
+    status = response.header.status
+    if not status.code:
+        return "OK", ""
+    return type(status).DESCRIPTOR.fields_by_name["code"].enum_type.values_by_number[status.code].name, status.message
 
 
 def set_header(response: Any, code: str, message: str) -> None:

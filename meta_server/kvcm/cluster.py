@@ -16,8 +16,10 @@ CAMPAIGN_DELAY_MS_MAX = 3_600_000
 class Cluster:
     """Of MetaService and AdminService, what does not depend on who leads."""
 
-    def __init__(self, elector: Elector, is_healthy: Callable[[], Awaitable[bool]]) -> None:
+    def __init__(self, elector: Elector, leads: Callable[[], bool], is_healthy: Callable[[], Awaitable[bool]]) -> None:
+        """`leads`: whether this one answers all calls, which it does a little later than it gets its lease."""
         self._elector = elector
+        self._leads = leads
         self._is_healthy = is_healthy
 
     def refusal(self) -> NotLeader:
@@ -44,11 +46,10 @@ class Cluster:
 
     async def check_health(self, _: admin.CheckHealthRequest) -> admin.CheckHealthResponse:
         """Healthy while PostgreSQL answers, and a leader writes."""
-        elector = self._elector
         return admin.CheckHealthResponse(
-            is_leader=elector.is_leader,
+            is_leader=self._leads(),
             is_health=await self._is_healthy(),
-            elector_last_loop_time_ms=int(elector.last_loop_s * 1000),
+            elector_last_loop_time_ms=int(self._elector.last_loop_s * 1000),
         )
 
     async def get_manager_cluster_info(

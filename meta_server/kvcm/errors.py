@@ -6,11 +6,15 @@ KvcmError
 ├── CapacityReached    REACH_MAX_ENTITY_CAPACITY
 ├── NotSupported       UNSUPPORTED
 ├── StorageFailed      IO_ERROR
-└── FaultInjected      INTERNAL_ERROR
+├── FaultInjected      INTERNAL_ERROR
+├── NodeNotRegistered  NODE_NOT_REGISTERED
+├── SnapshotRequired   SNAPSHOT_REQUIRED
+└── SnapshotRateLimited  SNAPSHOT_RATE_LIMITED
 """
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 from stratakv.errors import DeadlineExceeded, InvalidRequest, Overloaded, StrataError, Unavailable
@@ -55,6 +59,28 @@ class StorageFailed(KvcmError):
 
 class FaultInjected(KvcmError):
     """DebugService was asked to let this call fail."""
+
+
+class NodeNotRegistered(KvcmError):
+    """The host that reports is not known (any more)."""
+
+    kvcm_code = "NODE_NOT_REGISTERED"
+
+
+class SnapshotRequired(KvcmError):
+    """What is known of the host is not all; only its snapshot helps."""
+
+    kvcm_code = "SNAPSHOT_REQUIRED"
+
+
+class SnapshotRateLimited(KvcmError):
+    """The host's last snapshot was only just taken."""
+
+    kvcm_code = "SNAPSHOT_RATE_LIMITED"
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_ms = math.ceil(retry_after_s * 1000)
 
 
 def code_of(error: StrataError) -> str:

@@ -18,6 +18,8 @@ from meta_server.kvcm.masks import pack, unpack, visible
 from meta_server.kvcm.matching import match
 from meta_server.kvcm.protocol import admin_service_pb2 as admin
 from meta_server.kvcm.protocol import meta_service_pb2 as meta
+from meta_server.kvcm.report_events import report
+from meta_server.kvcm.reported import Reports
 from meta_server.kvcm.state import NOTHING_TO_WRITE, KvcmState
 from meta_server.kvcm.writes import Location, Place, State
 from meta_server.own_blocks import OwnBlock, OwnBlocks
@@ -45,9 +47,10 @@ _STRATEGIES = {
 class MetaService:
     """The calls, on the state and on the pool's own blocks."""
 
-    def __init__(self, state: KvcmState, own_blocks: OwnBlocks) -> None:
+    def __init__(self, state: KvcmState, own_blocks: OwnBlocks, reports: Reports) -> None:
         self._state = state
         self._own = own_blocks
+        self._reports = reports
 
     async def register_instance(self, request: meta.RegisterInstanceRequest) -> meta.RegisterInstanceResponse:
         check_instance(request)
@@ -204,15 +207,19 @@ class MetaService:
         return meta.CommonResponse()
 
     async def get_host_cache_state(self, request: meta.GetHostCacheStateRequest) -> meta.GetHostCacheStateResponse:
-        """For a router: of the pool's own blocks, what each worker has of a prompt's prefix."""
-        if (namespace := self._own.namespace_of(request.instance_id)) is None:
+        """For a router: what each host has of a prompt's prefix. Hosts of the pool's own blocks are its workers."""
+        namespace = self._own.namespace_of(request.instance_id)
+        if namespace is None:
             self._state.instance(request.instance_id)
-            raise NotSupported("hosts are known of the pool's own blocks only")
         if request.query_type not in (meta.QT_UNSPECIFIED, meta.QT_PREFIX_MATCH):
             raise NotSupported(f"query type {request.query_type} is not supported; QT_PREFIX_MATCH is")
         if not 0 < len(request.block_cache_keys) <= KEYS_MAX:
             raise InvalidRequest(f"expected 1 to {KEYS_MAX} keys", param="block_cache_keys")
-        found = self._own.hosts(namespace, request.block_cache_keys, frozenset(request.medium))
+        keys, media = request.block_cache_keys, frozenset(request.medium)
+        if namespace is not None:
+            found = self._own.hosts(namespace, keys, media)
+        else:
+            found = self._reports.matches(request.instance_id, keys, media)
         return meta.GetHostCacheStateResponse(
             hosts=[
                 meta.HostCacheMatch(
@@ -221,6 +228,11 @@ class MetaService:
                 for match in found
             ]
         )
+
+    async def report_event(self, request: meta.ReportEventRequest) -> meta.ReportEventResponse:
+        """What a host has in its own cache."""
+        self._refuse_own(request.instance_id)
+        return report(self._reports, self._state.instance(request.instance_id), request)
 
     async def _place(self, instance: Instance) -> Place:
         """Of the group's storages the first that can be written to. Raises StorageFailed."""

@@ -22,6 +22,7 @@ from meta_server.kvcm.protocol import admin_service_pb2 as admin
 from meta_server.kvcm.protocol import debug_service_pb2 as debug
 from meta_server.kvcm.protocol import event_service_pb2 as events
 from meta_server.kvcm.protocol import meta_service_pb2 as meta
+from meta_server.kvcm.reported import Reports
 from meta_server.kvcm.state import KvcmState
 from meta_server.kvcm.store import Changes, load
 from meta_server.store import CONNECTION_ERRORS, Store
@@ -45,10 +46,11 @@ class KvcmServer:
         self._state: KvcmState | None = None
         self._store: Store | None = None
         self._journal: Journal | None = None
+        self._reports: Reports | None = None
         self._grpc: list[GrpcFace] = []
         self._http: list[tuple[HttpServer, asyncio.Task[None]]] = []
         self._metrics, self._gate, self._faults = Metrics(), Gate(), Faults()
-        self._cluster = Cluster(elector, self._is_healthy)
+        self._cluster = Cluster(elector, self._leads, self._is_healthy)
         self._meta = self._calls(meta.DESCRIPTOR.services_by_name["MetaService"], self._cluster)
         self._admin = self._calls(admin.DESCRIPTOR.services_by_name["AdminService"], self._cluster)
         self._events = self._calls(events.DESCRIPTOR.services_by_name["EventService"], None)
@@ -77,9 +79,14 @@ class KvcmServer:
             open_writes_max=self._settings.puts_pending_max,
         )
         self._state, self._store, self._journal = state, store, handlers.journal
-        meta_service = MetaService(state, handlers.own_blocks)
+        self._reports = Reports(
+            time.monotonic,
+            silence_s=self._settings.kvcm_host_timeout_s,
+            blocks_max=self._settings.kvcm_reported_blocks_max,
+        )
+        meta_service = MetaService(state, handlers.own_blocks, self._reports)
         self._meta.lead(meta_service, self._refusal)
-        self._admin.lead(AdminService(state, meta_service, self._metrics), self._refusal)
+        self._admin.lead(AdminService(state, meta_service, self._metrics, self._reports.forget), self._refusal)
         self._events.lead(EventCalls(handlers), self._refusal)
         self._streams.lead(handlers)
 
@@ -88,13 +95,18 @@ class KvcmServer:
         for calls in (self._meta, self._admin, self._events):
             calls.stand_by(self._cluster.refusal)
         self._streams.stand_by()
-        state, self._state, self._store, self._journal = self._state, None, None, None
+        state, self._state, self._store, self._journal, self._reports = self._state, None, None, None, None
         if state is not None:
             await state.files.close()
 
     def tick(self) -> None:
         if self._state is not None:
             self._state.tick()
+        if self._reports is not None:
+            self._reports.tick()
+
+    def _leads(self) -> bool:
+        return self._state is not None and self._elector.is_leader
 
     def _calls(self, service: ServiceDescriptor, cluster: object) -> Calls:
         return Calls(service, cluster, self._metrics, self._gate, self._faults)

@@ -1,5 +1,6 @@
-"""What Python is too slow for. Moves of KV pages that do not need the interpreter lock: copies with checksums, headers, and
-waiting for layers. And the walker that follows the messages of SQL sessions, and the table that the meta server finds blocks in.
+"""What Python is too slow for. Moves of KV pages that do not need the interpreter lock: copies with checksums, headers, waiting
+for layers, and both ends of the pool protocol. And the walker that follows the messages of SQL sessions, and the table that the
+meta server finds blocks in.
 
 `moves` is the C++ module where it was built, else the Python one, which does the same, slower, and in step with whatever else
 Python does. `STRATAKV_NATIVE=0` chooses the Python one. Used by `stratakv.pool` and the workers' tiers.
@@ -11,21 +12,36 @@ import os
 from typing import Any, cast
 
 from stratakv._native import fallback
-from stratakv._native.base import Ended, Gate, HeaderState, LayerMove, Moves, RangeMove, Wire
+from stratakv._native.base import (
+    Ended,
+    Entered,
+    Gate,
+    Grants,
+    HeaderState,
+    LayerMove,
+    Moves,
+    PageHeaders,
+    RangeMove,
+    Wire,
+)
 from stratakv._native.key_table import KeyTable, PythonKeyTable
 from stratakv.config import NATIVE_ENV
 
 __all__ = [
     "Ended",
+    "Entered",
     "Gate",
+    "Grants",
     "HeaderState",
     "KeyTable",
     "LayerMove",
     "Moves",
+    "PageHeaders",
     "RangeMove",
     "Wire",
     "is_built",
     "make_gate",
+    "make_grants",
     "make_key_table",
     "message_walker",
     "moves",
@@ -33,7 +49,7 @@ __all__ = [
 ]
 
 
-INTERFACE = 3
+INTERFACE = 4
 """Counted up with every change of what the C++ module offers: one that was built from older sources is not used."""
 
 
@@ -55,6 +71,11 @@ moves = _load()
 def make_gate() -> Gate:
     """A gate for the functions of `moves`."""
     return moves.Gate()
+
+
+def make_grants() -> Grants:
+    """A table of grants for the functions of `moves`."""
+    return moves.Grants()
 
 
 def make_key_table(row_words: int, first_word: int, num_words: int) -> KeyTable:

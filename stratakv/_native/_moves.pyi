@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from stratakv._native.base import Buffer, Int64s, LayerMove, UInt64s
+from stratakv._native.base import Buffer, Int64s, LayerMove, PageHeaders, UInt32s, UInt64s
 
 INTERFACE: int
 KERNEL: str
@@ -15,6 +15,12 @@ class Gate:
     def open(self, layers: int, /) -> None: ...
     def close(self) -> None: ...
     def wait(self, layers: int, deadline: float, /) -> bool: ...
+
+class Grants:
+    def open(self, put_id: bytes, starts: UInt64s, ends: UInt64s, deadline: float, /) -> None: ...
+    def close(self, put_id: bytes, /) -> bool: ...
+    def enter(self, put_id: bytes, offsets: UInt64s, sizes: UInt32s, now: float, /) -> int: ...
+    def leave(self, put_id: bytes, /) -> None: ...
 
 class MessageWalker:
     at_boundary: bool
@@ -88,6 +94,7 @@ def fetch_pages(
     checksums: UInt64s,
     done: Gate,
     deadline: float,
+    headers: PageHeaders | None,
     /,
 ) -> tuple[int, int, int, bytes]: ...
 def push_pages(
@@ -103,5 +110,18 @@ def push_pages(
     checksums: UInt64s,
     ready: Gate,
     deadline: float,
+    headers: PageHeaders | None,
     /,
 ) -> tuple[int, int, int, bytes]: ...
+def serve_frames(
+    fd: int,
+    segment: memoryview,
+    grants: Grants,
+    opening: bytes,
+    done: bytes,
+    limits: tuple[int, int, int],
+    idle_s: float,
+    frame_s: float,
+    traffic: Int64s,
+    /,
+) -> tuple[int, bytes, bytes]: ...

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 Buffer = bytes | bytearray | memoryview
 Int64s = npt.NDArray[np.int64]
+UInt32s = npt.NDArray[np.uint32]
 UInt64s = npt.NDArray[np.uint64]
 
 
@@ -29,6 +30,8 @@ class Ended(enum.IntEnum):
     """The watched socket was hung up, or the one that carries the bytes."""
     ANSWERED = 6
     """The other end sent another frame than the one that was due."""
+    HEADER = 7
+    """That page's header is not the one that was due; in place of the layer stands a `HeaderState`."""
 
 
 class HeaderState(enum.IntEnum):
@@ -58,6 +61,16 @@ class LayerMove(NamedTuple):
     ranges: tuple[RangeMove, ...]
 
 
+class PageHeaders(NamedTuple):
+    """What the headers of some pages say besides the checksums; `keys` are packed."""
+
+    namespace: bytes
+    keys: bytes
+    generations: UInt64s
+    data_bytes: int
+    num_layers: int
+
+
 class Gate(Protocol):
     """How many layers are through: opened by one thread, waited for by another."""
 
@@ -83,6 +96,35 @@ _Gate = Gate
 """In `Moves` the name `Gate` means the class that makes one."""
 
 
+class Entered(enum.IntEnum):
+    """Whether a write may begin."""
+
+    YES = 0
+    REFUSED = 1
+    """The put is unknown, over or out of time."""
+    OUTSIDE = 2
+    """A range lies outside the pages of its put."""
+
+
+class Grants(Protocol):
+    """Which ranges of a segment each unfinished put may be written to; thread-safe."""
+
+    def open(self, put_id: bytes, starts: UInt64s, ends: UInt64s, deadline: float, /) -> None:
+        """Let these runs of bytes, ascending and apart, be written until the deadline."""
+
+    def close(self, put_id: bytes, /) -> bool:
+        """Let no write begin any more. Returns whether none is running either."""
+
+    def enter(self, put_id: bytes, offsets: UInt64s, sizes: UInt32s, now: float, /) -> int:
+        """An `Entered`: whether these ranges may be written now. If they may, `leave` follows."""
+
+    def leave(self, put_id: bytes, /) -> None:
+        """A write that was let in is over."""
+
+
+_Grants = Grants
+
+
 class Moves(Protocol):
     """The functions of either module. Memory is contiguous; deadlines are readings of `time.monotonic`."""
 
@@ -93,6 +135,10 @@ class Moves(Protocol):
     @property
     def Gate(self) -> type[_Gate]:  # noqa: N802
         """Makes a gate; only that of the same module can be given to the functions below."""
+
+    @property
+    def Grants(self) -> type[_Grants]:  # noqa: N802
+        """Makes a table of grants; only that of the same module can be given to the functions below."""
 
     def use_kernel(self, name: str, /) -> bool:
         """Compute checksums by that one from here on; False where this processor or module has it not."""
@@ -181,12 +227,14 @@ class Wire(Protocol):
         checksums: UInt64s,
         done: _Gate,
         deadline: float,
+        headers: PageHeaders | None,
         /,
     ) -> tuple[int, int, int, bytes]:
         """As `read_pages`, from the daemon at the other end.
 
         `opening` is how frames begin, `frame_bytes` and `frame_ranges` are what one carries at most. The fourth value is the
-        frame that came instead of data, if one did: header and body.
+        frame that came instead of data, if one did: header and body. With `headers`, those of the pages come along: all layers must
+        be asked for, each page's header is checked, and `checksums` is filled from it.
         """
 
     def push_pages(
@@ -203,6 +251,33 @@ class Wire(Protocol):
         checksums: UInt64s,
         ready: _Gate,
         deadline: float,
+        headers: PageHeaders | None,
         /,
     ) -> tuple[int, int, int, bytes]:
-        """As `write_pages`; every frame is answered with `thanks`, or was refused."""
+        """As `write_pages`; every frame is answered with `thanks`, or was refused.
+
+        With `headers`, those of the pages are made and sent behind all layers.
+        """
+
+    def serve_frames(
+        self,
+        fd: int,
+        segment: memoryview,
+        grants: _Grants,
+        opening: bytes,
+        done: bytes,
+        limits: tuple[int, int, int],
+        idle_s: float,
+        frame_s: float,
+        traffic: Int64s,
+        /,
+    ) -> tuple[int, bytes, bytes]:
+        """Answer what a client reads from the segment and writes to it, until it sends anything else.
+
+        `done` is the frame that answers a write; `limits` are the bytes of a control request, and the ranges and bytes of a
+        transfer; `idle_s` is how long a client may be silent (negative: for ever), `frame_s` how long one frame may take;
+        `traffic` is [3][3]: ranges, bytes and nanoseconds of what was read, then of what was written.
+
+        Returns (an `Ended`, header, body) of a frame that nothing has been done about: its payload is still to come, and also its
+        body if its header is not one of this protocol. No header: the client has left.
+        """

@@ -11,8 +11,21 @@ import xxhash
 
 from stratakv._native import base
 from stratakv._native.base import Buffer, Ended, HeaderState, Int64s, LayerMove, RangeMove, UInt64s
+from stratakv._native.grants import Grants
 from stratakv.keys import KEY_BYTES, BlockKey, Namespace
 from stratakv.layout import CorruptPage, PageHeader, packed_header_bytes
+
+__all__ = [
+    "KERNEL",
+    "Gate",
+    "Grants",
+    "check_headers",
+    "pack_headers",
+    "read_pages",
+    "use_kernel",
+    "write_pages",
+    "xxh3_64",
+]
 
 KERNEL = "xxhash"
 

@@ -1,8 +1,10 @@
 // The Python module `stratakv._native._moves`; its stub says what each function does.
 #include "gate.h"
+#include "grants.h"
 #include "headers.h"
 #include "keys.h"
 #include "moves.h"
+#include "serve.h"
 #include "walker.h"
 #include "wire.h"
 #include "xxh3.h"
@@ -10,7 +12,7 @@
 namespace {
 
 // As in __init__.py: a module that was built from older sources is not used.
-constexpr long kInterface = 3;
+constexpr long kInterface = 4;
 
 PyObject* xxh3_64(PyObject*, PyObject* args) {
   return strata::guarded([&]() -> PyObject* {
@@ -37,6 +39,7 @@ PyMethodDef functions[] = {
     {"pack_headers", strata::pack_headers, METH_VARARGS, "Make the headers of many pages."},
     {"fetch_pages", strata::fetch_pages, METH_VARARGS, "Read layers of pages over a socket and verify each."},
     {"push_pages", strata::push_pages, METH_VARARGS, "Write layers of pages over a socket and checksum each."},
+    {"serve_frames", strata::serve_frames, METH_VARARGS, "Answer a client until it asks for something else than bytes."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef definition = {
@@ -49,14 +52,17 @@ PyMODINIT_FUNC PyInit__moves() {
   PyObject* const module = PyModule_Create(&definition);
   if (module == nullptr) return nullptr;
   PyObject* const gate_type = strata::make_gate_type();
+  PyObject* const grants_type = strata::make_grants_type();
   PyObject* const walker_type = strata::make_walker_type();
   PyObject* const key_table_type = strata::make_key_table_type();
   const bool is_whole = gate_type != nullptr && PyModule_AddObjectRef(module, "Gate", gate_type) == 0 &&
+                        grants_type != nullptr && PyModule_AddObjectRef(module, "Grants", grants_type) == 0 &&
                         walker_type != nullptr && PyModule_AddObjectRef(module, "MessageWalker", walker_type) == 0 &&
                         key_table_type != nullptr && PyModule_AddObjectRef(module, "KeyTable", key_table_type) == 0 &&
                         PyModule_AddIntConstant(module, "INTERFACE", kInterface) == 0 &&
                         PyModule_AddStringConstant(module, "KERNEL", strata::kernel_name()) == 0;
   Py_XDECREF(gate_type);
+  Py_XDECREF(grants_type);
   Py_XDECREF(walker_type);
   Py_XDECREF(key_table_type);
   if (is_whole) return module;

@@ -112,6 +112,7 @@ void Batch::add_layer(PyObject* item, bool is_read) {
   PyObject* ranges;
   if (!PyArg_ParseTuple(item, "LLO!", &number, &page_start, &PyTuple_Type, &ranges)) throw PythonError();
   layer.number = number;
+  layer.index = layers_.size();
   layer.page_start = page_start;
   for (Py_ssize_t i = 0; i < PyTuple_Size(ranges); ++i) {
     PyObject* memory;
@@ -119,10 +120,20 @@ void Batch::add_layer(PyObject* item, bool is_read) {
     if (!PyArg_ParseTuple(PyTuple_GetItem(ranges, i), "OLLL", &memory, &start, &stride, &size)) throw PythonError();
     held_.emplace_back(memory, is_read);
     const Bytes& bytes = held_.back();
-    layer.ranges.push_back({bytes.data(), bytes.size(), start, stride, static_cast<size_t>(size)});
+    layer.ranges.push_back({bytes.data(), bytes.size(), start, stride, static_cast<size_t>(size), false});
     layer.size += static_cast<size_t>(size);
   }
   layers_.push_back(std::move(layer));
+}
+
+void Batch::add_headers(std::vector<uint8_t>& memory, size_t header_bytes, bool before) {
+  memory.resize(pages_ * header_bytes);
+  Layer layer{};
+  layer.number = layers_.empty() ? 0 : layers_.back().number;
+  layer.is_header = true;
+  layer.size = header_bytes;
+  layer.ranges.push_back({memory.data(), memory.size(), 0, static_cast<int64_t>(header_bytes), header_bytes, true});
+  layers_.insert(before ? layers_.begin() : layers_.end(), std::move(layer));
 }
 
 bool Batch::is_within(size_t segment_size) const {
@@ -138,7 +149,7 @@ bool Batch::is_within(size_t segment_size) const {
     for (const Range& range : layer.ranges) {
       for (size_t page = 0; page < pages_; ++page) {
         int64_t at;
-        if (__builtin_mul_overflow(rows_[page], range.stride, &at)) return false;
+        if (__builtin_mul_overflow(row(range, page), range.stride, &at)) return false;
         if (__builtin_add_overflow(at, range.start, &at)) return false;
         if (!is_inside(at, range.size, range.memory_size)) return false;
       }

@@ -8,19 +8,22 @@
 namespace strata {
 
 // How a batch ended; `Ended` in the Python stub.
-enum class Ended : int { kWhole = 0, kDamaged = 1, kOutOfBounds = 2, kLate = 3, kStopped = 4, kGone = 5, kAnswered = 6 };
+enum class Ended : int { kWhole = 0, kDamaged = 1, kOutOfBounds = 2, kLate = 3, kStopped = 4, kGone = 5, kAnswered = 6, kHeader = 7 };
 
-// One range of a layer in the engine's memory: `size` bytes at `start + row × stride`.
+// One range of a layer in the engine's memory: `size` bytes at `start + row × stride`. Of headers, rows are numbers of pages.
 struct Range {
   uint8_t* memory;
   size_t memory_size;
   int64_t start;
   int64_t stride;
   size_t size;
+  bool is_by_page = false;
 };
 
 struct Layer {
   int64_t number;
+  size_t index;        // its row in tables [layer][page]
+  bool is_header;      // no layer at all, but the headers of the pages
   int64_t page_start;  // where the layer begins in a page
   size_t size;
   std::vector<Range> ranges;
@@ -35,12 +38,15 @@ class Batch {
   size_t pages() const { return pages_; }
   const std::vector<Layer>& layers() const { return layers_; }
   int64_t page_offset(size_t page) const { return page_offsets_[page]; }
-  uint8_t* at(const Range& range, size_t page) const { return range.memory + range.start + rows_[page] * range.stride; }
+  uint8_t* at(const Range& range, size_t page) const { return range.memory + range.start + row(range, page) * range.stride; }
+  // Moves the pages' headers too, between their places and `memory`: before all layers or behind them.
+  void add_headers(std::vector<uint8_t>& memory, size_t header_bytes, bool before);
   // Whether every byte lies within its buffer and, with the pages, within a segment of so many bytes.
   bool is_within(size_t segment_size) const;
 
  private:
   void add_layer(PyObject* item, bool is_read);
+  int64_t row(const Range& range, size_t page) const { return range.is_by_page ? static_cast<int64_t>(page) : rows_[page]; }
 
   std::vector<Bytes> held_;
   std::vector<Layer> layers_;

@@ -1,17 +1,16 @@
 #include "wire.h"
 
-#include <errno.h>
 #include <sys/socket.h>
-#include <sys/time.h>
-#include <sys/uio.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
+#include <memory>
 #include <string>
 #include <system_error>
 #include <thread>
 
+#include "frames.h"
+#include "headers.h"
 #include "xxh3.h"
 
 namespace strata {
@@ -21,75 +20,6 @@ constexpr size_t kCallBytes = 256 * 1024;             // asked of one call, so t
 constexpr size_t kIovecsMax = 1024;                    // the kernel's IOV_MAX
 constexpr size_t kFramesAhead = 2;                     // requests sent before their data is received
 constexpr size_t kReplyBytesMax = 64 * 1024;
-constexpr size_t kOpeningBytes = 6;                    // magic and version
-constexpr size_t kPutIdBytes = 16;
-
-enum Kind : uint16_t { kRead = 2, kWrite = 3, kReply = 4, kData = 5 };
-
-#pragma pack(push, 1)
-struct Header {
-  uint8_t opening[kOpeningBytes];
-  uint16_t kind;
-  uint32_t body_bytes;
-  uint64_t payload_bytes;
-};
-struct WireRange {
-  uint64_t offset;
-  uint32_t size;
-};
-#pragma pack(pop)
-
-// A socket, until a deadline.
-class Wire {
- public:
-  Wire(int fd, double deadline_s) : fd_(fd), deadline_s_(deadline_s) {}
-
-  Ended send(std::vector<iovec>& parts) const { return move(parts, SO_SNDTIMEO, true); }
-  Ended receive(std::vector<iovec>& parts) const { return move(parts, SO_RCVTIMEO, false); }
-  Ended send(const std::string& bytes) const {
-    std::vector<iovec> one{{const_cast<char*>(bytes.data()), bytes.size()}};
-    return send(one);
-  }
-  Ended receive(void* into, size_t size) const {
-    std::vector<iovec> one{{into, size}};
-    return receive(one);
-  }
-
- private:
-  Ended move(std::vector<iovec>& parts, int timeout_option, bool sends) const {
-    size_t first = 0;
-    while (first < parts.size()) {
-      if (!bound(timeout_option)) return Ended::kLate;
-      msghdr message{};
-      message.msg_iov = &parts[first];
-      message.msg_iovlen = std::min(parts.size() - first, kIovecsMax);
-      const ssize_t moved = sends ? ::sendmsg(fd_, &message, MSG_NOSIGNAL) : ::recvmsg(fd_, &message, MSG_WAITALL);
-      if (moved < 0 && errno == EINTR) continue;
-      if (moved < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return Ended::kLate;
-      if (moved <= 0) return Ended::kGone;
-      size_t left = static_cast<size_t>(moved);
-      while (first < parts.size() && left >= parts[first].iov_len) left -= parts[first++].iov_len;
-      if (left != 0) {
-        parts[first].iov_base = static_cast<uint8_t*>(parts[first].iov_base) + left;
-        parts[first].iov_len -= left;
-      }
-    }
-    return Ended::kWhole;
-  }
-
-  // The kernel keeps the time of the next call. False if there is none left.
-  bool bound(int option) const {
-    const double left_s = std::fmin(deadline_s_ - monotonic_s(), 1e6);
-    if (left_s <= 0) return false;
-    timeval time{};
-    time.tv_sec = static_cast<time_t>(left_s);
-    time.tv_usec = std::max<suseconds_t>(1000, static_cast<suseconds_t>((left_s - std::floor(left_s)) * 1e6));
-    return ::setsockopt(fd_, SOL_SOCKET, option, &time, sizeof time) == 0;
-  }
-
-  int fd_;
-  double deadline_s_;
-};
 
 // One layer of one page is an item; those of some consecutive pages are numbered layer by layer.
 class Items {
@@ -104,7 +34,8 @@ class Items {
   size_t page(size_t item) const { return first_page_ + item % pages_; }
   bool ends_layer(size_t item) const { return item % pages_ + 1 == pages_; }
   // Where the item's checksum is in a table [layer][page] of the batch.
-  size_t checksum_at(size_t item) const { return layer_index(item) * batch_.pages() + page(item); }
+  size_t checksum_at(size_t item) const { return layer(item).index * batch_.pages() + page(item); }
+  size_t first_page() const { return first_page_; }
   uint64_t offset(size_t item) const {
     return static_cast<uint64_t>(batch_.page_offset(page(item)) + layer(item).page_start);
   }
@@ -214,17 +145,8 @@ struct Answer {
   std::string said;  // a frame that is no data: its header, and its body if that is short
 };
 
-std::string header(const Framing& framing, Kind kind, size_t body_bytes, size_t payload_bytes) {
-  Header made{};
-  memcpy(made.opening, framing.opening.data(), kOpeningBytes);
-  made.kind = kind;
-  made.body_bytes = static_cast<uint32_t>(body_bytes);
-  made.payload_bytes = payload_bytes;
-  return {reinterpret_cast<const char*>(&made), sizeof made};
-}
-
 Ended request(const Wire& wire, const Framing& framing, const Frame& frame) {
-  return wire.send(header(framing, kRead, frame.ranges.size(), 0) + frame.ranges);
+  return wire.send(frame_header(framing.opening, kRead, frame.ranges.size(), 0) + frame.ranges);
 }
 
 // Reads a frame that ought to open with `kind`; what else comes is kept for the caller to read. Says whether it was `kind`.
@@ -262,8 +184,25 @@ class Arrivals {
   Gate& done_;
 };
 
-Answer fetch_frame(const Wire& wire, const Items& items, const Frame& frame, const uint64_t* checksums,
-                   Arrivals& arrivals) {
+// The caller's tables for a batch, and what its headers say if they travel along.
+struct Sealed {
+  uint64_t* checksums;
+  const Seals* seals = nullptr;
+  uint8_t* headers = nullptr;
+
+  uint8_t* header(size_t page) const { return headers + page * seals->header_bytes(); }
+};
+
+Ended check_item(const Items& items, size_t item, uint64_t checksum, const Sealed& sealed, Answer& answer) {
+  const Layer& layer = items.layer(item);
+  answer.page = items.page(item);
+  answer.layer = layer.index;
+  if (!layer.is_header) return checksum == sealed.checksums[items.checksum_at(item)] ? Ended::kWhole : Ended::kDamaged;
+  answer.layer = sealed.seals->check(answer.page, sealed.header(answer.page), layer.size, sealed.checksums);
+  return answer.layer == kGood ? Ended::kWhole : Ended::kHeader;
+}
+
+Answer fetch_frame(const Wire& wire, const Items& items, const Frame& frame, const Sealed& sealed, Arrivals& arrivals) {
   Answer answer;
   Parts parts(items, frame.first, frame.stop);
   for (std::vector<iovec> call = parts.next(); !call.empty(); call = parts.next()) {
@@ -272,22 +211,17 @@ Answer fetch_frame(const Wire& wire, const Items& items, const Frame& frame, con
     if (answer.ended == Ended::kWhole && arrivals.is_stopped()) answer.ended = Ended::kStopped;
     if (answer.ended != Ended::kWhole) return answer;
     const bool is_good = parts.checksum(call, [&](size_t item, uint64_t checksum) {
-      answer.layer = items.layer_index(item);
-      answer.page = items.page(item);
-      if (checksum != checksums[items.checksum_at(item)]) return false;
-      if (items.ends_layer(item)) arrivals.arrived(items, item);
+      answer.ended = check_item(items, item, checksum, sealed, answer);
+      if (answer.ended != Ended::kWhole) return false;
+      if (!items.layer(item).is_header && items.ends_layer(item)) arrivals.arrived(items, item);
       return true;
     });
-    if (!is_good) {
-      answer.ended = Ended::kDamaged;
-      return answer;
-    }
+    if (!is_good) return answer;
   }
   return answer;
 }
 
-Answer fetch_all(const Wire& wire, const Framing& framing, const Items& items, const uint64_t* checksums,
-                 Arrivals& arrivals) {
+Answer fetch_all(const Wire& wire, const Framing& framing, const Items& items, const Sealed& sealed, Arrivals& arrivals) {
   Answer answer;
   std::vector<Frame> frames;
   for (size_t at = 0; at < items.count(); at = frames.back().stop) frames.emplace_back(items, framing, at, items.count());
@@ -297,7 +231,7 @@ Answer fetch_all(const Wire& wire, const Framing& framing, const Items& items, c
   }
   for (size_t i = 0; i < frames.size(); ++i) {
     if (!is_next(wire, framing, kData, frames[i].bytes, answer)) return answer;
-    answer = fetch_frame(wire, items, frames[i], checksums, arrivals);
+    answer = fetch_frame(wire, items, frames[i], sealed, arrivals);
     if (answer.ended == Ended::kWhole && i + kFramesAhead < frames.size()) {
       answer.ended = request(wire, framing, frames[i + kFramesAhead]);
     }
@@ -306,22 +240,40 @@ Answer fetch_all(const Wire& wire, const Framing& framing, const Items& items, c
   return answer;
 }
 
+// Whether all layers of the items' pages have been dealt with when this one has.
+bool ends_layers(const Items& items, size_t item) {
+  const size_t headers = items.batch().layers().back().is_header ? 1 : 0;
+  return !items.layer(item).is_header && items.layer_index(item) + 1 + headers == items.batch().layers().size() &&
+         items.ends_layer(item);
+}
+
 Ended push_frame(const Wire& wire, const Framing& framing, const std::string& put_id, const Items& items,
-                 const Frame& frame, uint64_t* checksums) {
-  Ended ended = wire.send(header(framing, kWrite, put_id.size() + frame.ranges.size(), frame.bytes) + put_id + frame.ranges);
+                 const Frame& frame, const Sealed& sealed) {
+  const std::string opening =
+      frame_header(framing.opening, kWrite, put_id.size() + frame.ranges.size(), frame.bytes) + put_id + frame.ranges;
+  Ended ended = Ended::kWhole;
+  bool is_opened = false;
   Parts parts(items, frame.first, frame.stop);
   for (std::vector<iovec> call = parts.next(); ended == Ended::kWhole && !call.empty(); call = parts.next()) {
     parts.checksum(call, [&](size_t item, uint64_t checksum) {
-      checksums[items.checksum_at(item)] = checksum;
+      if (!items.layer(item).is_header) sealed.checksums[items.checksum_at(item)] = checksum;
+      if (sealed.seals != nullptr && ends_layers(items, item)) {
+        for (size_t page = items.first_page(); page < items.first_page() + items.pages(); ++page) {
+          sealed.seals->pack(page, sealed.checksums, sealed.header(page));
+        }
+      }
       return true;
     });
+    // One message, so that the other end wakes once.
+    if (!is_opened) call.insert(call.begin(), {const_cast<char*>(opening.data()), opening.size()});
+    is_opened = true;
     ended = wire.send(call);
   }
   return ended;
 }
 
 Answer push_all(const Wire& wire, const Framing& framing, const std::string& put_id, const std::string& thanks,
-                const Items& items, uint64_t* checksums, Gate& ready, double deadline_s) {
+                const Items& items, const Sealed& sealed, Gate& ready, double deadline_s) {
   Answer answer;
   size_t num_frames = 0;
   for (size_t at = 0; at < items.count();) {
@@ -332,7 +284,7 @@ Answer push_all(const Wire& wire, const Framing& framing, const std::string& put
     size_t limit = items.layer_index(at) * items.pages();
     while (limit < items.count() && items.layer(limit).number < ready.open_layers()) limit += items.pages();
     const Frame frame(items, framing, at, limit);
-    answer.ended = push_frame(wire, framing, put_id, items, frame, checksums);
+    answer.ended = push_frame(wire, framing, put_id, items, frame, sealed);
     if (answer.ended != Ended::kWhole) return answer;
     at = frame.stop;
     ++num_frames;
@@ -346,11 +298,6 @@ Answer push_all(const Wire& wire, const Framing& framing, const std::string& put
     }
   }
   return answer;
-}
-
-std::string text(const Bytes& bytes, size_t size, const char* name) {
-  if (size != 0) bytes.numbers<uint8_t>(size, name);
-  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
 }
 
 Framing framing_of(const Bytes& opening, Py_ssize_t bytes, Py_ssize_t ranges) {
@@ -424,20 +371,48 @@ bool fits_wire(const Batch& batch, const Framing& framing) {
 
 constexpr size_t kAnySegment = INT64_MAX;  // the daemon knows its size and checks every range
 
+// Has the headers travel along that a tuple (namespace, keys, generations, data_bytes, num_layers) tells of; None: without them.
+class Headers {
+ public:
+  Headers(PyObject* told, Batch& batch, bool before) {
+    if (told == Py_None) return;
+    PyObject *name_space, *keys, *generations;
+    unsigned long long data_bytes;
+    Py_ssize_t num_layers;
+    if (!PyArg_ParseTuple(told, "OOOKn", &name_space, &keys, &generations, &data_bytes, &num_layers)) throw PythonError();
+    seals_ = std::make_unique<Seals>(name_space, keys, generations, data_bytes, num_layers, batch.pages());
+    bool is_whole = batch.layers().size() == seals_->num_layers();
+    for (const Layer& layer : batch.layers()) is_whole = is_whole && layer.number == static_cast<int64_t>(layer.index);
+    if (!is_whole) {
+      PyErr_SetString(PyExc_ValueError, "headers travel with all layers of their pages, in order");
+      throw PythonError();
+    }
+    batch.add_headers(memory_, seals_->header_bytes(), before);
+  }
+
+  Sealed sealed(uint64_t* checksums) { return {checksums, seals_.get(), memory_.data()}; }
+
+ private:
+  std::unique_ptr<Seals> seals_;
+  std::vector<uint8_t> memory_;
+};
+
 }  // namespace
 
 PyObject* fetch_pages(PyObject*, PyObject* args) {
   return guarded([&]() -> PyObject* {
-    PyObject *sockets, *opening_bytes, *page_offsets, *layers, *rows, *checksums, *done;
+    PyObject *sockets, *opening_bytes, *page_offsets, *layers, *rows, *checksums, *done, *told_headers;
     Py_ssize_t frame_bytes, frame_ranges;
     double deadline_s;
-    if (!PyArg_ParseTuple(args, "O!OnnOOOOOd", &PyTuple_Type, &sockets, &opening_bytes, &frame_bytes, &frame_ranges, &page_offsets, &layers, &rows, &checksums, &done,
-                          &deadline_s)) {
+    if (!PyArg_ParseTuple(args, "O!OnnOOOOOdO", &PyTuple_Type, &sockets, &opening_bytes, &frame_bytes, &frame_ranges,
+                          &page_offsets, &layers, &rows, &checksums, &done, &deadline_s, &told_headers)) {
       return nullptr;
     }
-    const Batch batch(page_offsets, layers, rows, true);
-    const Bytes expected(checksums, false), start(opening_bytes, false);
-    const auto* const sums = expected.numbers<uint64_t>(batch.pages() * batch.layers().size(), "checksums");
+    Batch batch(page_offsets, layers, rows, true);
+    const Bytes sums(checksums, told_headers != Py_None), start(opening_bytes, false);
+    auto* const table = sums.numbers<uint64_t>(batch.pages() * batch.layers().size(), "checksums");
+    Headers headers(told_headers, batch, true);
+    const Sealed sealed = headers.sealed(table);
     const Framing framing = framing_of(start, frame_bytes, frame_ranges);
     Gate& gate = gate_of(done);
     const std::vector<int> fds = sockets_of(sockets, batch);
@@ -448,7 +423,7 @@ PyObject* fetch_pages(PyObject*, PyObject* args) {
       if (fits_wire(batch, framing) && batch.is_within(kAnySegment)) {
         Arrivals arrivals(batch, fds.size(), gate);
         answer = in_lanes(fds, batch, [&](int fd, const Items& items) {
-          return fetch_all(Wire(fd, deadline_s), framing, items, sums, arrivals);
+          return fetch_all(Wire(fd, deadline_s), framing, items, sealed, arrivals);
         });
       }
     }
@@ -458,16 +433,18 @@ PyObject* fetch_pages(PyObject*, PyObject* args) {
 
 PyObject* push_pages(PyObject*, PyObject* args) {
   return guarded([&]() -> PyObject* {
-    PyObject *sockets, *opening_bytes, *put, *thanks_bytes, *page_offsets, *layers, *rows, *checksums, *ready;
+    PyObject *sockets, *opening_bytes, *put, *thanks_bytes, *page_offsets, *layers, *rows, *checksums, *ready, *told_headers;
     Py_ssize_t frame_bytes, frame_ranges;
     double deadline_s;
-    if (!PyArg_ParseTuple(args, "O!OnnOOOOOOOd", &PyTuple_Type, &sockets, &opening_bytes, &frame_bytes, &frame_ranges, &put, &thanks_bytes, &page_offsets, &layers, &rows,
-                          &checksums, &ready, &deadline_s)) {
+    if (!PyArg_ParseTuple(args, "O!OnnOOOOOOOdO", &PyTuple_Type, &sockets, &opening_bytes, &frame_bytes, &frame_ranges, &put,
+                          &thanks_bytes, &page_offsets, &layers, &rows, &checksums, &ready, &deadline_s, &told_headers)) {
       return nullptr;
     }
-    const Batch batch(page_offsets, layers, rows, false);
-    const Bytes sums_out(checksums, true), start(opening_bytes, false), id(put, false), end(thanks_bytes, false);
-    auto* const sums = sums_out.numbers<uint64_t>(batch.pages() * batch.layers().size(), "checksums");
+    Batch batch(page_offsets, layers, rows, false);
+    const Bytes sums(checksums, true), start(opening_bytes, false), id(put, false), end(thanks_bytes, false);
+    auto* const table = sums.numbers<uint64_t>(batch.pages() * batch.layers().size(), "checksums");
+    Headers headers(told_headers, batch, false);
+    const Sealed sealed = headers.sealed(table);
     const Framing framing = framing_of(start, frame_bytes, frame_ranges);
     const std::string put_id = text(id, kPutIdBytes, "put_id"), thanks = text(end, 0, "thanks");
     Gate& gate = gate_of(ready);
@@ -478,7 +455,7 @@ PyObject* push_pages(PyObject*, PyObject* args) {
       answer.ended = Ended::kOutOfBounds;
       if (fits_wire(batch, framing) && batch.is_within(kAnySegment)) {
         answer = in_lanes(fds, batch, [&](int fd, const Items& items) {
-          return push_all(Wire(fd, deadline_s), framing, put_id, thanks, items, sums, gate, deadline_s);
+          return push_all(Wire(fd, deadline_s), framing, put_id, thanks, items, sealed, gate, deadline_s);
         });
       }
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ from stratakv.errors import StrataError
 from stratakv.process import reachable_host
 from stratakv.settings import Settings
 from stratakv.wire import GetStats, LeaderState, ListNodes, ListWorkers, Nodes, NodeState, Stats, Workers, WorkerState
+from stratakv.worker_address import VLLM_SCHEME
 
 TIMEOUT_S = 3.0
 EXIT_NOT_READY = 1
@@ -41,6 +43,8 @@ class Report:
     stats: Stats | None = None
     nodes: list[NodeState] = field(default_factory=list)
     workers: list[WorkerState] = field(default_factory=list)
+    vllm_servers: list[dict[str, Any]] = field(default_factory=list)
+    """As the DB node tells: they register with nobody."""
 
 
 def status(
@@ -82,6 +86,12 @@ async def _ask_db_node(settings: Settings, report: Report) -> None:
                     report.db_node[name] = "yes" if response.status == 200 else f"no ({response.status})"
             except (aiohttp.ClientError, TimeoutError):
                 report.db_node[name] = "no answer"
+        try:
+            async with session.get(f"{url}/admin/workers") as response:
+                found = (await response.json())["workers"] if response.status == 200 else []
+        except (aiohttp.ClientError, TimeoutError, ValueError):
+            return  # said above
+        report.vllm_servers = [worker for worker in found if worker["url"].startswith(VLLM_SCHEME)]
 
 
 async def _ask_meta_server(settings: Settings, report: Report) -> None:
@@ -151,6 +161,8 @@ def _print(report: Report) -> None:
             f"{used} of {load.l1_blocks_total} blocks",
         )
     console.print(workers, markup=False)
+    if report.vllm_servers:
+        console.print(_vllm_table(report.vllm_servers), markup=False)
     nodes = Table("daemon", "where", "used", "size", title="Memory pool")
     for node in report.nodes:
         segment = node.segment
@@ -168,6 +180,26 @@ def _print(report: Report) -> None:
             f" {_count(stats.lookup_hits, 'hit')}, {_count(stats.evictions, 'eviction')}",
             markup=False,
         )
+
+
+def _vllm_table(servers: Sequence[dict[str, Any]]) -> Table:
+    table = Table(
+        "server", "alive", "role", "model", "running", "waiting", "cache in use", "events", title="vLLM servers"
+    )
+    for server in servers:
+        info, load, events = server["info"] or {}, server["load"], server["events"]
+        total = load.get("l1_blocks_total", 0)
+        table.add_row(
+            server["url"],
+            "yes" if server["alive"] else f"no: {server['problem']}",
+            info.get("role", ""),
+            info.get("model", ""),
+            str(load.get("running", 0)),
+            str(load.get("waiting", 0)),
+            f"{total - load.get('l1_blocks_free', 0)} of {total} blocks",
+            " ".join(filter(None, (events["state"], events["detail"]))) if events else "none",
+        )
+    return table
 
 
 def _count(number: int, thing: str) -> str:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from stratakv.errors import StrataError, Unavailable
@@ -62,6 +63,26 @@ class Patience:
     lookup_s: float = 0.5
     load_s: float = 5.0
     put_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedPages:
+    """Pages whose headers were read."""
+
+    parts: Sequence[tuple[ReadPages, Sequence[int]]]
+    """Per daemon: its pages, and which of all they are."""
+    deadline: float
+    report: Callable[[int], None]
+
+    def read(self, layer: int, memory: PageMemory) -> None:
+        """Copy one layer of every page, and verify it. Raises StrataError."""
+        for pages, indices in self.parts:
+            try:
+                rows = memory.rows[list(indices)]
+                pages.read_layers([layer], PageMemory(memory.layers, rows), deadline=self.deadline)
+            except PageError as error:
+                self.report(indices[error.index])
+                raise Unavailable(f"a page is damaged: {error}") from error
 
 
 class PageStore:
@@ -117,6 +138,19 @@ class PageStore:
                 self._link.tell(ReleaseLease(match.lease_id))
         return loaded
 
+    @contextmanager
+    def opened(self, keys: Sequence[BlockKey], timeout_s: float) -> Iterator[OpenedPages]:
+        """Pages to be read layer by layer, all of them, within that time. Raises StrataError if one is missing or bad."""
+        deadline = time.monotonic() + timeout_s
+        match = self._match(keys, lease_s=timeout_s)
+        try:
+            if match.num_blocks < len(keys):
+                raise Unavailable(f"{len(keys) - match.num_blocks} of {len(keys)} pages are not in the pool any more")
+            yield self._opened(keys, match, deadline)
+        finally:
+            if match.lease_id:
+                self._link.tell(ReleaseLease(match.lease_id))
+
     def put(self, keys: Sequence[BlockKey], memory: PageMemory) -> list[bool]:
         """Store the pages that the pool has not; which of them it has now, or is being given by others. Raises StrataError."""
         stored = [False] * len(keys)
@@ -140,6 +174,23 @@ class PageStore:
             return self._link.call(request, reply_type, timeout_s).result(REPLY_S_MAX)
         except (TimeoutError, CancelledError) as error:
             raise Unavailable("the connection to the pool is closed") from error
+
+    def _opened(self, keys: Sequence[BlockKey], match: Match, deadline: float) -> OpenedPages:
+        places = match.places()
+        segments = {segment.node: segment for segment in match.segments}
+        parts = []
+        for node, indices in _by_node(places).items():
+            connect_by = min(deadline, time.monotonic() + CONNECT_S_MAX)
+            connection = self._link.connections.get(segments[node], deadline=connect_by)
+            pages = self._reader.read_headers(
+                connection, [places[index] for index in indices], [keys[index] for index in indices], deadline=deadline
+            )
+            if pages.failures:
+                bad = min(pages.failures)
+                self._report(keys[indices[bad]], places[indices[bad]])
+                raise Unavailable(f"a page is damaged: {pages.failures[bad]}")
+            parts.append((pages, indices))
+        return OpenedPages(parts, deadline, lambda index: self._report(keys[index], places[index]))
 
     def _load_from(
         self,
@@ -229,8 +280,7 @@ class PageStore:
                 put_id, len(keys), self.layout.page_bytes, self._patience.put_s, deadline=deadline
             )
             pages = self._writer.begin(connection, put_id, extents, keys)
-            pages.write_layers(self._layers, memory, deadline=deadline)
-            pages.write_headers(deadline=deadline)
+            pages.write(memory, deadline=deadline)
         except TransportError as error:
             connections.drop(connection, error.message)
             raise

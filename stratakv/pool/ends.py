@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from stratakv._native import Ended
 from stratakv.pool.errors import DamagedPage, OutOfBounds, TransferCancelled, TransportError, TransportTimeout
+from stratakv.pool.headers import header_failure
 from stratakv.pool.transport import PageBatch
 
 
@@ -14,6 +15,8 @@ def check_end(how: tuple[int, int, int], batch: PageBatch, gone: str) -> None:
         case Ended.DAMAGED:
             layer = batch.layers[index].number
             raise DamagedPage(f"layer {layer} of a page does not match its checksum", index=page, layer=layer)
+        case Ended.HEADER:
+            raise header_failure(index, page)
         case Ended.OUT_OF_BOUNDS:
             raise OutOfBounds("a page lies outside the segment, or a row outside its memory")
         case Ended.LATE:

@@ -20,7 +20,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from stratakv._native import Gate
+from stratakv._native import Gate, PageHeaders
 from stratakv._native.base import UInt64s
 from stratakv.errors import SetupError
 from stratakv.pool.errors import OutOfBounds, TransportError, TransportTimeout
@@ -168,11 +168,23 @@ class MooncakeTransport:
         deadline: float,
         done: Gate,
         cancellation: Cancellation | None = None,
+        headers: PageHeaders | None = None,
     ) -> None:
-        read_by_ranges(self.read_batch, batch, checksums, deadline=deadline, done=done, cancellation=cancellation)
+        read_by_ranges(
+            self.read_batch, batch, checksums, deadline=deadline, done=done, cancellation=cancellation, headers=headers
+        )
 
-    def write_pages(self, put_id: bytes, batch: PageBatch, checksums: UInt64s, *, deadline: float, ready: Gate) -> None:
-        write_by_ranges(self.write_batch, put_id, batch, checksums, deadline=deadline, ready=ready)
+    def write_pages(
+        self,
+        put_id: bytes,
+        batch: PageBatch,
+        checksums: UInt64s,
+        *,
+        deadline: float,
+        ready: Gate,
+        headers: PageHeaders | None = None,
+    ) -> None:
+        write_by_ranges(self.write_batch, put_id, batch, checksums, deadline=deadline, ready=ready, headers=headers)
 
     def mapping(self) -> memoryview | None:
         return None

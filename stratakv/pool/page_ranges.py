@@ -3,33 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Iterator
 
-from stratakv._native import Gate, LayerMove
+from stratakv._native import Gate, LayerMove, PageHeaders
 from stratakv._native.base import UInt64s
 from stratakv.layout import layer_checksum
 from stratakv.pool.errors import DamagedPage, TransferCancelled, TransportTimeout
-from stratakv.pool.transport import Cancellation, PageBatch, ReadRange, WriteRange
-
-
-class ReadBatch(Protocol):
-    """`Transport.read_batch`."""
-
-    def __call__(
-        self,
-        ranges: list[ReadRange],
-        *,
-        deadline: float,
-        on_range: Callable[[int], None] | None = None,
-        cancellation: Cancellation | None = None,
-    ) -> None: ...
-
-
-class WriteBatch(Protocol):
-    """`Transport.write_batch`."""
-
-    def __call__(self, put_id: bytes, ranges: list[WriteRange], *, deadline: float) -> None: ...
+from stratakv.pool.headers import require_headers, write_headers
+from stratakv.pool.transport import Cancellation, PageBatch, ReadBatch, ReadRange, WriteBatch, WriteRange
 
 
 def read_by_ranges(
@@ -40,8 +21,11 @@ def read_by_ranges(
     deadline: float,
     done: Gate,
     cancellation: Cancellation | None,
+    headers: PageHeaders | None,
 ) -> None:
     """`Transport.read_pages` by `read_batch`."""
+    what = batch.offsets, headers, checksums
+    require_headers(read_batch, *what, deadline=deadline, cancellation=cancellation)
     layers = [list(_ranges(batch, layer)) for layer in batch.layers]
     ends = [sum(len(pages) * len(layer.ranges) for pages in layers[: n + 1]) for n, layer in enumerate(batch.layers)]
     verified = 0
@@ -61,7 +45,14 @@ def read_by_ranges(
 
 
 def write_by_ranges(
-    write_batch: WriteBatch, put_id: bytes, batch: PageBatch, checksums: UInt64s, *, deadline: float, ready: Gate
+    write_batch: WriteBatch,
+    put_id: bytes,
+    batch: PageBatch,
+    checksums: UInt64s,
+    *,
+    deadline: float,
+    ready: Gate,
+    headers: PageHeaders | None,
 ) -> None:
     """`Transport.write_pages` by `write_batch`."""
     for index, layer in enumerate(batch.layers):
@@ -72,6 +63,7 @@ def write_by_ranges(
         pages = list(_ranges(batch, layer))
         write_batch(put_id, [WriteRange(*part) for parts in pages for part in parts], deadline=deadline)
         checksums[index] = [layer_checksum([part.into for part in parts]) for parts in pages]
+    write_headers(write_batch, put_id, batch.offsets, headers, checksums, deadline=deadline)
 
 
 def _ranges(batch: PageBatch, layer: LayerMove) -> Iterator[list[ReadRange]]:

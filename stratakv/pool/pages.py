@@ -1,10 +1,10 @@
 """Pages of one layout and namespace, moved layer by layer between a daemon's segment and memory of the caller.
 
 Writing:   pages = writer.begin(connection, put_id, extents, keys)
-           pages.write_layers(layers, memory, ready=gate, deadline=…)      each as soon as the gate lets it pass
-           pages.write_headers(deadline=…)                                 last, with each layer's checksum
-Reading:   pages = reader.read_headers(connection, places, keys, deadline=…)
-           pages.read_layers(layers, memory, done=gate, deadline=…)        the gate opens behind each layer
+           pages.write(memory, ready=gate, deadline=…)                     each layer as soon as the gate lets it pass
+           or step by step: pages.write_layers(layers, …), and pages.write_headers(…), with each layer's checksum, last
+Reading:   reader.read(connection, places, keys, memory, done=gate, deadline=…)        the gate opens behind each layer
+           or step by step: pages = reader.read_headers(…), and pages.read_layers(layers, …)
 In between: pages = reader.without_headers(connection, extents)            of a put that is not finished
            pages.expect(layers, checksums); pages.read_layers(layers, …)   as its writer tells them
 
@@ -20,13 +20,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stratakv import _native
-from stratakv._native import Gate, HeaderState, LayerMove, RangeMove, make_gate
+from stratakv._native import Gate, LayerMove, PageHeaders, RangeMove, make_gate
 from stratakv._native.base import Int64s, UInt64s
 from stratakv.keys import BlockKey, Namespace
-from stratakv.layout import KVLayout, packed_header_bytes
+from stratakv.layout import KVLayout
 from stratakv.pool.dmp_client import DmpConnection
-from stratakv.pool.errors import DamagedPage, PageError, StalePage
+from stratakv.pool.errors import PageError
+from stratakv.pool.headers import read_headers, write_headers
 from stratakv.pool.transport import Buffer, Cancellation, PageBatch
 from stratakv.wire import Extent, Place
 
@@ -57,7 +57,6 @@ class _Geometry:
     def __init__(self, layout: KVLayout) -> None:
         self.layout = layout
         self.num_layers = len(layout.layers)
-        self.header_bytes = packed_header_bytes(self.num_layers)
         self._range_sizes = [[spec.size_bytes for spec in layer.ranges] for layer in layout.layers]
         self._layer_offsets = layout.layer_offsets()
 
@@ -66,6 +65,11 @@ class _Geometry:
         if len(memory.rows) != len(offsets):
             raise ValueError(f"{len(offsets)} pages need as many rows, not {len(memory.rows)}")
         return PageBatch(offsets, [self._layer(layer, memory.layers[layer]) for layer in layers], memory.rows)
+
+    def headers(self, namespace: Namespace, keys: Sequence[BlockKey], generations: Sequence[int]) -> PageHeaders:
+        """Those of pages of this layout."""
+        ages = np.array(generations, dtype=np.uint64)
+        return PageHeaders(namespace, b"".join(keys), ages, self.layout.data_bytes, self.num_layers)
 
     def _layer(self, layer: int, ranges: Sequence[RangeMemory]) -> LayerMove:
         sizes = zip(ranges, self._range_sizes[layer], strict=True)
@@ -143,42 +147,63 @@ class PageReader:
 
         A bad page is told in `failures`; raises TransportError when the daemon fails.
         """
+        pages, headers = self._pages(connection, places, keys)
+        failures = read_headers(
+            connection.transport.read_batch,
+            pages._offsets,
+            headers,
+            pages._checksums,
+            deadline=deadline,
+            cancellation=cancellation,
+        )
+        pages.failures.update(failures)
+        return pages
+
+    def read(
+        self,
+        connection: DmpConnection,
+        places: Sequence[Place],
+        keys: Sequence[BlockKey],
+        memory: PageMemory,
+        *,
+        deadline: float,
+        done: Gate | None = None,
+        cancellation: Cancellation | None = None,
+    ) -> ReadPages:
+        """Headers and all layers of pages, in one exchange where the transport can; `done` opens behind each layer.
+
+        Raises PageError for a page that is not the one expected (layers that `done` let through are good all the same),
+        TransportError, TransferCancelled.
+        """
+        pages, headers = self._pages(connection, places, keys)
+        batch = self._geometry.batch(pages._offsets, range(self._geometry.num_layers), memory)
+        connection.transport.read_pages(
+            batch,
+            pages._checksums,
+            deadline=deadline,
+            done=done or make_gate(),
+            cancellation=cancellation,
+            headers=headers,
+        )
+        return pages
+
+    def _pages(
+        self, connection: DmpConnection, places: Sequence[Place], keys: Sequence[BlockKey]
+    ) -> tuple[ReadPages, PageHeaders]:
+        """Pages whose headers are still to be read, and what these should say."""
         if len(places) != len(keys):
             raise ValueError("as many keys as places are needed")
         geometry = self._geometry
-        size = geometry.header_bytes
-        raw = memoryview(bytearray(size * len(places)))
-        views = [raw[at : at + size] for at in range(0, len(raw), size)]
-        ranges = list(zip([place.offset for place in places], views, strict=True))
-        connection.transport.read_batch(ranges, deadline=deadline, cancellation=cancellation)
-        checksums = np.zeros((geometry.num_layers, len(places)), dtype=np.uint64)
-        states = _native.moves.check_headers(
-            raw,
-            np.arange(len(places), dtype=np.int64) * size,
-            self._namespace,
-            b"".join(keys),
-            np.array([place.generation for place in places], dtype=np.uint64),
-            geometry.layout.data_bytes,
-            geometry.num_layers,
-            checksums,
-        )
-        failures = {index: _failure(HeaderState(state), index) for index, state in enumerate(states) if state}
         offsets = np.array([place.offset for place in places], dtype=np.int64)
-        return ReadPages(connection, failures, offsets, checksums, geometry)
+        checksums = np.zeros((geometry.num_layers, len(places)), dtype=np.uint64)
+        headers = geometry.headers(self._namespace, keys, [place.generation for place in places])
+        return ReadPages(connection, {}, offsets, checksums, geometry), headers
 
     def without_headers(self, connection: DmpConnection, extents: Sequence[Extent]) -> ReadPages:
         """Pages that are still being written: `expect` a layer before it is read."""
         offsets = np.array([extent.offset for extent in extents], dtype=np.int64)
         checksums = np.zeros((self._geometry.num_layers, len(extents)), dtype=np.uint64)
         return ReadPages(connection, {}, offsets, checksums, self._geometry)
-
-
-def _failure(state: HeaderState, index: int) -> PageError:
-    if state is HeaderState.OTHER_PAGE:
-        return StalePage("another page lies at this place", index=index)
-    if state is HeaderState.OTHER_LAYOUT:
-        return StalePage("the page has another layout", index=index)
-    return DamagedPage("the page's header is not whole", index=index)
 
 
 @dataclass(slots=True)
@@ -204,9 +229,7 @@ class WritePages:
         A layer must not change from there until this returns; what did would be found damaged by every reader. Raises
         TransferCancelled when `ready` is closed, TransportError, PutRefused.
         """
-        if ready is None:
-            ready = make_gate()
-            ready.open(self._geometry.num_layers)
+        ready = ready or self._open_gate()
         batch = self._geometry.batch(self._offsets, layers, memory)
         checksums = np.zeros((len(layers), len(self._offsets)), dtype=np.uint64)
         self.connection.transport.write_pages(self.put_id, batch, checksums, deadline=deadline, ready=ready)
@@ -222,21 +245,30 @@ class WritePages:
         geometry = self._geometry
         if len(self._written) != geometry.num_layers:
             raise ValueError(f"{geometry.num_layers - len(self._written)} layers have not been written")
-        generations = np.array([extent.generation for extent in self.extents], dtype=np.uint64)
-        packed = memoryview(
-            _native.moves.pack_headers(
-                self._namespace,
-                b"".join(self.keys),
-                generations,
-                geometry.layout.data_bytes,
-                geometry.num_layers,
-                self._checksums,
-            )
+        transport = self.connection.transport
+        write_headers(
+            transport.write_batch, self.put_id, self._offsets, self._headers(), self._checksums, deadline=deadline
         )
-        size = geometry.header_bytes
-        headers = [packed[at : at + size] for at in range(0, len(packed), size)]
-        ranges = list(zip([extent.offset for extent in self.extents], headers, strict=True))
-        self.connection.transport.write_batch(self.put_id, ranges, deadline=deadline)
+
+    def write(self, memory: PageMemory, *, deadline: float, ready: Gate | None = None) -> None:
+        """Write all layers as `write_layers` does, and the headers behind them, in one exchange where the transport can."""
+        batch = self._geometry.batch(self._offsets, range(self._geometry.num_layers), memory)
+        self.connection.transport.write_pages(
+            self.put_id,
+            batch,
+            self._checksums,
+            deadline=deadline,
+            ready=ready or self._open_gate(),
+            headers=self._headers(),
+        )
+
+    def _open_gate(self) -> Gate:
+        gate = make_gate()
+        gate.open(self._geometry.num_layers)
+        return gate
+
+    def _headers(self) -> PageHeaders:
+        return self._geometry.headers(self._namespace, self.keys, [extent.generation for extent in self.extents])
 
 
 class PageWriter:

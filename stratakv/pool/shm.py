@@ -17,11 +17,12 @@ import weakref
 from collections.abc import Callable, Sequence
 
 from stratakv import _native
-from stratakv._native import Ended, Gate
+from stratakv._native import Ended, Gate, PageHeaders
 from stratakv._native.base import UInt64s
 from stratakv.pool.ends import check_end
 from stratakv.pool.errors import OutOfBounds, TransportError
 from stratakv.pool.framing import remaining_s
+from stratakv.pool.headers import require_headers, write_headers
 from stratakv.pool.populate import populate
 from stratakv.pool.put_times import PutTimes
 from stratakv.pool.transport import Buffer, Cancellation, PageBatch
@@ -96,17 +97,30 @@ class ShmTransport:
         deadline: float,
         done: Gate,
         cancellation: Cancellation | None = None,
+        headers: PageHeaders | None = None,
     ) -> None:
+        what = batch.offsets, headers, checksums
+        require_headers(self.read_batch, *what, deadline=deadline, cancellation=cancellation)
         with (cancellation or Cancellation()).stopping(done.close):
             how = self._move(_native.moves.read_pages, batch, checksums, done, deadline)
         check_end(how, batch, "the daemon has gone; what its memory held is void")
 
-    def write_pages(self, put_id: bytes, batch: PageBatch, checksums: UInt64s, *, deadline: float, ready: Gate) -> None:
+    def write_pages(
+        self,
+        put_id: bytes,
+        batch: PageBatch,
+        checksums: UInt64s,
+        *,
+        deadline: float,
+        ready: Gate,
+        headers: PageHeaders | None = None,
+    ) -> None:
         put_deadline = self._put_times.deadline(put_id)
         how = self._move(_native.moves.write_pages, batch, checksums, ready, min(deadline, put_deadline))
         if how[0] == Ended.LATE and put_deadline < deadline:
             self._put_times.check(put_id)
         check_end(how, batch, "the daemon has gone; what its memory held is void")
+        write_headers(self.write_batch, put_id, batch.offsets, headers, checksums, deadline=deadline)
 
     def mapping(self) -> memoryview | None:
         return self._memory

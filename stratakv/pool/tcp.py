@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stratakv import _native
-from stratakv._native import Ended, Gate
+from stratakv._native import Ended, Gate, PageHeaders
 from stratakv._native.base import UInt64s
 from stratakv.pool import messages
 from stratakv.pool.control import parse_reply, receive_reply, shut
@@ -101,22 +101,40 @@ class TcpTransport:
         deadline: float,
         done: Gate,
         cancellation: Cancellation | None = None,
+        headers: PageHeaders | None = None,
     ) -> None:
         wire = _native.wire()
         if wire is None:
-            read_by_ranges(self.read_batch, batch, checksums, deadline=deadline, done=done, cancellation=cancellation)
+            read_by_ranges(
+                self.read_batch,
+                batch,
+                checksums,
+                deadline=deadline,
+                done=done,
+                cancellation=cancellation,
+                headers=headers,
+            )
             return
         with self._lanes(batch, deadline, cancellation) as lanes:
-            what = (batch.offsets, batch.layers, batch.rows, checksums, done, deadline)
-            _check(wire.fetch_pages(lanes, _OPENING, FRAME_BYTES, FRAME_RANGES, *what), batch)
+            moves = (batch.offsets, batch.layers, batch.rows, checksums, done, deadline, headers)
+            _check(wire.fetch_pages(lanes, _OPENING, FRAME_BYTES, FRAME_RANGES, *moves), batch)
 
-    def write_pages(self, put_id: bytes, batch: PageBatch, checksums: UInt64s, *, deadline: float, ready: Gate) -> None:
+    def write_pages(
+        self,
+        put_id: bytes,
+        batch: PageBatch,
+        checksums: UInt64s,
+        *,
+        deadline: float,
+        ready: Gate,
+        headers: PageHeaders | None = None,
+    ) -> None:
         wire = _native.wire()
         if wire is None:
-            write_by_ranges(self.write_batch, put_id, batch, checksums, deadline=deadline, ready=ready)
+            write_by_ranges(self.write_batch, put_id, batch, checksums, deadline=deadline, ready=ready, headers=headers)
             return
         with self._lanes(batch, deadline, None) as lanes:
-            what = (batch.offsets, batch.layers, batch.rows, checksums, ready, deadline)
+            what = (batch.offsets, batch.layers, batch.rows, checksums, ready, deadline, headers)
             _check(wire.push_pages(lanes, _OPENING, FRAME_BYTES, FRAME_RANGES, put_id, _THANKS, *what), batch)
 
     def mapping(self) -> memoryview | None:

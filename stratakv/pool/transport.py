@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from stratakv._native import Gate, LayerMove
+from stratakv._native import Gate, LayerMove, PageHeaders
 from stratakv._native.base import Int64s, UInt64s
 from stratakv.pool.errors import TransferCancelled
 
@@ -115,15 +115,29 @@ class Transport(Protocol):
         deadline: float,
         done: Gate,
         cancellation: Cancellation | None = None,
+        headers: PageHeaders | None = None,
     ) -> None:
         """Copy the layers in order and check them against `checksums` [layer][page].
 
+        With `headers` all layers are asked for, and the pages' headers are read and checked first, which tell the checksums.
+
         `done` opens behind each layer that is there and verified for every page; what lies at the destination of others may
-        be anything. A cancelled transfer closes it. Raises DamagedPage, TransportError, OutOfBounds, TransferCancelled.
+        be anything. A cancelled transfer closes it. Raises DamagedPage, StalePage, TransportError, OutOfBounds, TransferCancelled.
         """
 
-    def write_pages(self, put_id: bytes, batch: PageBatch, checksums: UInt64s, *, deadline: float, ready: Gate) -> None:
+    def write_pages(
+        self,
+        put_id: bytes,
+        batch: PageBatch,
+        checksums: UInt64s,
+        *,
+        deadline: float,
+        ready: Gate,
+        headers: PageHeaders | None = None,
+    ) -> None:
         """Write the layers into the pages of an unfinished put, each as soon as `ready` lets it pass; fill `checksums`.
+
+        With `headers` all layers are given, and each page's header is written behind its last layer.
 
         Raises TransferCancelled when `ready` is closed, TransportError, PutRefused, OutOfBounds.
         """
@@ -139,3 +153,22 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Let go of the segment; transfers in progress fail."""
+
+
+class ReadBatch(Protocol):
+    """`Transport.read_batch`."""
+
+    def __call__(
+        self,
+        ranges: list[ReadRange],
+        *,
+        deadline: float,
+        on_range: Callable[[int], None] | None = None,
+        cancellation: Cancellation | None = None,
+    ) -> None: ...
+
+
+class WriteBatch(Protocol):
+    """`Transport.write_batch`."""
+
+    def __call__(self, put_id: bytes, ranges: list[WriteRange], *, deadline: float) -> None: ...

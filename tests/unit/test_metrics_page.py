@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import cast
 
 import pytest
 from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.registry import Collector
 
 from dbnode.metrics import NodeMetrics
+from dbnode.scheduler.metrics import RouterMetrics
+from dbnode.scheduler.pool_view import PoolView
+from dbnode.scheduler.workers import WorkerDirectory
+from dbnode.worker_base import WorkerDoor
 from dmp.allocator import ExtentAllocator
 from dmp.disk.store import DiskStore
 from dmp.metrics import DaemonMetrics
 from dmp.puts import PutTable
+from dmp.traffic import no_traffic
 from meta_server.metrics import PoolCollector
 from stratakv.integrations.sglang import metrics as sglang
 from stratakv.pool.messages import DaemonStats
+from stratakv.settings import RouterSettings
 from tests.pool_world import World
 from workers.metrics import WorkerMetrics
 
@@ -36,7 +43,8 @@ def told(registry: CollectorRegistry | Collector) -> set[str]:
 
 def test_those_of_a_daemon(tmp_path: Path) -> None:
     metrics, puts = DaemonMetrics(), PutTable(ExtentAllocator(4096), lambda: 0.0)
-    metrics.watch(puts, DiskStore(tmp_path, 4096, 4096), lambda: DaemonStats(4096, 0, 0, 0, 0, 0, 0))
+    stats = DaemonStats(4096, 0, 0, 0, 0, 0, 0)
+    metrics.watch(puts, DiskStore(tmp_path, 4096, 4096), lambda: stats, no_traffic)
     assert told(metrics.registry) == documented("stratakv_dmp_")
 
 
@@ -44,6 +52,11 @@ def test_those_of_the_meta_server() -> None:
     world = World()
     assert told(PoolCollector(lambda: world.handlers)) == documented("stratakv_pool_") - {"stratakv_pool_errors_total"}
     world.close()
+
+
+def test_those_of_the_router() -> None:
+    directory = WorkerDirectory(RouterSettings(), cast(WorkerDoor, None), PoolView(None), lambda: None)
+    assert told(RouterMetrics(directory)) == documented("stratakv_router_")
 
 
 def test_those_of_the_sglang_integration() -> None:

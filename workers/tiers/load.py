@@ -104,9 +104,10 @@ class LayerLoad:
     def _run(self, reader: PageReader, connections: ConnectionCache) -> None:
         runs: list[_Run] = []
         try:
-            runs = self._open_runs(reader, connections)
-            if len(runs) == 1 and self.window.is_l1 and not self._error:
-                self._read_at_once(runs[0], connections)
+            if self.window.is_l1 and len(_by_segment(self.pages)) == 1:
+                runs = self._read_at_once(reader, connections)
+            if not runs and self._num_good:
+                runs = self._open_runs(reader, connections)
             layer = self._arrived.open_layers
             while layer < self.num_layers and self._num_good:
                 if all(self._read_run(run, layer, connections) for run in runs):
@@ -149,9 +150,37 @@ class LayerLoad:
             runs.append(_Run(first, connection, found, time.monotonic() - started))
         return runs
 
-    def _read_at_once(self, run: _Run, connections: ConnectionCache) -> None:
-        """All layers in one transfer, which lets each through by itself."""
-        self._read(run, run.pages, range(self.num_layers), self._arrived, connections)
+    def _read_at_once(self, reader: PageReader, connections: ConnectionCache) -> list[_Run]:
+        """Headers and all layers in one transfer, which lets each layer through by itself; empty if that did not end well."""
+        pages = self.pages
+        started = time.monotonic()
+        try:
+            connection = connections.get(pages[0].segment, deadline=self.deadline)
+        except StrataError as error:
+            self._cut(0, error.message)
+            return []
+        try:
+            read = reader.read(
+                connection,
+                [page.place for page in pages],
+                [page.key for page in pages],
+                self.window.memory,
+                deadline=self.deadline,
+                done=self._arrived,
+                cancellation=self._cancellation,
+            )
+        except PageError as error:
+            # What comes before that page is read again, by itself.
+            self._cut(error.index, str(error), pages[error.index])
+            return []
+        except TransferCancelled:
+            raise
+        except StrataError as error:
+            if isinstance(error, TransportError):
+                connections.drop(connection, error.message)
+            self._cut(0, error.message)
+            return []
+        return [_Run(0, connection, read, time.monotonic() - started)]
 
     def _read_run(self, run: _Run, layer: int, connections: ConnectionCache) -> bool:
         """One layer of what is still good of a run; False if less is good now."""
@@ -159,20 +188,13 @@ class LayerLoad:
         if count <= 0:
             return True
         pages = run.pages if count == len(run.pages) else run.pages.take(range(count))
-        return self._read(run, pages, [layer], None, connections)
+        return self._read(run, pages, layer, connections)
 
-    def _read(
-        self,
-        run: _Run,
-        pages: ReadPages,
-        layers: Sequence[int],
-        done: Gate | None,
-        connections: ConnectionCache,
-    ) -> bool:
+    def _read(self, run: _Run, pages: ReadPages, layer: int, connections: ConnectionCache) -> bool:
         memory = self.window.memory.part(run.first, run.first + len(pages))
         started = time.monotonic()
         try:
-            pages.read_layers(layers, memory, deadline=self.deadline, done=done, cancellation=self._cancellation)
+            pages.read_layers([layer], memory, deadline=self.deadline, cancellation=self._cancellation)
         except PageError as error:
             bad = run.first + error.index
             self._cut(bad, str(error), self.pages[bad])

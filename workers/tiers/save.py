@@ -181,8 +181,7 @@ class Saver:
             pages = self._writer.begin(connection, put_id, extents, keys)
             if save.listener is not None:
                 save.listener.placed(segment, keys, extents)
-            _write_layers(pages, window, len(self._layout.layers), save, deadline)
-            pages.write_headers(deadline=deadline)
+            _write_pages(pages, window, len(self._layout.layers), save, deadline)
         except TransportError as error:
             self._connections.drop(connection, error.message)
             raise
@@ -208,10 +207,10 @@ class Saver:
         return asyncio.run_coroutine_threadsafe(call, self._loop).result(PUT_TIMEOUT_S)
 
 
-def _write_layers(pages: WritePages, window: Window, num_layers: int, save: BlockSave, deadline: float) -> None:
+def _write_pages(pages: WritePages, window: Window, num_layers: int, save: BlockSave, deadline: float) -> None:
     """Raises TransferCancelled if the step fails, TransportError, PutRefused."""
     if window.is_l1 and save.listener is None:
-        pages.write_layers(range(num_layers), window.memory, ready=save.ready, deadline=deadline)
+        pages.write(window.memory, ready=save.ready, deadline=deadline)
         return
     layer = 0
     while layer < num_layers:
@@ -224,3 +223,4 @@ def _write_layers(pages: WritePages, window: Window, num_layers: int, save: Bloc
         if save.listener is not None:
             save.listener.written(layers, pages.checksums(layers))
         layer = layers.stop
+    pages.write_headers(deadline=deadline)

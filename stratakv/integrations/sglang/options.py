@@ -12,7 +12,20 @@ from stratakv.keys import NAMESPACE_BYTES, Namespace
 
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 
-SGLANG_KEYS = frozenset({"backend_name", "module_path", "class_name", "interface_v1", "allocator", "tp_lcm_size"})
+SGLANG_KEYS = frozenset(
+    {
+        "backend_name",
+        "module_path",
+        "class_name",
+        "interface_v1",
+        "allocator",
+        "tp_lcm_size",
+        "prefetch_threshold",
+        "prefetch_timeout_base",
+        "prefetch_timeout_per_ki_token",
+        "hicache_storage_pass_prefix_keys",
+    }
+)
 """Keys of the same object that SGLang reads itself."""
 
 

@@ -45,6 +45,7 @@ log = EventLogger("stratakv.sglang.storage")
 
 FLUSH_S_MAX = 5.0
 NODE_RETRY_S = 30.0
+COMPLAINT_S = 10.0
 KV = str(PoolName.KV)
 _RANK_OWNED = frozenset({str(PoolName.MAMBA)})
 """Pools that hold another state on each rank, also where the KV is replicated."""
@@ -75,6 +76,7 @@ class StrataKVStorage(HiCacheStorage):
         self._node_asked_at = time.monotonic()
         self._pools: dict[str, PoolPages] = {}
         self._loads, self._saves = Transfers(), Transfers()
+        self._silent_until: dict[tuple[str, str], float] = {}
         self._has_no_kv = False
         """The host pool is only an anchor for others: its pages hold nothing."""
         self.registered_pools: dict[str, HostKVCache] = {}
@@ -263,13 +265,20 @@ class StrataKVStorage(HiCacheStorage):
             flushed = self._link.call(Flush(namespace), Flushed).result(FLUSH_S_MAX)
             log.info("flushed", pool=pool.name, pages=flushed.num_blocks)
 
+    def _complain(self, call: str, error: StrataError) -> None:
+        """Once in a while for each kind: a pool that is away fails every call."""
+        now = time.monotonic()
+        if now >= self._silent_until.get((call, error.code), now):
+            self._silent_until[call, error.code] = now + COMPLAINT_S
+            log.warning("call_failed", call=call, error=error.message)
+
     def _guarded(self, call: str, work: Callable[[], ResultT], miss: ResultT) -> ResultT:
         """What the work gives, or the miss if it fails."""
         try:
             return work()
         except StrataError as error:
-            log.info("call_failed", call=call, error=error.message)
             metrics.failed(call, error.code)
+            self._complain(call, error)
         except Exception:
             # SGLang's threads end with what is raised to them, and the server hangs with them.
             log.exception("call_failed", call=call)

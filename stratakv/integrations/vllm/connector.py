@@ -25,7 +25,7 @@ from stratakv.integrations.vllm.keys import RequestKeys
 from stratakv.integrations.vllm.kv_tensors import layer_tensors, layout_of
 from stratakv.integrations.vllm.options import LoadMode, parse_options
 from stratakv.integrations.vllm.orders import Rank, RankSpec, StepOrders, StepReport
-from stratakv.integrations.vllm.scheduler_side import SchedulerSide
+from stratakv.integrations.vllm.scheduler_side import INTRODUCTION, SchedulerSide
 from stratakv.integrations.vllm.worker_side import RankMemory, WorkerSide, dtype_name
 from stratakv.log import EventLogger, log_as_guest
 
@@ -201,7 +201,9 @@ class StrataKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
         if self._scheduler is None:
             return False, None
         num_final_tokens = request.num_computed_tokens - request.num_in_flight_tokens
-        return self._scheduler.request_finished(request, block_ids, num_final_tokens), None
+        must_wait = self._scheduler.request_finished(request, block_ids, num_final_tokens)
+        is_asked_who = INTRODUCTION in (request.kv_transfer_params or {})
+        return must_wait, self._scheduler.introduction() if is_asked_who else None
 
     def take_events(self) -> Iterable[KVCacheEvent]:
         return ()

@@ -97,6 +97,7 @@ class BlockLoad:
         if self._future is not None:
             if self._future.cancel():
                 self.num_good = 0
+                self._arrived.close()
             else:
                 self._future.result()
 

@@ -22,6 +22,8 @@ from stratakv.wire import Flush, Flushed
 log = EventLogger("stratakv.vllm.scheduler")
 
 FLUSH_S_MAX = 5.0
+INTRODUCTION = "stratakv"
+"""A request with this key in its `kv_transfer_params` is answered with what blocks these are: a router asks so."""
 
 
 class EngineRequest(Protocol):
@@ -84,6 +86,12 @@ class SchedulerSide:
         """Every worker has said what its pages are; until then nothing is looked up."""
         self._specs = specs
         self._lookups = Lookups(self._link, specs, self._options.lookup_timeout_s)
+
+    def introduction(self) -> dict[str, dict[str, str]] | None:
+        """The namespace of the first rank's blocks; None while it is not known."""
+        if not self._specs:
+            return None
+        return {INTRODUCTION: {"namespace": self._specs[min(self._specs)].namespace.hex()}}
 
     def num_tokens_to_load(self, request: EngineRequest, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens beyond vLLM's own hit, and whether they are loaded between steps; None: ask again."""

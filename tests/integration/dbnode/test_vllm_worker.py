@@ -14,15 +14,16 @@ import pytest_asyncio
 from dbnode.errors import WorkerRefused
 from dbnode.generate import GenerateRequest, Sampling, Source, StructuredOutputs
 from dbnode.vllm import client
+from stratakv.cli.status import Report, _ask_db_node, _print
 from stratakv.keys import KEY_BYTES, block_keys
-from stratakv.settings import Secret
+from stratakv.settings import RestSettings, Secret, Settings
 from stratakv.text import encode, load_tokenizer
 from stratakv.wire import MatchPrefix
 from tests.integration.dbnode.running_node import CACHE_DIR, PoolOfBlocks, RunningNode, running_node
 from tests.kv_event_publisher import publishing, removed, stored
 from tests.stand_in_vllm import BLOCK_SIZE, StandInVllm
 from tests.stand_in_worker import MODEL, StandInWorker, expected_tokens, token_at
-from tests.support import eventually_async
+from tests.support import eventually_async, free_port
 
 PROMPT = list(range(1000, 1080))
 LONG = list(range(2000, 2800))
@@ -164,6 +165,12 @@ async def test_a_server_that_is_gone_is_not_used_and_one_that_is_back_is(vllm: S
         assert await tokens_of(node, PROMPT) == expected_tokens(PROMPT, 5)
 
 
+async def test_a_server_whose_engine_died_is_not_used(vllm: StandInVllm) -> None:
+    async with running_node(also=(vllm.url,)) as node:
+        vllm.engine_is_dead = True
+        await node.sees()
+
+
 async def test_the_api_key_is_shown_and_vllms_name_of_the_model_used(vllm: StandInVllm) -> None:
     vllm.served = "HuggingFaceTB/SmolLM2"
     async with running_node(also=(vllm.url,), vllm_api_key=Secret("k")) as node:
@@ -239,6 +246,14 @@ async def test_blocks_that_do_not_get_into_the_pool_keep_the_answer_where_it_beg
     assert (len(vllm.requests), len(other.requests)) == (2, 0)
 
 
+async def test_a_connector_tells_its_namespace_itself(vllm: StandInVllm, other: StandInVllm) -> None:
+    vllm.namespace = other.namespace = NAMESPACE
+    pair = f"{vllm.url},role=prefill", f"{other.url},role=decode"
+    async with running_node(also=pair, meta=PoolAfterPrefill(vllm)) as node:
+        await tokens_of(node, LONG, 4)
+    assert (len(vllm.requests), len(other.requests)) == (1, 1)
+
+
 async def test_servers_without_a_common_namespace_are_not_split_over(vllm: StandInVllm, other: StandInVllm) -> None:
     pair = f"{vllm.url},role=prefill", f"{other.url},role=decode"
     async with running_node(also=pair, meta=PoolOfBlocks(1000)) as node:
@@ -262,4 +277,23 @@ async def test_events_decide_where_a_prompt_goes(vllm: StandInVllm, other: Stand
             async with node.http.get("/admin/workers") as answer:
                 states = {state["url"]: state for state in (await answer.json())["workers"]}
             assert states[other.url]["events"]["state"] == "live"
+            async with node.http.get("/metrics") as answer:
+                metrics = await answer.text()
+            assert f'stratakv_router_event_batches_total{{worker="{other.url}"}} 2.0' in metrics
+            assert f'stratakv_router_index_blocks{{worker="{other.url}"}} 0.0' in metrics
             assert states[vllm.url]["info"]["engine"] == "vllm"
+
+
+async def test_status_shows_the_servers_and_what_is_wrong_with_them(
+    vllm: StandInVllm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vllm.running = 3
+    gone = f"vllm://127.0.0.1:{free_port()}"
+    async with running_node(also=(f"{vllm.url},role=decode",), later=(gone,)) as node:
+        await eventually_async(lambda: all(r.alive or r.problem for r in node.node.directory.records), what="a reason")
+        report = Report()
+        await _ask_db_node(Settings(rest=RestSettings(port=int(node.url.rsplit(":", 1)[1]))), report)
+    _print(report)
+    shown = {line.split("│")[1].strip(): line for line in capsys.readouterr().out.splitlines() if "vllm://" in line}
+    assert [cell.strip() for cell in shown[vllm.url].split("│")[2:6]] == ["yes", "decode", MODEL, "3"]
+    assert "no: " in shown[gone]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from transformers import PreTrainedTokenizerBase
 
 from stratakv.migrate import upgrade
@@ -61,3 +63,16 @@ def test_blocks_from_disk_answer_alike_and_outlive_their_daemon(
     for answer in (warm, after):
         assert answer.token_ids == cold.token_ids
         assert answer.tiers == {"computed": 16, "disk": 384}
+    told = _told_by_tier(worker)
+    assert told["stratakv_kv_loaded_pages_total", "disk"] >= 2 * 384 // 16
+    assert told["stratakv_kv_load_seconds_total", "disk"] > 0
+    assert told["stratakv_kv_pages_found_total", "disk"] >= told["stratakv_kv_loaded_pages_total", "disk"]
+    assert told["stratakv_kv_cached_blocks", "l1"] >= 384 // 16
+    assert told["stratakv_kv_evicted_blocks_total", "l1"] == 0
+
+
+def _told_by_tier(worker: Worker) -> dict[tuple[str, str], float]:
+    """The worker's metrics by name and tier."""
+    with urllib.request.urlopen(f"{worker.url}/metrics", timeout=10) as response:
+        families = text_string_to_metric_families(response.read().decode())
+        return {(s.name, s.labels["tier"]): s.value for f in families for s in f.samples if "tier" in s.labels}

@@ -88,3 +88,20 @@ def test_a_bad_page_of_one_daemon_leaves_what_comes_before_it(
     assert outcomes[0].bad_page == pages[3]
     for layer in range(LAYERS):
         assert layer_data(window.memory, layer)[:3] == [*first.data[layer], *second.data[layer]][:3]
+
+
+def test_of_a_load_from_one_daemon_all_comes_that_lies_before_the_bad_page(
+    two_daemons: list[DaemonProcess], executor: ThreadPoolExecutor
+) -> None:
+    near = two_daemons[0]
+    written = put(near, 4, seed=4)
+    pages = found(near, written, [Tier.POOL] * 4)
+    pages[2] = dataclasses.replace(pages[2], key=BlockKey(bytes(32)))
+    load, window, outcomes = start(pages, executor)
+    with pytest.raises(KVLoadError) as caught:
+        load.wait_layer(0)
+    executor.shutdown()
+    assert caught.value.num_good_blocks == outcomes[0].num_good_blocks == 2
+    assert outcomes[0].bad_page == pages[2]
+    for layer in range(LAYERS):
+        assert layer_data(window.memory, layer)[:2] == written.data[layer][:2]

@@ -14,6 +14,7 @@ from stratakv.integrations.link import PoolLink
 from stratakv.integrations.page_store import PageStore
 from stratakv.integrations.sglang.options import Options
 from stratakv.integrations.sglang.scope import Ranks, ServerScope
+from stratakv.integrations.vllm import options as vllm_options
 from stratakv.keys import KEY_BYTES, BlockKey, Namespace, NamespaceScope
 from stratakv.layout import KVLayout
 from stratakv.pool.pages import PageMemory
@@ -82,6 +83,7 @@ class Engines:
     sglang_as_worker = ServerScope("weights", NUMERICS, Options(namespace_id=worker.hex())).namespace(
         "kv", LAYOUT, Ranks()
     )
+    vllm_as_worker = vllm_options.fixed_namespace(vllm_options.Options(namespace_id=worker.hex())) or NAMESPACE
 
 
 def test_engines_are_kept_apart_even_where_keys_and_layout_are_equal(link: PoolLink) -> None:
@@ -97,10 +99,11 @@ def test_engines_are_kept_apart_even_where_keys_and_layout_are_equal(link: PoolL
         assert contents(read, 1) == contents(written[store], 1)
 
 
-def test_engines_that_were_declared_equal_share_pages(link: PoolLink) -> None:
+@pytest.mark.parametrize("declared", [Engines.sglang_as_worker, Engines.vllm_as_worker], ids=["sglang", "vllm"])
+def test_engines_that_were_declared_equal_share_pages(link: PoolLink, declared: Namespace) -> None:
     keys, written, read = some_keys(2), filled(2), empty_memory(LAYOUT, 2)
     store_of(link, Engines.worker).put(keys, written)
-    assert store_of(link, Engines.sglang_as_worker).load(keys, read) == [True, True]
+    assert store_of(link, declared).load(keys, read) == [True, True]
     assert contents(read, 0) == contents(written, 0)
 
 

@@ -6,11 +6,13 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from stratakv._native import make_gate
+from stratakv._native import Gate, make_gate
 from stratakv.keys import KEY_BYTES, BlockKey
 from stratakv.pool import tcp
 from stratakv.pool.dmp_client import DmpConnection, TransportKind, connect
@@ -18,17 +20,19 @@ from stratakv.pool.errors import (
     DamagedPage,
     OutOfBounds,
     PutRefused,
+    StalePage,
     TransferCancelled,
     TransportError,
     TransportTimeout,
 )
-from stratakv.pool.pages import PageMemory, PageWriter, WritePages
+from stratakv.pool.pages import PageMemory, PageReader, PageWriter, WritePages
 from stratakv.pool.transport import Cancellation
-from stratakv.wire import PUT_ID_BYTES, Extent
+from stratakv.wire import PUT_ID_BYTES, Extent, Place
 from tests.integration.pool.daemon import MIB, DaemonProcess
 from tests.integration.pool.pages import (
     LAYOUT,
     NAMESPACE,
+    WrittenPages,
     empty_memory,
     layer_data,
     memory_of,
@@ -90,12 +94,65 @@ def test_batches_may_be_cut_into_frames_anywhere(
     memory = empty_memory(LAYOUT, 7)
     read_headers(connection, written).read_layers(ALL_LAYERS, memory, deadline=soon())
     assert [layer_data(memory, layer) for layer in ALL_LAYERS] == written.data
+    pages, again, done = granted(connection, 7), empty_memory(LAYOUT, 7), make_gate()
+    pages.write(memory, deadline=soon())
+    read_whole(connection, pages, again, done)
+    assert [layer_data(again, layer) for layer in ALL_LAYERS] == written.data
+    assert done.open_layers == len(ALL_LAYERS)
+
+
+def read_whole(connection: DmpConnection, pages: WritePages, memory: PageMemory, done: Gate | None = None) -> None:
+    places = [Place("dmp-t", e.offset, e.generation) for e in pages.extents]
+    PageReader(LAYOUT, NAMESPACE).read(connection, places, pages.keys, memory, done=done, deadline=soon())
+
+
+def test_pages_written_at_once_are_those_written_step_by_step(connection: DmpConnection) -> None:
+    pages, data = granted(connection, 5), random_layers(LAYOUT, 5, 3)
+    pages.write(memory_of(LAYOUT, data), deadline=soon())
+    written = WrittenPages(LAYOUT, pages.put_id, list(pages.keys), list(pages.extents), data)
+    memory = empty_memory(LAYOUT, 5)
+    found = read_headers(connection, written)
+    assert found.failures == {}
+    found.read_layers(ALL_LAYERS, memory, deadline=soon())
+    assert [layer_data(memory, layer) for layer in ALL_LAYERS] == data
+
+
+def test_a_page_that_is_another_is_named_before_any_layer_is_let_through(connection: DmpConnection) -> None:
+    pages = granted(connection, 4)
+    pages.write(source(4), deadline=soon())
+    for bad in range(4):
+        keys = list(pages.keys)
+        keys[bad] = BlockKey(os.urandom(KEY_BYTES))
+        done = make_gate()
+        with pytest.raises(StalePage) as caught:
+            read_whole(connection, replace(pages, keys=keys), empty_memory(LAYOUT, 4), done)
+        assert (caught.value.index, done.open_layers) == (bad, 0)
+    read_whole(connection, pages, empty_memory(LAYOUT, 4))
+
+
+def test_no_header_is_written_before_the_last_layer(connection: DmpConnection) -> None:
+    pages, ready = granted(connection, 3), make_gate()
+    ready.open(len(ALL_LAYERS) - 1)
+    giving_up = threading.Timer(0.05, ready.close)
+    giving_up.start()
+    with pytest.raises(TransferCancelled):
+        pages.write(source(3), ready=ready, deadline=soon())
+    giving_up.join()
+    written = WrittenPages(LAYOUT, pages.put_id, list(pages.keys), list(pages.extents), [])
+    assert set(read_headers(connection, written).failures) == {0, 1, 2}
+
+
+def test_whole_pages_of_no_live_put_are_refused_and_the_connection_lives(connection: DmpConnection) -> None:
+    stranger = begin(connection, os.urandom(PUT_ID_BYTES), list(granted(connection).extents))
+    with pytest.raises(PutRefused):
+        stranger.write(source(), deadline=soon())
+    assert read_headers(connection, write_pages(connection, 1)).failures == {}
 
 
 def test_a_damaged_page_is_named_whichever_socket_it_came_by(daemon: DaemonProcess, connection: DmpConnection) -> None:
     written = write_pages(connection, 6)
     neighbour = connect(daemon.segment, deadline=soon(), force=TransportKind.SHM)
-    memory = neighbour.transport.mapping()
+    memory, reader = neighbour.transport.mapping(), PageReader(LAYOUT, NAMESPACE)
     assert memory is not None
     for page in range(6):
         at = written.extents[page].offset + LAYOUT.layer_offsets()[1]
@@ -107,6 +164,9 @@ def test_a_damaged_page_is_named_whichever_socket_it_came_by(daemon: DaemonProce
             )
         assert (caught.value.index, caught.value.layer) == (page, 1)
         assert done.open_layers <= 1
+        with pytest.raises(DamagedPage) as caught:
+            reader.read(connection, written.places(), written.keys, empty_memory(LAYOUT, 6), deadline=soon())
+        assert (caught.value.index, caught.value.layer) == (page, 1)
         memory[at] ^= 1
     memory.release()
     neighbour.close()
@@ -215,3 +275,17 @@ def test_a_daemon_killed_among_page_transfers_is_a_typed_error(
     assert not isinstance(caught.value, TransportTimeout)
     killer.join()
     connection.close()
+
+
+def test_many_threads_read_over_one_connection(connection: DmpConnection) -> None:
+    written = write_pages(connection, 2)
+    offset = written.extents[0].offset
+
+    def read(_: int) -> bytes:
+        data = bytearray(4096)
+        for _ in range(200):
+            connection.transport.read_batch([(offset, memoryview(data))], deadline=soon())
+        return bytes(data)
+
+    with ThreadPoolExecutor(8) as threads:
+        assert len(set(threads.map(read, range(8)))) == 1

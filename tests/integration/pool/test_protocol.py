@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stratakv.config import NATIVE_ENV
 from stratakv.pool import messages
 from stratakv.pool.control import receive_reply
 from stratakv.pool.dmp_client import DmpConnection, TransportKind, connect
@@ -25,6 +26,14 @@ from stratakv.wire import PUT_ID_BYTES
 from tests.integration.pool.daemon import MIB, DaemonProcess
 from tests.integration.pool.pages import read_headers, soon, write_pages
 from tests.support import eventually
+
+
+@pytest.fixture(scope="module", params=["native", "python"])
+def daemon(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    """One that answers with the C++ module, and one without."""
+    env = {NATIVE_ENV: "0"} if request.param == "python" else {}
+    with DaemonProcess(tmp_path_factory.mktemp("dmp") / "log", env=env) as running:
+        yield running
 
 
 @pytest.fixture
@@ -147,6 +156,17 @@ def test_writes_without_a_live_put_are_refused(connection: DmpConnection) -> Non
         connection.transport.write_batch(written.put_id, ranges, deadline=soon())
 
 
+def test_what_a_leader_of_the_past_has_granted_is_refused(connection: DmpConnection) -> None:
+    first, second = os.urandom(PUT_ID_BYTES), os.urandom(PUT_ID_BYTES)
+    term = time.time_ns()
+    connection.allocate(first, 1, 4096, 60.0, deadline=soon(), term=term)
+    with pytest.raises(PutRefused, match="no longer leads"):
+        connection.allocate(second, 1, 4096, 60.0, deadline=soon(), term=term - 1)
+    connection.allocate(second, 1, 4096, 60.0, deadline=soon(), term=term + 1)
+    for put_id in (first, second):
+        connection.release(put_id, deadline=soon())
+
+
 def test_a_put_out_of_time_takes_no_more_bytes(connection: DmpConnection) -> None:
     put_id = os.urandom(PUT_ID_BYTES)
     extent = connection.allocate(put_id, 1, 4096, 0.2, deadline=soon())[0]
@@ -228,6 +248,45 @@ def test_a_client_that_was_silent_for_long_goes_on_as_before(
     connection.close()
     with pytest.raises(TransportError):
         connection.stats(deadline=soon())
+
+
+def test_what_was_moved_is_counted(daemon: DaemonProcess) -> None:
+    connection = connect(daemon.segment, deadline=soon(), force=TransportKind.TCP)
+    before = connection.stats(deadline=soon())
+    put_id = os.urandom(PUT_ID_BYTES)
+    extents = connection.allocate(put_id, 2, 4096, 60.0, deadline=soon())
+    connection.transport.write_batch(put_id, [WriteRange(e.offset, b"x" * 100) for e in extents], deadline=soon())
+    into = memoryview(bytearray(30))
+    connection.transport.read_batch([ReadRange(extents[0].offset, into)], deadline=soon())
+
+    def is_counted() -> bool:
+        # Counted once it has been sent, which the reader may see first.
+        after = connection.stats(deadline=soon())
+        return (after.bytes_written - before.bytes_written, after.bytes_read - before.bytes_read) == (200, 30)
+
+    eventually(is_counted)
+    connection.release(put_id, deadline=soon())
+    connection.close()
+
+
+def test_a_refused_write_is_taken_off_the_wire_and_the_next_one_is_served(daemon: DaemonProcess) -> None:
+    good, unknown = os.urandom(PUT_ID_BYTES), os.urandom(PUT_ID_BYTES)
+    connection = connect(daemon.segment, deadline=soon(), force=TransportKind.TCP)
+    extent = connection.allocate(good, 1, 4096, 60.0, deadline=soon())[0]
+    frames = []
+    for put_id, size in ((unknown, 4096), (good, 4096), (good, 4097), (good, 1)):
+        body = put_id + struct.pack("<QI", extent.offset, size)
+        frames.append(frame_header(FrameKind.WRITE, len(body), size) + body + bytes(size))
+    with attach(daemon) as sock:
+        sock.sendall(b"".join(frames))
+        with pytest.raises(PutRefused):
+            receive_reply(sock, messages.Done, soon())
+        receive_reply(sock, messages.Done, soon())
+        with pytest.raises(OutOfBounds):
+            receive_reply(sock, messages.Done, soon())
+        receive_reply(sock, messages.Done, soon())
+    connection.release(good, deadline=soon())
+    connection.close()
 
 
 def test_frames_may_arrive_in_pieces(daemon: DaemonProcess) -> None:

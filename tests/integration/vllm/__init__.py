@@ -1,0 +1,1 @@
+"""The two sides of vLLM's connector against a real pool, without vLLM."""
