@@ -2,7 +2,8 @@
 
 Put and get of pages of four sizes, one at a time and a hundred at once, checksums on; every arm is a process of its own with the
 same buffer, and the arms take turns. Ours includes asking the daemon for room, headers, and checksums made and verified, but no
-meta server; Mooncake's includes its master. `shm_in_place` verifies pages where they lie and copies nothing.
+meta server; Mooncake's includes its master. Both have touched the memory they lend before anything is measured. `shm_in_place`
+verifies pages where they lie and copies nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -94,11 +96,22 @@ def running_daemon(segment_bytes: int = SEGMENT_BYTES) -> Iterator[str]:
         epoch = bytes.fromhex(event["epoch"])
         name = f"stratakv-dmp-{event['epoch']}"
         segment = Segment("bench", epoch, "127.0.0.1", int(event["port"]), name, int(event["segment_bytes"]))
+        _await_memory(daemon.pid, segment_bytes)
         with _read_on(daemon):
             yield msgspec.json.encode(segment).decode()
     finally:
         daemon.terminate()
         daemon.wait()
+
+
+def _await_memory(pid: int, segment_bytes: int) -> None:
+    """The daemon touches its memory in the background; nothing is measured before it is through."""
+    deadline = time.monotonic() + START_S_MAX
+    while time.monotonic() < deadline:
+        status = Path(f"/proc/{pid}/status").read_text()
+        if int(status.partition("RssShmem:")[2].split()[0]) * KIB >= segment_bytes:
+            return
+        time.sleep(0.1)
 
 
 @contextmanager

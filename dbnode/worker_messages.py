@@ -131,6 +131,8 @@ class WorkerFacts(msgspec.Struct, frozen=True):
     """ZeroMQ endpoint on which it publishes KV events; empty: it does not."""
     replay: str = ""
     """ZeroMQ endpoint at which missed ones can be asked for."""
+    hash_algorithm: str = ""
+    """How it computes block keys, as far as it tells."""
     hands_over: bool = False
     """Prompts can be handed over, to it and from it, while they are computed."""
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import time
 from collections.abc import Awaitable, Callable
 
 import msgspec
 
+from meta_server.call_times import CallTimes
 from meta_server.elector import Elector
 from meta_server.errors import failure_of
 from meta_server.event_socket import EventSocket
@@ -27,6 +29,8 @@ from stratakv.version import version
 
 REQUESTS_WAITING_MAX = 20_000
 """Requests that wait for PostgreSQL at once."""
+MALFORMED = "malformed"
+"""Stands for the name of a call that cannot be read."""
 _log = EventLogger("meta_server")
 Reply = Callable[[wire.Message], None]
 
@@ -39,6 +43,9 @@ class Door:
         self._socket = RouterSocket(self._on_message, credentials)
         self._events = EventSocket(self._socket.context, credentials)
         self.port = self._socket.bind(settings.host, settings.native_port)
+        self.call_times = CallTimes(
+            "stratakv_meta_call_seconds", "call", slow_s=settings.slow_call_s, clock=time.monotonic
+        )
         self._events_port = self._events.bind(settings.host, settings.events_port)
         self._handlers: Handlers | None = None
         self._elector: Elector | None = None
@@ -74,11 +81,16 @@ class Door:
         if elector is None:
             return
 
+        began, name = time.perf_counter(), MALFORMED
+
         def reply(message: wire.Message) -> None:
             self._socket.send(client, request_id, wire.encode(message))
+            self.call_times.observe(name, time.perf_counter() - began)
 
         try:
-            answer = self._answer(_decode(payload), elector)
+            request = _decode(payload)
+            name = type(request).__name__
+            answer = self._answer(request, elector)
             if inspect.isawaitable(answer):
                 self._answer_later(answer, reply)
             else:

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from meta_server.call_times import CallTimes
 from meta_server.counts import AGE_BOUNDS_S, PoolCounts, Tier, tier_of
 from meta_server.elector import Elector
 from meta_server.handlers import Handlers
@@ -20,7 +21,7 @@ from meta_server.nodes import Node
 from stratakv.wire import GetStats, Stats
 
 
-def metrics_app(elector: Elector, leading: Callable[[], Handlers | None]) -> Starlette:
+def metrics_app(elector: Elector, leading: Callable[[], Handlers | None], call_times: CallTimes) -> Starlette:
     """`GET /metrics`; of the pool only while this meta server leads.
 
     It runs on the server's event loop, so that the figures of one answer belong together.
@@ -28,6 +29,7 @@ def metrics_app(elector: Elector, leading: Callable[[], Handlers | None]) -> Sta
     registry = CollectorRegistry()
     registry.register(PoolCollector(leading))
     registry.register(LeaderCollector(elector))
+    registry.register(call_times)
 
     async def metrics(_: Request) -> Response:
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)

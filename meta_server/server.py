@@ -67,7 +67,7 @@ class MetaServer:
         address = f"{meta.public_host or reachable_host(meta.host)}:{door.port}"
         self._elector = Elector(self._url, settings.database, _server(address, meta), meta.leader_lease_s)
         self._handlers: Handlers | None = None
-        self._kvcm = KvcmServer(meta, self._elector) if meta.kvcm_enabled else None
+        self._kvcm = KvcmServer(meta, self._elector, door.call_times) if meta.kvcm_enabled else None
         self._metrics: HttpServer | None = None
         if meta.metrics_port:
             self._metrics = HttpServer(meta.host, meta.metrics_port, "meta", port_setting="meta.metrics_port")
@@ -82,7 +82,8 @@ class MetaServer:
             async with asyncio.TaskGroup() as tasks:
                 stopping = tasks.create_task(stop.wait())
                 if self._metrics is not None:
-                    tasks.create_task(self._metrics.run(metrics_app(self._elector, lambda: self._handlers)))
+                    app = metrics_app(self._elector, lambda: self._handlers, self._door.call_times)
+                    tasks.create_task(self._metrics.run(app))
                 while not stop.is_set():
                     campaign = tasks.create_task(self._elector.campaign(self._stands_by))
                     await asyncio.wait((campaign, stopping), return_when=asyncio.FIRST_COMPLETED)

@@ -87,6 +87,7 @@ class MetaSettings:
         (), "host:port of every meta server, where there are several; by default the one at `host`"
     )
     leader_lease_s: float = setting(5.0, "a leader that is not heard of for so long is replaced by one that stands by")
+    slow_call_s: float = setting(0.25, "calls that take so long are logged; 0: none")
     metrics_port: int = setting(0, "port of the pool's Prometheus metrics (HTTP, `/metrics`); 0: none")
     heartbeat_s: float = setting(1.0, "how often daemons and workers report; three misses and they count as gone")
     lease_s_max: float = setting(60.0, "longest read lease granted")

@@ -36,7 +36,7 @@ vllm:inter_token_latency_seconds_count{{engine="0",model_name="m"}} 54.0
 vllm:inter_token_latency_seconds_sum{{engine="0",model_name="m"}} 2.659498879995226
 vllm:cache_config_info{{_block_size_resolved="True",block_size="{block_size}",cache_dtype="auto",\
 enable_prefix_caching="True",engine="0",num_cpu_blocks="None",num_gpu_blocks="182",\
-prefix_caching_hash_algo="sha256_cbor"}} 1.0
+prefix_caching_hash_algo="{algorithm}"}} 1.0
 """
 
 
@@ -47,6 +47,7 @@ class StandInVllm:
     served: str = MODEL
     tokenize: Callable[[str], list[int]] | None = None
     """None: the endpoint is not there."""
+    algorithm: str = "sha256_cbor"
     started: float = 1.79536859559e09
     running: int = 0
     waiting: int = 0
@@ -100,7 +101,13 @@ class StandInVllm:
         return web.Response(status=503 if self.engine_is_dead else 200)
 
     async def _metrics(self, request: web.Request) -> web.Response:
-        known = {"started": self.started, "running": self.running, "waiting": self.waiting, "usage": self.usage}
+        known = {
+            "algorithm": self.algorithm,
+            "started": self.started,
+            "running": self.running,
+            "waiting": self.waiting,
+            "usage": self.usage,
+        }
         return web.Response(text=METRICS.format(block_size=BLOCK_SIZE, **known))
 
     async def _models(self, request: web.Request) -> web.Response:

@@ -14,8 +14,9 @@ from dbnode.kv_events.wire import AllBlocksCleared, BlocksRemoved, BlocksStored,
 from dbnode.scheduler.index import BlockIndex, tails
 from stratakv.keys import block_keys, salt_extra
 
+OUR_ALGORITHM = "sha256_cbor"
 HASH_HINT = (
-    "start vLLM with --prefix-caching-hash-algo sha256_cbor and without PYTHONHASHSEED in its environment;"
+    f"start vLLM with --prefix-caching-hash-algo {OUR_ALGORITHM} and without PYTHONHASHSEED in its environment;"
     " until then the router goes by what it sent"
 )
 GROUPS_MAX = 64
@@ -60,13 +61,16 @@ class FeedStatus:
 class KvFeed:
     """One worker's events on their way into its index."""
 
-    def __init__(self, index: BlockIndex, block_size: int) -> None:
+    def __init__(self, index: BlockIndex, block_size: int, hash_algorithm: str = "") -> None:
+        """An algorithm that is not told shows in the events."""
         self.status = FeedStatus()
         self._index = index
         self._block_size = block_size
         self._at_unix_s = 0.0
         self._other_groups: set[int] = set()
         """Layers that keep only a window of a prefix: what they drop says nothing of the others."""
+        if hash_algorithm not in ("", OUR_ALGORITHM):
+            self.refuse(f"it computes block keys by {hash_algorithm}: {HASH_HINT}")
 
     @property
     def next_sequence(self) -> int:
@@ -104,6 +108,7 @@ class KvFeed:
         """Go by what is sent, for this reason."""
         self.status.state, self.status.detail = FeedState.REFUSED, detail
         self._index.forget_told()
+        self._index.doubt()
 
     def _apply(self, event: KvEvent) -> None:
         match event:

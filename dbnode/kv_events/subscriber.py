@@ -50,6 +50,9 @@ class KvSubscriber:
                 log.warning("kv_events_failed", worker=self._name, error=str(error))
                 self.feed.lose(str(error))
                 await asyncio.sleep(RETRY_S)
+            except Exception as error:
+                log.exception("kv_events_stopped", worker=self._name)
+                self.feed.refuse(f"listening failed: {error}")
         log.warning("kv_events_refused", worker=self._name, why=self.feed.status.detail)
 
     async def _follow(self) -> None:
@@ -117,7 +120,7 @@ class KvSubscriber:
                     async with asyncio.timeout(REPLAY_TIMEOUT_S):
                         batch = read_batch(await socket.recv_multipart())
                 except TimeoutError:
-                    log.info("kv_events_no_replay", worker=self._name, url=self._replay_url)
+                    log.debug("kv_events_no_replay", worker=self._name, url=self._replay_url)
                     return
                 if batch is None:
                     return

@@ -165,7 +165,7 @@ class WorkerDirectory:
         record.probe.set()
 
     async def _watch(self, url: str) -> None:
-        record = self._records[url] = WorkerRecord(url, BlockIndex(self._settings.index_blocks_max))
+        record = self._records[url] = WorkerRecord(url, BlockIndex(self._settings.index_blocks_max, self._clock))
         record.heard_s = self._clock()
         try:
             await self._keep_polling(url, record)
@@ -215,7 +215,7 @@ class WorkerDirectory:
         self._set_alive(record, alive=True)
 
     def _listen(self, record: WorkerRecord, facts: WorkerFacts) -> None:
-        feed = KvFeed(record.index, facts.block_size)
+        feed = KvFeed(record.index, facts.block_size, facts.hash_algorithm)
         subscriber = KvSubscriber(facts.worker, facts.events, facts.replay, feed)
         record.events = feed.status
         record.listener = asyncio.create_task(subscriber.run(), name=f"kv-events-{facts.worker}")

@@ -70,6 +70,7 @@ class VllmServer:
             is_pooled=bool(address.namespace),
             events=address.events,
             replay=address.replay,
+            hash_algorithm=metrics.config.get("prefix_caching_hash_algo", ""),
         )
 
     def introduced(self, namespace: str) -> None:

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from google.protobuf.message import Message
 
+from meta_server.call_times import CallSummary
 from meta_server.kvcm.entities import Group, Storage, check_group, check_name, check_storage
 from meta_server.kvcm.errors import Duplicate, NoSuchInstance
 from meta_server.kvcm.meta_service import MetaService
@@ -159,10 +160,12 @@ class AdminService:
 
     async def get_metrics(self, _: admin.GetMetricsRequest) -> admin.GetMetricsResponse:
         metrics = []
-        for name, count, mean_us in self._metrics.calls():
-            tags = [admin.MetricsTag(tag_key="api_name", tag_value=name)]
-            metrics.append(_metric("service.query_counter", admin.MetricValue(int_value=count), tags))
-            metrics.append(_metric("service.query_rt_us", admin.MetricValue(float_value=mean_us), tags))
+        for prefix, label, times in (
+            ("service.query", "api_name", self._metrics.calls),
+            ("native.call", "call", self._metrics.native),
+        ):
+            for call in times.summaries():
+                metrics += _call_metrics(prefix, label, call)
         for group in self._state.groups.values():
             tags = [admin.MetricsTag(tag_key="instance_group", tag_value=group.name)]
             metrics.append(_metric("group.used_bytes", admin.MetricValue(int_value=group.used(None)), tags))
@@ -196,6 +199,14 @@ class AdminService:
             check_name("storage_candidates", name)
             if name not in self._state.storages:
                 raise InvalidRequest(f"there is no storage {name!r}", param="storage_candidates")
+
+
+def _call_metrics(prefix: str, label: str, call: CallSummary) -> list[admin.MetricsData]:
+    tags = [admin.MetricsTag(tag_key=label, tag_value=call.name)]
+    times = {"rt_us": call.mean_s, "rt_p50_us": call.p50_s, "rt_p99_us": call.p99_s}
+    counter = _metric(f"{prefix}_counter", admin.MetricValue(int_value=call.count), tags)
+    values = [_metric(f"{prefix}_{n}", admin.MetricValue(float_value=v * 1e6), tags) for n, v in times.items()]
+    return [counter, *values]
 
 
 def _metric(name: str, value: admin.MetricValue, tags: list[admin.MetricsTag]) -> admin.MetricsData:

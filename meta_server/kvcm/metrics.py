@@ -1,47 +1,27 @@
-"""Metrics of the KVCM API: a histogram of every call's time, for Prometheus and for GetMetrics."""
+"""Metrics of the KVCM API: how long its calls take and how they end, for Prometheus and for GetMetrics."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, Counter
 
-_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+from meta_server.call_times import CallTimes
 
 
 class Metrics:
-    """Of all services of one meta server, in a registry of their own."""
+    """Of all services of one meta server, in a registry of their own, which shows the native protocol's calls, too."""
 
-    def __init__(self) -> None:
+    def __init__(self, native: CallTimes, *, slow_s: float) -> None:
         self.registry = CollectorRegistry()
-        self._seconds = Histogram(
-            "stratakv_kvcm_call_seconds",
-            "Time of a call, from its message to its answer.",
-            ["api_name"],
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
+        self.native = native
+        self.calls = CallTimes("stratakv_kvcm_call_seconds", "api_name", slow_s=slow_s, clock=time.monotonic)
+        self.registry.register(self.calls)
+        self.registry.register(native)
         self._results = Counter(
             "stratakv_kvcm_calls", "Calls by the code of their answer.", ["api_name", "code"], registry=self.registry
         )
 
     def count(self, api_name: str, code: str, seconds: float) -> None:
-        self._seconds.labels(api_name).observe(seconds)
+        self.calls.observe(api_name, seconds)
         self._results.labels(api_name, code).inc()
-
-    def register(self, collector: Collector) -> None:
-        """Gauges of the state."""
-        self.registry.register(collector)
-
-    def calls(self) -> Iterator[tuple[str, int, float]]:
-        """Of each call that was made: its name, how often, its mean time in µs."""
-        counts, sums = dict[str, float](), dict[str, float]()
-        for metric in self._seconds.collect():
-            for sample in metric.samples:
-                if sample.name.endswith("_count"):
-                    counts[sample.labels["api_name"]] = sample.value
-                elif sample.name.endswith("_sum"):
-                    sums[sample.labels["api_name"]] = sample.value
-        for name, count in sorted(counts.items()):
-            yield name, int(count), sums[name] / count * 1e6

@@ -7,6 +7,7 @@ import time
 
 from google.protobuf.descriptor import ServiceDescriptor
 
+from meta_server.call_times import CallTimes
 from meta_server.elector import Elector
 from meta_server.handlers import Handlers
 from meta_server.journal import Journal
@@ -40,7 +41,8 @@ _log = EventLogger("meta_server.kvcm")
 class KvcmServer:
     """The ports, open from `listen` to `close`, and for each term as leader the state and the services behind them."""
 
-    def __init__(self, settings: MetaSettings, elector: Elector) -> None:
+    def __init__(self, settings: MetaSettings, elector: Elector, native: CallTimes) -> None:
+        """`native`: of the other protocol's calls."""
         self._settings = settings
         self._elector = elector
         self._state: KvcmState | None = None
@@ -49,7 +51,7 @@ class KvcmServer:
         self._reports: Reports | None = None
         self._grpc: list[GrpcFace] = []
         self._http: list[tuple[HttpServer, asyncio.Task[None]]] = []
-        self._metrics, self._gate, self._faults = Metrics(), Gate(), Faults()
+        self._metrics, self._gate, self._faults = Metrics(native, slow_s=settings.slow_call_s), Gate(), Faults()
         self._cluster = Cluster(elector, self._leads, self._is_healthy)
         self._meta = self._calls(meta.DESCRIPTOR.services_by_name["MetaService"], self._cluster)
         self._admin = self._calls(admin.DESCRIPTOR.services_by_name["AdminService"], self._cluster)

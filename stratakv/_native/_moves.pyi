@@ -83,6 +83,7 @@ def pack_headers(
     checksums: UInt64s,
     /,
 ) -> bytes: ...
+def exchange_frames(fd: int, frame: bytes, reply_bytes_max: int, deadline: float, /) -> tuple[int, bytes, bytes]: ...
 def fetch_pages(
     sockets: tuple[int, ...],
     opening: bytes,

@@ -215,6 +215,11 @@ class Wire(Protocol):
     Each socket carries a share of the pages, on a thread of its own. When one fails, all of them are shut down.
     """
 
+    def exchange_frames(
+        self, fd: int, frame: bytes, reply_bytes_max: int, deadline: float, /
+    ) -> tuple[int, bytes, bytes]:
+        """Send a control request. Returns (an `Ended`, header, body) of what comes; no body if it is no reply, or too long."""
+
     def fetch_pages(
         self,
         sockets: tuple[int, ...],

@@ -13,6 +13,19 @@ namespace {
 
 constexpr size_t kIovecsMax = 1024;  // the kernel's IOV_MAX
 
+// The frame that answers a request: its header, and its body if it is a reply that is not too long.
+Ended exchange(const Wire& wire, const std::string& asked, size_t reply_bytes_max, std::string& header, std::string& body) {
+  Ended ended = wire.send(asked);
+  Header got;
+  if (ended == Ended::kWhole) ended = wire.receive(&got, sizeof got);
+  if (ended != Ended::kWhole) return ended;
+  header.assign(reinterpret_cast<const char*>(&got), sizeof got);
+  const bool is_reply = header.compare(0, kOpeningBytes, asked, 0, kOpeningBytes) == 0 && got.kind == kReply;
+  if (!is_reply || got.body_bytes > reply_bytes_max || got.body_bytes == 0) return ended;
+  body.resize(got.body_bytes);
+  return wire.receive(&body[0], body.size());
+}
+
 }  // namespace
 
 std::string frame_header(const std::string& opening, Kind kind, size_t body_bytes, size_t payload_bytes) {
@@ -68,6 +81,30 @@ bool Wire::bound(int option) const {
 std::string text(const Bytes& bytes, size_t size, const char* name) {
   if (size != 0) bytes.numbers<uint8_t>(size, name);
   return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+}
+
+PyObject* exchange_frames(PyObject*, PyObject* args) {
+  return guarded([&]() -> PyObject* {
+    int fd;
+    PyObject* frame;
+    Py_ssize_t reply_bytes_max;
+    double deadline_s;
+    if (!PyArg_ParseTuple(args, "iOnd", &fd, &frame, &reply_bytes_max, &deadline_s)) return nullptr;
+    const Bytes request(frame, false);
+    const std::string asked = text(request, 0, "frame");
+    if (asked.size() < sizeof(Header)) {
+      PyErr_SetString(PyExc_ValueError, "a frame begins with its header");
+      return nullptr;
+    }
+    std::string header, body;
+    Ended ended;
+    {
+      const WithoutInterpreter released;
+      ended = exchange(Wire(fd, deadline_s), asked, static_cast<size_t>(reply_bytes_max), header, body);
+    }
+    return Py_BuildValue("(iy#y#)", static_cast<int>(ended), header.data(), static_cast<Py_ssize_t>(header.size()),
+                         body.data(), static_cast<Py_ssize_t>(body.size()));
+  });
 }
 
 }  // namespace strata

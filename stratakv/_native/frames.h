@@ -50,6 +50,8 @@ class Wire {
   double deadline_s_;
 };
 
+PyObject* exchange_frames(PyObject* module, PyObject* args);
+
 // The bytes of an argument; of exactly `size`, if that is not 0. Throws PythonError (ValueError).
 std::string text(const Bytes& bytes, size_t size, const char* name);
 

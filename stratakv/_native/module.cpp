@@ -1,4 +1,5 @@
 // The Python module `stratakv._native._moves`; its stub says what each function does.
+#include "frames.h"
 #include "gate.h"
 #include "grants.h"
 #include "headers.h"
@@ -12,7 +13,7 @@
 namespace {
 
 // As in __init__.py: a module that was built from older sources is not used.
-constexpr long kInterface = 4;
+constexpr long kInterface = 5;
 
 PyObject* xxh3_64(PyObject*, PyObject* args) {
   return strata::guarded([&]() -> PyObject* {
@@ -37,6 +38,7 @@ PyMethodDef functions[] = {
     {"write_pages", strata::write_pages, METH_VARARGS, "Copy layers of pages into a segment and checksum each."},
     {"check_headers", strata::check_headers, METH_VARARGS, "Check the headers of many pages."},
     {"pack_headers", strata::pack_headers, METH_VARARGS, "Make the headers of many pages."},
+    {"exchange_frames", strata::exchange_frames, METH_VARARGS, "Send a control request and receive its reply."},
     {"fetch_pages", strata::fetch_pages, METH_VARARGS, "Read layers of pages over a socket and verify each."},
     {"push_pages", strata::push_pages, METH_VARARGS, "Write layers of pages over a socket and checksum each."},
     {"serve_frames", strata::serve_frames, METH_VARARGS, "Answer a client until it asks for something else than bytes."},

@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import msgspec
 
+from stratakv import _native
+from stratakv._native import Ended
 from stratakv.errors import StrataError
 from stratakv.pool import messages
 from stratakv.pool.errors import (
@@ -22,7 +24,7 @@ from stratakv.pool.errors import (
     TransportTimeout,
 )
 from stratakv.pool.framing import is_hung_up, receive_exactly, receive_header, remaining_s, send_frame
-from stratakv.pool.messages import FrameHeader, FrameKind, RefusalCode
+from stratakv.pool.messages import FrameHeader, FrameKind, MalformedFrame, RefusalCode, frame_header, parse_frame_header
 
 ReplyT = TypeVar("ReplyT", bound=messages.Message)
 
@@ -46,6 +48,27 @@ def receive_reply(
     if header.kind is not FrameKind.REPLY:
         raise ProtocolMismatch(f"the daemon answered with a {header.kind.name} frame")
     return parse_reply(bytes(receive_exactly(sock, header.body_bytes, deadline)), expected)
+
+
+def exchange(sock: socket.socket, request: messages.Message, expected: type[ReplyT], deadline: float) -> ReplyT:
+    """Send a control request and wait for its reply. Raises TransportError, and what a refusal means."""
+    wire, body = _native.wire(), messages.encode(request)
+    if wire is None:
+        send_frame(sock, FrameKind.CONTROL, body, deadline)
+        return receive_reply(sock, expected, deadline)
+    frame = frame_header(FrameKind.CONTROL, len(body)) + body
+    ended, raw, reply = wire.exchange_frames(sock.fileno(), frame, messages.REPLY_BYTES_MAX, deadline)
+    if ended == Ended.LATE:
+        raise TransportTimeout("the other end did not answer in time")
+    if ended != Ended.WHOLE:
+        raise TransportError("the connection broke")
+    try:
+        header = parse_frame_header(raw)
+    except MalformedFrame as error:
+        raise ProtocolMismatch(str(error)) from error
+    if header.kind is not FrameKind.REPLY:
+        raise ProtocolMismatch(f"the daemon answered with a {header.kind.name} frame")
+    return parse_reply(reply, expected)
 
 
 def parse_reply(body: bytes, expected: type[ReplyT]) -> ReplyT:
@@ -88,8 +111,7 @@ class ControlChannel:
             raise TransportTimeout("the daemon is busy with earlier requests of this process")
         try:
             self._renew(deadline)
-            send_frame(self.sock, FrameKind.CONTROL, messages.encode(request), deadline)
-            return receive_reply(self.sock, expected, deadline)
+            return exchange(self.sock, request, expected, deadline)
         except TransportError:
             self._is_closed = True
             # Others may hold the same socket by another descriptor: to them, and to the daemon, it ends now.

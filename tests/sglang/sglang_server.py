@@ -16,6 +16,7 @@ from sglang.srt.mem_cache.device_pool_info import (
     MLABufferInfo,
 )
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
+from sglang.srt.mem_cache.pool_host.base import host_memory_budget_scope
 from sglang.srt.mem_cache.pool_host.mamba import MambaPoolHost
 from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
 from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost
@@ -42,6 +43,8 @@ CONFIG = HiCacheStorageConfig(
     model_name=MODEL,
 )
 _tokens = itertools.count(1)
+BUDGET_BYTES = 1 << 30
+"""For the host pools of one call; by default SGLang leaves 10 GB of the machine free."""
 
 
 def make_storage(host_pool: Any, meta: str, *, config: HiCacheStorageConfig = CONFIG, **extra: Any) -> StrataKVStorage:
@@ -55,6 +58,7 @@ def make_storage(host_pool: Any, meta: str, *, config: HiCacheStorageConfig = CO
     return storage
 
 
+@host_memory_budget_scope(BUDGET_BYTES)
 def mha_pool(layout: str, *, pages: int = 160, heads: int = HEADS, dtype: torch.dtype = torch.bfloat16) -> Any:
     """K and V of attention, filled with random bytes."""
     size = pages * PAGE
@@ -86,6 +90,7 @@ def mha_pool(layout: str, *, pages: int = 160, heads: int = HEADS, dtype: torch.
     )
 
 
+@host_memory_budget_scope(BUDGET_BYTES)
 def mla_pool(layout: str, *, pages: int = 160) -> Any:
     """Latents of MLA, filled with random bytes."""
     size, rank, rope = pages * PAGE, 12, 4
@@ -119,6 +124,7 @@ def mla_pool(layout: str, *, pages: int = 160) -> Any:
     )
 
 
+@host_memory_budget_scope(BUDGET_BYTES)
 def mamba_pool(layout: str = "page_first", *, extra_state: bool = False, slots: int = 40) -> Any:
     """States of linear attention, one to a slot, filled with random bytes."""
     info = MambaStateBufferInfo(

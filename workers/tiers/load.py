@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from stratakv._native import Gate, make_gate
@@ -21,6 +22,10 @@ from workers.engine.connector import KVLoadError, Tier
 from workers.tiers.window import Window
 
 log = EventLogger("workers.tiers.load")
+
+
+RUNS_AT_ONCE_MAX = 8
+"""Transfers of one load that go on at the same time; a prefix in more pieces is read piece by piece, layer by layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +78,8 @@ class LayerLoad:
     _num_good: int = 0
     _error: str = ""
     _bad_page: FoundPage | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    """Of what is good, and the error."""
     _cancellation: Cancellation = field(default_factory=Cancellation)
     _future: Future[None] | None = None
 
@@ -97,15 +104,18 @@ class LayerLoad:
             self._future.result()
 
     def _cut(self, num_good: int, error: str, bad_page: FoundPage | None = None) -> None:
-        self._num_good = min(self._num_good, num_good)
-        self._error = self._error or error
-        self._bad_page = self._bad_page or bad_page
+        with self._lock:
+            if num_good < self._num_good:
+                self._bad_page = bad_page or self._bad_page
+            self._num_good = min(self._num_good, num_good)
+            self._error = self._error or error
 
     def _run(self, reader: PageReader, connections: ConnectionCache) -> None:
         runs: list[_Run] = []
         try:
-            if self.window.is_l1 and len(_by_segment(self.pages)) == 1:
-                runs = self._read_at_once(reader, connections)
+            pieces = _by_segment(self.pages)
+            if self.window.is_l1 and len(pieces) <= RUNS_AT_ONCE_MAX:
+                runs = self._read_at_once(pieces, reader, connections)
             if not runs and self._num_good:
                 runs = self._open_runs(reader, connections)
             layer = self._arrived.open_layers
@@ -150,37 +160,62 @@ class LayerLoad:
             runs.append(_Run(first, connection, found, time.monotonic() - started))
         return runs
 
-    def _read_at_once(self, reader: PageReader, connections: ConnectionCache) -> list[_Run]:
-        """Headers and all layers in one transfer, which lets each layer through by itself; empty if that did not end well."""
-        pages = self.pages
+    def _read_at_once(
+        self, pieces: Sequence[tuple[int, int]], reader: PageReader, connections: ConnectionCache
+    ) -> list[_Run]:
+        """Each piece in one transfer, all at the same time; a layer is through when every piece has it.
+
+        Empty if that did not end well.
+        """
+        if len(pieces) == 1:
+            run = self._read_piece(*pieces[0], self._arrived, reader, connections)
+            return [run] if run is not None else []
+        gates = [make_gate() for _ in pieces]
+        with ThreadPoolExecutor(len(pieces), thread_name_prefix="kv-load-piece") as threads:
+            reading = [
+                threads.submit(self._read_piece, first, stop, gate, reader, connections)
+                for (first, stop), gate in zip(pieces, gates, strict=True)
+            ]
+            for layer in range(self.num_layers):
+                if not all(gate.wait(layer + 1, self.deadline) for gate in gates):
+                    break
+                self._publish(layer)
+        runs = [run for piece in reading if (run := piece.result()) is not None]
+        return runs if len(runs) == len(pieces) else []
+
+    def _read_piece(
+        self, first: int, stop: int, arrived: Gate, reader: PageReader, connections: ConnectionCache
+    ) -> _Run | None:
+        """Headers and all layers of consecutive pages of one daemon; `arrived` opens behind each layer. None if it failed."""
+        pages = self.pages[first:stop]
         started = time.monotonic()
+        connection: DmpConnection | None = None
         try:
             connection = connections.get(pages[0].segment, deadline=self.deadline)
-        except StrataError as error:
-            self._cut(0, error.message)
-            return []
-        try:
             read = reader.read(
                 connection,
                 [page.place for page in pages],
                 [page.key for page in pages],
-                self.window.memory,
+                self.window.memory.part(first, stop),
                 deadline=self.deadline,
-                done=self._arrived,
+                done=arrived,
                 cancellation=self._cancellation,
             )
         except PageError as error:
             # What comes before that page is read again, by itself.
-            self._cut(error.index, str(error), pages[error.index])
-            return []
+            self._cut(first + error.index, str(error), pages[error.index])
         except TransferCancelled:
             raise
         except StrataError as error:
-            if isinstance(error, TransportError):
+            if connection is not None and isinstance(error, TransportError):
                 connections.drop(connection, error.message)
-            self._cut(0, error.message)
-            return []
-        return [_Run(0, connection, read, time.monotonic() - started)]
+            self._cut(first, error.message)
+        else:
+            return _Run(first, connection, read, time.monotonic() - started)
+        finally:
+            if arrived is not self._arrived:
+                arrived.close()
+        return None
 
     def _read_run(self, run: _Run, layer: int, connections: ConnectionCache) -> bool:
         """One layer of what is still good of a run; False if less is good now."""

@@ -142,3 +142,17 @@ async def test_a_worker_with_other_keys_is_not_listened_to() -> None:
         assert feed.status.state is FeedState.REFUSED
         index.add(KEYS[0])
         assert index.match(KEYS[0]) == 4
+
+
+async def test_a_fault_while_listening_makes_what_was_sent_count_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with publishing() as publisher, listening(publisher) as listener:
+        await publisher.publish(stored(PROMPTS[0], SIZE))
+        await listener.holds(0)
+
+        def fail(batch: object) -> None:
+            raise RuntimeError("a bug")
+
+        monkeypatch.setattr(listener.feed, "take", fail)
+        await publisher.publish(stored(PROMPTS[1], SIZE))
+        await eventually_async(lambda: listener.feed.status.state is FeedState.REFUSED, what="the end")
+        assert not listener.index.is_told

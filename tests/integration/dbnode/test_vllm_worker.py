@@ -13,6 +13,7 @@ import pytest_asyncio
 
 from dbnode.errors import WorkerRefused
 from dbnode.generate import GenerateRequest, Sampling, Source, StructuredOutputs
+from dbnode.kv_events.feed import FeedState
 from dbnode.vllm import client
 from stratakv.cli.status import Report, _ask_db_node, _print
 from stratakv.keys import KEY_BYTES, block_keys
@@ -100,6 +101,26 @@ async def test_a_client_that_goes_away_cancels_its_request(vllm: StandInVllm) ->
         await anext(aiter(stream))
         await stream.close()
         await eventually_async(lambda: vllm.cancelled == 1, what="the request aborted")
+
+
+async def test_a_request_that_takes_too_long_is_ended_in_the_server_too(vllm: StandInVllm) -> None:
+    vllm.token_delay_s = 0.1
+    async with running_node(also=(vllm.url,), request_timeout_s=0.5) as node:
+        with pytest.raises(openai.APIStatusError, match="deadline"):
+            await complete(node, PROMPT, 500)
+        await eventually_async(lambda: vllm.cancelled == 1, what="the request aborted")
+
+
+async def test_workers_of_both_makers_stand_in_for_each_other(vllm: StandInVllm) -> None:
+    own = await StandInWorker("w0", lose_after_tokens=2).start()
+    vllm.waiting = 50
+    try:
+        async with running_node(own, also=(vllm.url,)) as node:
+            found = await tokens_of(node, PROMPT, 4)
+    finally:
+        await own.stop()
+    sent = expected_tokens(PROMPT, 2)
+    assert found == [*sent, *expected_tokens([*PROMPT, *sent], 2)]
 
 
 async def test_a_refusal_in_words_or_in_a_stream_is_the_clients_error(vllm: StandInVllm) -> None:
@@ -282,6 +303,16 @@ async def test_events_decide_where_a_prompt_goes(vllm: StandInVllm, other: Stand
             assert f'stratakv_router_event_batches_total{{worker="{other.url}"}} 2.0' in metrics
             assert f'stratakv_router_index_blocks{{worker="{other.url}"}} 0.0' in metrics
             assert states[vllm.url]["info"]["engine"] == "vllm"
+
+
+async def test_a_server_that_hashes_otherwise_is_told_which_flag_mends_it(vllm: StandInVllm) -> None:
+    vllm.algorithm = "sha256"
+    async with running_node(also=(f"{vllm.url},events=tcp://127.0.0.1:{free_port()}",)) as node:
+        (record,) = node.node.directory.records
+        assert record.events is not None
+        assert record.events.state is FeedState.REFUSED
+        assert "--prefix-caching-hash-algo sha256_cbor" in record.events.detail
+        assert await tokens_of(node, PROMPT) == expected_tokens(PROMPT, 5)
 
 
 async def test_status_shows_the_servers_and_what_is_wrong_with_them(

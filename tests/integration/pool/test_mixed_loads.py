@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -44,12 +46,14 @@ def found(daemon: DaemonProcess, written: WrittenPages, tiers: list[Tier]) -> li
     return [FoundPage(key, place, daemon.segment, tier) for key, place, tier in pages]
 
 
-def start(pages: list[FoundPage], executor: ThreadPoolExecutor) -> tuple[LayerLoad, HostWindow, list[LoadOutcome]]:
+def start(
+    pages: list[FoundPage], executor: ThreadPoolExecutor, connections: ConnectionCache | None = None
+) -> tuple[LayerLoad, HostWindow, list[LoadOutcome]]:
     outcomes: list[LoadOutcome] = []
     memory = empty_memory(LAYOUT, len(pages))
     window = HostWindow(memory.layers, memory.rows.tolist())
     load = LayerLoad(pages, window, LAYERS, soon(), outcomes.append)
-    load.start(executor, PageReader(LAYOUT, NAMESPACE), ConnectionCache())
+    load.start(executor, PageReader(LAYOUT, NAMESPACE), connections or ConnectionCache())
     return load, window, outcomes
 
 
@@ -88,6 +92,54 @@ def test_a_bad_page_of_one_daemon_leaves_what_comes_before_it(
     assert outcomes[0].bad_page == pages[3]
     for layer in range(LAYERS):
         assert layer_data(window.memory, layer)[:3] == [*first.data[layer], *second.data[layer]][:3]
+
+
+def test_daemons_deliver_at_the_same_time(two_daemons: list[DaemonProcess], executor: ThreadPoolExecutor) -> None:
+    near, far = two_daemons
+    first, second = put(near, 4, seed=1), put(far, 3, seed=2)
+    pages = [*found(near, first, [Tier.L2] * 4), *found(far, second, [Tier.POOL] * 3)]
+    connections, both_read = ConnectionCache(), threading.Barrier(2, timeout=10)
+    for daemon in two_daemons:
+        transport = connections.get(daemon.segment, deadline=soon()).transport
+        read_pages = transport.read_pages
+
+        def read_when_both_do(*args: Any, read_pages: Any = read_pages, **options: Any) -> None:
+            both_read.wait()
+            read_pages(*args, **options)
+
+        transport.read_pages = read_when_both_do  # type: ignore[method-assign]
+    load, window, outcomes = start(pages, executor, connections)
+    for layer in range(LAYERS):
+        load.wait_layer(layer)
+        assert layer_data(window.memory, layer) == [*first.data[layer], *second.data[layer]]
+    executor.shutdown()
+    assert outcomes[0].num_good_blocks == 7
+    connections.close()
+
+
+@pytest.mark.parametrize("bad_pages", [[1], [5], [5, 2], [0, 6]])
+def test_damage_in_any_layer_of_any_daemon_leaves_the_blocks_before_it_whole(
+    two_daemons: list[DaemonProcess], executor: ThreadPoolExecutor, bad_pages: list[int]
+) -> None:
+    near, far = two_daemons
+    first, second = put(near, 4, seed=1), put(far, 3, seed=2)
+    pages = [*found(near, first, [Tier.L2] * 4), *found(far, second, [Tier.POOL] * 3)]
+    data = [[*first.data[layer], *second.data[layer]] for layer in range(LAYERS)]
+    connections = ConnectionCache()
+    for number, bad in enumerate(bad_pages):
+        memory = connections.get(pages[bad].segment, deadline=soon()).transport.mapping()
+        assert memory is not None
+        memory[pages[bad].place.offset + LAYOUT.layer_offsets()[LAYERS - 1 - number]] ^= 1
+    load, window, outcomes = start(pages, executor, connections)
+    with pytest.raises(KVLoadError) as caught:
+        load.wait_layer(LAYERS - 1)
+    executor.shutdown()
+    num_good = min(bad_pages)
+    assert caught.value.num_good_blocks == outcomes[0].num_good_blocks == num_good
+    assert outcomes[0].bad_page == pages[num_good]
+    for layer in range(LAYERS):
+        assert layer_data(window.memory, layer)[:num_good] == data[layer][:num_good]
+    connections.close()
 
 
 def test_of_a_load_from_one_daemon_all_comes_that_lies_before_the_bad_page(

@@ -5,25 +5,30 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from stratakv import migrate
 from stratakv.errors import Unavailable
-from stratakv.integrations.link import PoolLink
+from stratakv.integrations.link import PoolLink, read_credentials
 from stratakv.integrations.page_store import PageStore
 from stratakv.integrations.sglang.options import Options
 from stratakv.integrations.sglang.scope import Ranks, ServerScope
 from stratakv.integrations.vllm import options as vllm_options
 from stratakv.keys import KEY_BYTES, BlockKey, Namespace, NamespaceScope
 from stratakv.layout import KVLayout
+from stratakv.pool.dmp_client import ConnectionCache, TransportKind
 from stratakv.pool.pages import PageMemory
 from tests.integration.pool.daemon import DaemonProcess
 from tests.integration.pool.pages import LAYOUT, NAMESPACE, empty_memory, memory_of, random_layers
+from tests.meta_process import MetaProcess
 from tests.service_process import ServiceProcess
 from tests.support import eventually
 
 NUMERICS = "dtype=fp16"
+SECRET = "a secret of the pool under test"
 
 
 @pytest.fixture
@@ -66,6 +71,29 @@ def test_pages_come_back_as_they_were_put(link: PoolLink) -> None:
     assert store.present(keys) == [True] * 4 + [False] * 2 + [True] * 3
     assert store.load(keys, read) == [True] * 4 + [False] * 5
     assert all(contents(read, page) == contents(written, page) for page in range(4))
+
+
+def test_a_member_of_a_pool_with_a_secret_moves_pages_over_tcp(
+    postgres_url: str, tmp_path: Path, start_daemon: Callable[..., DaemonProcess]
+) -> None:
+    migrate.upgrade(postgres_url)
+    (tmp_path / "secret").write_text(f"{SECRET}\n")
+    credentials = read_credentials(str(tmp_path / "secret"))
+    meta = MetaProcess(postgres_url, tmp_path, secret=SECRET)
+    meta.start()
+    start_daemon(meta_port=meta.port, flags=("--secret", SECRET))
+    ours, stranger = (PoolLink(meta.endpoint, credentials=c, role="test", name="t") for c in (credentials, None))
+    ours.connections = ConnectionCache(credentials=credentials, force=TransportKind.TCP)
+    eventually(lambda: ours.is_available and ours.local_node() == "dmp-t", what="the pool to be ready")
+    keys, written, read = some_keys(3), filled(3), empty_memory(LAYOUT, 3)
+    assert store_of(ours).put(keys, written) == [True] * 3
+    assert store_of(ours).load(keys, read) == [True] * 3
+    assert contents(read, 2) == contents(written, 2)
+    with pytest.raises(Unavailable):
+        store_of(stranger).count(keys)
+    for link in (ours, stranger):
+        link.close()
+    meta.kill()
 
 
 def test_a_closed_link_fails_calls_at_once(link: PoolLink) -> None:

@@ -261,3 +261,9 @@ def test_a_flush_drops_what_all_instances_wrote(make: Make) -> None:
     instance.write(Request("a", tokens(13)), BLOCKS, 13)
     assert instance.scheduler.flush()
     assert instance.ask(Request("b", tokens(13))) == (0, False)
+
+
+def test_an_instance_says_which_blocks_it_writes(make: Make) -> None:
+    instance = make(ranks=((0, 0), (1, 0)))
+    first = instance.workers[0, 0].spec.namespace
+    assert instance.scheduler.introduction() == {"stratakv": {"namespace": first.hex()}}

@@ -132,3 +132,15 @@ def test_a_long_uncached_prompt_is_split_and_a_short_one_is_not() -> None:
     assert short is not None
     assert (long.prefill, long.worker) == (fleet[0], fleet[1])
     assert (short.prefill, short.worker) == (None, fleet[1])
+
+
+def test_a_worker_without_room_for_the_prompt_is_passed_over_for_one_that_has_it() -> None:
+    full, roomy = candidate("full", free_tokens=100), candidate("roomy", free_tokens=10_000, running=2)
+    decision = route([full, roomy], work(400), SPLIT_MIN, random.Random(0))
+    assert decision is not None
+    assert decision.worker is roomy
+    untold = candidate("untold")
+    assert (
+        whole_cost(untold, work(400), ANY).total_ms
+        == whole_cost(replace(untold, free_tokens=400), work(400), ANY).total_ms
+    )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from dbnode.scheduler.index import EVENTS_LAG_S
 from dbnode.scheduler.pool_view import PoolView
 from dbnode.scheduler.scheduler import PromptKeys, Scheduler
 from dbnode.scheduler.workers import WorkerDirectory, WorkerRecord
 from dbnode.worker_client import WorkerClient
-from dbnode.worker_messages import WorkerFacts
+from dbnode.worker_messages import Engine, WorkerFacts
 from stratakv.settings import RouterSettings
 from stratakv.wire import WorkerLoad, WorkerRole
 
@@ -36,7 +37,7 @@ class Fixture:
         pool = PoolView(None)
         self.directory = WorkerDirectory(RouterSettings(), client, pool, lambda: None, self.clock)
         self.scheduler = Scheduler(RouterSettings(), self.directory, pool, 1000, clock=self.clock)
-        self.record = WorkerRecord("http://w", BlockIndex(1000))
+        self.record = WorkerRecord("http://w", BlockIndex(1000, self.clock))
 
     def hears(self, load: WorkerLoad, facts: WorkerFacts = FACTS) -> None:
         self.clock.now_s += 1
@@ -75,6 +76,44 @@ async def test_siblings_of_a_request_just_sent_are_believed_to_hit(fixture: Fixt
     fixture.hears(WorkerLoad())
     with fixture.scheduler.sent(fixture.record, KEYS, 800):
         assert fixture.record.index.match(KEYS.of_size(16)) == 50
+    await fixture.client.close()
+
+
+async def test_a_worker_that_tells_is_believed_to_hold_what_was_sent_until_its_events_must_have_come(
+    fixture: Fixture,
+) -> None:
+    fixture.hears(WorkerLoad())
+    fixture.record.index.believe()
+    with fixture.scheduler.sent(fixture.record, KEYS, 800) as sent:
+        fixture.clock.now_s += 100  # it waits long for its turn
+        assert fixture.record.index.match(KEYS.of_size(16)) == 50
+        fixture.scheduler.prefilled(fixture.record, sent)
+        fixture.clock.now_s += EVENTS_LAG_S - 1
+        assert fixture.record.index.match(KEYS.of_size(16)) == 50
+        fixture.clock.now_s += 2
+        assert fixture.record.index.match(KEYS.of_size(16)) == 0
+    await fixture.client.close()
+
+
+VLLM = msgspec.structs.replace(FACTS, engine=Engine.VLLM)
+
+
+async def test_a_vllm_servers_prompts_are_counted_here_since_it_counts_requests_only(fixture: Fixture) -> None:
+    fixture.hears(WorkerLoad(), VLLM)
+    with fixture.scheduler.sent(fixture.record, KEYS, 800) as sent:
+        fixture.hears(WorkerLoad(waiting=1, waiting_tokens=70), VLLM)
+        assert fixture.record.candidate(0, 0).queued_tokens == 870
+        fixture.scheduler.prefilled(fixture.record, sent)
+        assert fixture.record.candidate(0, 0).queued_tokens == 70
+    await fixture.client.close()
+
+
+async def test_a_vllm_servers_idle_cache_is_not_taken_for_a_dropped_one(fixture: Fixture) -> None:
+    fixture.hears(WorkerLoad(l1_blocks_total=1000, l1_blocks_free=500), VLLM)
+    fixture.record.index.add(KEYS.of_size(16))
+    fixture.hears(WorkerLoad(l1_blocks_total=1000, l1_blocks_free=1000), VLLM)
+    assert len(fixture.record.index) == 50
+    assert fixture.record.candidate(0, 0).free_tokens == 16_000
     await fixture.client.close()
 
 

@@ -8,7 +8,7 @@ from dbnode.vllm.metrics import VllmRates, load_of, read_metrics
 from stratakv.wire import WorkerLoad
 from tests.stand_in_vllm import METRICS
 
-TEXT = METRICS.format(started=1795368595.59, running=3.0, waiting=5.0, usage=0.25, block_size=128)
+TEXT = METRICS.format(started=1795368595.59, running=3.0, waiting=5.0, usage=0.25, block_size=128, algorithm="sha256")
 
 
 def test_load_is_read_from_recorded_metrics() -> None:
