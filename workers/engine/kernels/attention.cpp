@@ -259,7 +259,7 @@ class WideItem {
     }
     highest = _mm512_mul_ps(_mm512_max_ps(highest, other), scale);
     const __m512 top = _mm512_max_ps(tops_[half], highest);
-    // Weights are summed as they are used, so that what is cut off them cancels out.
+    // Weights are summed as they are used, so that their rounding cancels out.
     const __m512i ones = _mm512_set1_epi16(0x3F80);  // 1 in bf16.
     __m512 total = _mm512_setzero_ps();
     for (int key = 0; key < num_keys; key += 2) {

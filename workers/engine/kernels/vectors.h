@@ -51,10 +51,11 @@ inline __m512i widen(const uint16_t* from) {
   return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 
-// `even` and `odd` as bf16, side by side; what bf16 does not hold is cut off.
+// `even` and `odd` as bf16, side by side.
 inline __m512i pair_bf16(__m512 even, __m512 odd) {
-  const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
-  return _mm512_mask_blend_epi16(0xAAAAAAAA, low, _mm512_castps_si512(odd));
+  const __m512i turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(turns, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
 }
 
 // `count` numbers times `factor`, as bf16; `count` is a multiple of 16.
