@@ -142,6 +142,7 @@ async def measure(options: argparse.Namespace) -> None:
         for size in steps:
             while len(pool.keys) * BATCH_BLOCKS < size:
                 writes.append(await pool.put(BATCH_BLOCKS))
+            await asyncio.to_thread(server.settle)
             by_size[size] = await lookup_percentiles(pool, rng, 10 * repeats)
         bytes_per_block = (server.resident_bytes() - empty_bytes) / steps[-1]
         versus = await lookups_against_mooncake(pool, rng, rounds, repeats)

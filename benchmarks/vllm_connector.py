@@ -26,20 +26,24 @@ from stratakv import models
 from stratakv.models import DEFAULT_MODEL
 from stratakv.settings import ModelSettings
 from stratakv.text import load_tokenizer
-from stratakv.up.instance import scratch_instance
+from stratakv.up.instance import Instance, running_instance
 
 HISTORY_TOKENS = 3000
 NEW_TOKENS = 50
 OUTPUT_TOKENS = 64
 L1_TOKENS = 8192
 CONVERSATIONS, CONVERSATIONS_QUICK = 8, 3
-ROUNDS, ROUNDS_QUICK = 5, 2
+ROUNDS, ROUNDS_QUICK = 5, 1
 """After the first one, in which both sides compute everything."""
-UNIQUE, UNIQUE_QUICK = 9, 3
+UNIQUE, UNIQUE_QUICK = 9, 2
 LOADED_PASSES, LOADED_PASSES_QUICK = 3, 1
 SETTLE_S = 0.3
 """Between requests of the two sides: what one still does must not slow the other."""
-SEGMENT = "1536MiB"
+POOL = (
+    *("--ports", "auto", "--prefill-workers", "0", "--decode-workers", "0"),
+    *("--set", "up.daemons=1", "--set", "dmp.segment_bytes=1536MiB"),
+)
+"""No workers: only meta server and daemon are used."""
 
 
 class Prompts:
@@ -99,8 +103,7 @@ class Side:
 def measure(sides: Mapping[str, Side], prompts: Prompts, options: argparse.Namespace) -> None:
     """All three parts."""
     in_turns = list(sides.values())
-    for _ in range(2):
-        ask_unique(in_turns, prompts)
+    ask_unique(in_turns, prompts)
     for side in in_turns:
         side.unique_ms.clear()
     for _ in range(UNIQUE_QUICK if options.quick else UNIQUE):
@@ -123,6 +126,12 @@ def measure(sides: Mapping[str, Side], prompts: Prompts, options: argparse.Names
         in_turns.reverse()
 
 
+def has_pool(instance: Instance) -> bool:
+    """Whether meta server and daemon are processes; they are ready long before vLLM is."""
+    services = instance.state.get("services", {})
+    return all(name in services and services[name]["pid"] is not None for name in ("meta", "dmp-0"))
+
+
 def ask_unique(sides: Sequence[Side], prompts: Prompts) -> None:
     """A prompt that is nowhere, of its own for each side: one of them must not find what the other wrote."""
     for side in sides:
@@ -142,20 +151,10 @@ def main() -> int:
         "max_model_len": 6144,
         "num_gpu_blocks_override": 1 + L1_TOKENS // BLOCK_SIZE,
     }
-    pool = (
-        "--prefill-workers",
-        "0",
-        "--decode-workers",
-        "0",
-        "--dmp-nodes",
-        "1",
-        "--set",
-        f"dmp.segment_bytes={SEGMENT}",
-    )
     with ExitStack() as stack:
-        instance = stack.enter_context(scratch_instance(*pool, quiet=options.json))
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stratakv-bench-")))
-        port = int(instance.state["services"]["meta"]["url"].rpartition(":")[2])
+        instance = stack.enter_context(running_instance(*POOL, directory=scratch, is_started=has_pool))
+        port = int(instance.state["meta_port"])
         config = connector_config(port)
         plain = stack.enter_context(vllm_engine(scratch, "plain", **arguments))
         ours = stack.enter_context(vllm_engine(scratch, "connector", kv_transfer_config=config, **arguments))

@@ -18,7 +18,7 @@ from stratakv.errors import SetupError
 from stratakv.http_server import HttpServer
 from stratakv.log import EventLogger
 from stratakv.pool.auth import PoolCredentials
-from stratakv.pool.meta_client import MetaClient
+from stratakv.pool.shards import pool_client
 from stratakv.process import on_hangup, require_loopback, started
 from stratakv.settings import Settings
 
@@ -41,7 +41,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     await asyncio.to_thread(migrate.check, database_url)
     await check_name(settings.sql.backend_url or database_url, settings.sql.admin_database)
     credentials = PoolCredentials.from_settings(settings.pool)
-    meta = MetaClient(settings.meta, role="dbnode", name=f"{settings.rest.host}:{rest.port}", credentials=credentials)
+    meta = pool_client(settings.meta, role="dbnode", name=f"{settings.rest.host}:{rest.port}", credentials=credentials)
     node = Node(settings, meta)
     try:
         sql = SqlFront(

@@ -27,6 +27,7 @@ from stratakv.pool.dmp_client import ConnectionCache
 from stratakv.pool.fence import TermFence
 from stratakv.pool.meta_client import MetaClient
 from stratakv.pool.mooncake import transfer_engine
+from stratakv.pool.shards import of_shard
 from stratakv.process import advertised_host
 from stratakv.settings import DmpSettings, Settings
 from stratakv.wire import Segment
@@ -39,6 +40,7 @@ DISK_FILE_BYTES_MIN = 1024 * 1024
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Run until `stop`. Raises SetupError."""
     dmp = settings.dmp
+    shard = of_shard(settings.meta, dmp.shard_number)
     credentials = PoolCredentials.from_settings(settings.pool)
     require_credentials(dmp.host, "dmp.host", credentials)
     public_host = advertised_host(dmp.host, dmp.public_host, "dmp")
@@ -70,7 +72,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         disk_bytes=store.size_bytes if store is not None else 0,
     )
     try:
-        client = MetaClient(settings.meta, role="dmp", name=segment.node, credentials=credentials, fence=fence)
+        client = MetaClient(shard, role="dmp", name=segment.node, credentials=credentials, fence=fence)
         async with client:
             drainer = Drainer(client, connections, metrics)
             parts = [server.accept(), _populate(memory, puts, stop), drainer.run()]

@@ -32,7 +32,6 @@ from meta_server.puts import PutTable
 from meta_server.reclaim import Reclaimer
 from meta_server.records import Snapshot
 from meta_server.rules import Rules
-from meta_server.slots import SlotArray
 from meta_server.store import Store
 from meta_server.validate import (
     INT64_MAX,
@@ -199,10 +198,10 @@ class Handlers:
         if not len(slots) or request.lease_s == 0:
             return wire.Match(num_blocks=len(slots))
         lease_id = self._leases.grant(slots, request.lease_s)
-        self._count_found(slots)
         self._index.touch(slots)
         self._moves.read(slots)
         indexes, segment_of, extents = self._index.packed_places(slots)
+        self._count_found(indexes, segment_of)
         segments = [self._segment_of(index) for index in indexes]
         return wire.Match(len(slots), segments, segment_of, extents, lease_id)
 
@@ -275,9 +274,9 @@ class Handlers:
             self._beat(node)
         return wire.Registered(heartbeat_s=self._settings.heartbeat_s)
 
-    def _count_found(self, slots: SlotArray) -> None:
-        segments, counts = np.unique(self._index.segments(slots), return_counts=True)
-        for segment, count in zip(segments.tolist(), counts.tolist(), strict=True):
+    def _count_found(self, indexes: Sequence[int], segment_of: bytes) -> None:
+        counts = np.bincount(np.frombuffer(segment_of, np.uint16), minlength=len(indexes))
+        for segment, count in zip(indexes, counts.tolist(), strict=True):
             node = self._nodes.at(segment)
             if node is not None:
                 self._catalog.counts.found[tier_of(node)] += count

@@ -174,10 +174,10 @@ class BlockIndex:
     def packed_places(self, slots: SlotArray) -> tuple[list[int], bytes, bytes]:
         """The segments that the slots lie in, and as `wire.Match` has them: which of these each does, its extent there."""
         table = self._table
-        found, which = np.unique(table.segment[slots], return_inverse=True)
+        found, which = _distinct(table.segment[slots])
         extents = np.empty((len(slots), 2), np.int64)
         extents[:, 0], extents[:, 1] = table.offset[slots], table.generation[slots]
-        return found.tolist(), which.astype(np.uint16).tobytes(), extents.tobytes()
+        return found, which.astype(np.uint16).tobytes(), extents.tobytes()
 
     def places(self, slots: SlotArray) -> tuple[list[int], list[int], list[int]]:
         """Segment, offset and generation of each slot."""
@@ -395,6 +395,14 @@ class BlockIndex:
     def _forget_if_empty(self, names: _Names) -> None:
         if not len(names.by_key) and names.id not in self._kept:
             del self._names[names.namespace], self._names_by_id[names.id]
+
+
+def _distinct(segments: NDArray[np.int32]) -> tuple[list[int], NDArray[np.int64]]:
+    """The segments, and of each element which of them it is. Mostly there is one, and nothing to be sorted."""
+    if len(segments) and (segments == segments[0]).all():
+        return [int(segments[0])], np.zeros(len(segments), np.int64)
+    found, which = np.unique(segments, return_inverse=True)
+    return found.tolist(), which
 
 
 def _words(keys: bytes) -> NDArray[np.uint64]:

@@ -74,6 +74,8 @@ class Moves:
         """These pages are being read: those on disk for the second time go back to memory."""
         counts = self._catalog.index.count_read(slots)
         often = slots[counts >= PROMOTE_READS_MIN]
+        if not len(often) or not any(node.segment.is_disk for node in self._catalog.nodes):
+            return
         for segment in np.unique(self._catalog.index.segments(often)).tolist():
             node = self._catalog.nodes.at(segment)
             memory = (

@@ -67,7 +67,7 @@ class MetaServer:
         address = f"{meta.public_host or reachable_host(meta.host)}:{door.port}"
         self._elector = Elector(self._url, settings.database, _server(address, meta), meta.leader_lease_s)
         self._handlers: Handlers | None = None
-        self._kvcm = KvcmServer(meta, self._elector, door.call_times) if meta.kvcm_enabled else None
+        self._kvcm = KvcmServer(meta, self._url, self._elector, door.call_times) if meta.kvcm_enabled else None
         self._metrics: HttpServer | None = None
         if meta.metrics_port:
             self._metrics = HttpServer(meta.host, meta.metrics_port, "meta", port_setting="meta.metrics_port")

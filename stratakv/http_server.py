@@ -15,6 +15,7 @@ import uvicorn
 
 from stratakv.errors import SetupError
 from stratakv.process import port_taken
+from stratakv.tls_files import TlsFiles
 
 BACKLOG = 2048
 KEEP_ALIVE_S = 75
@@ -33,8 +34,11 @@ class _Server(uvicorn.Server):
 class HttpServer:
     """The listening socket and the server on it."""
 
-    def __init__(self, host: str, port: int, section: str, *, port_setting: str = "") -> None:
+    def __init__(
+        self, host: str, port: int, section: str, *, port_setting: str = "", tls: TlsFiles | None = None
+    ) -> None:
         """Binds the port, so that a taken one is known at once. Raises SetupError that names the section's settings."""
+        self._tls = tls
         self._socket = _bind(host, port, section, port_setting or f"{section}.port")
         self._server: _Server | None = None
 
@@ -55,6 +59,8 @@ class HttpServer:
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=SHUTDOWN_S,
+            ssl_certfile=self._tls.certificate if self._tls is not None else None,
+            ssl_keyfile=self._tls.key if self._tls is not None else None,
         )
         self._server = _Server(config)
         await self._server.serve(sockets=[self._socket])

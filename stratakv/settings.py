@@ -86,6 +86,9 @@ class MetaSettings:
     addresses: tuple[str, ...] = setting(
         (), "host:port of every meta server, where there are several; by default the one at `host`"
     )
+    shards: tuple[str, ...] = setting(
+        (), "host:port+host:port of each shard's meta servers, where namespaces are spread over several leaders"
+    )
     leader_lease_s: float = setting(5.0, "a leader that is not heard of for so long is replaced by one that stands by")
     slow_call_s: float = setting(0.25, "calls that take so long are logged; 0: none")
     metrics_port: int = setting(0, "port of the pool's Prometheus metrics (HTTP, `/metrics`); 0: none")
@@ -104,7 +107,16 @@ class MetaSettings:
     kvcm_enabled: bool = setting(False, "serve the KVCM API too")
     kvcm_host: str = setting("127.0.0.1", "address the KVCM API listens on")
     kvcm_token: Secret | None = setting(
-        None, "token that clients of the KVCM API must send; needed to listen beyond this machine"
+        None, "token that clients of the KVCM API may send; needed to listen beyond this machine"
+    )
+    kvcm_user: str = setting("", "account by which `stratakv meta` asks; by default it sends the token")
+    kvcm_password: Secret | None = setting(None, "its password")
+    kvcm_tls_cert: Path | None = setting(
+        None, "certificate of the KVCM API's ports, and its chain (PEM); needed to listen beyond this machine"
+    )
+    kvcm_tls_key: Path | None = setting(None, "its key (PEM)")
+    kvcm_tls_ca: Path | None = setting(
+        None, "roots by which `stratakv meta` knows the meta server (PEM); by default the certificate itself"
     )
     kvcm_grpc_port: int = setting(6381, "port of the KVCM API, gRPC; 0: none")
     kvcm_http_port: int = setting(6382, "port of the KVCM API, HTTP; 0: none")
@@ -143,6 +155,7 @@ class DmpSettings:
     """[dmp] one memory-pool daemon."""
 
     node: str = setting("dmp-0", "name of this daemon, unique in the pool")
+    shard_number: int = setting(0, "which of meta.shards it belongs to, from 0")
     host: str = setting("127.0.0.1", "address to listen on")
     public_host: str = setting("", "where others reach it; by default `host`, which must be given for all addresses")
     port: int = setting(6390, "port of the TCP transport")

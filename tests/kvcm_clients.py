@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from meta_server.kvcm.protocol import (
     debug_service_pb2,
     event_service_pb2,
     meta_service_pb2,
+    operator_service_pb2,
 )
 from tests.meta_process import MetaProcess
 from tests.support import eventually, free_port
@@ -28,8 +31,9 @@ SERVICES = {
     "admin": admin_service_pb2.DESCRIPTOR.services_by_name["AdminService"],
     "debug": debug_service_pb2.DESCRIPTOR.services_by_name["DebugService"],
     "events": event_service_pb2.DESCRIPTOR.services_by_name["EventService"],
+    "operator": operator_service_pb2.DESCRIPTOR.services_by_name["OperatorService"],
 }
-PORT_NAMES = {"meta": "kvcm", "admin": "admin", "debug": "admin", "events": "kvcm"}
+PORT_NAMES = {"meta": "kvcm", "admin": "admin", "debug": "admin", "operator": "admin", "events": "kvcm"}
 
 
 @dataclass
@@ -52,9 +56,15 @@ class Ports:
 class Client:
     """Calls by name; subclasses know a transport."""
 
-    def __init__(self, ports: Ports, token: str | None = None) -> None:
+    def __init__(
+        self, ports: Ports, token: str | None = None, *, login: tuple[str, str] | None = None, root: Path | None = None
+    ) -> None:
+        """`root`: the certificate of a server with TLS."""
         self.ports = ports
+        self.root = root
         self.headers = {"authorization": f"Bearer {token}"} if token else {}
+        if login is not None:
+            self.headers = {"authorization": f"Basic {base64.b64encode(':'.join(login).encode()).decode()}"}
 
     async def call(self, name: str, service: str = "meta", /, **fields: Any) -> dict[str, Any]:
         """The response, without its header's request id."""
@@ -81,10 +91,16 @@ class Client:
 class GrpcClient(Client):
     """Over gRPC, with the wire types and nothing else of the server's."""
 
+    def _channel(self, service: str) -> grpc.aio.Channel:
+        address = f"127.0.0.1:{self.ports.of(service, 'grpc')}"
+        if self.root is None:
+            return grpc.aio.insecure_channel(address)
+        return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(self.root.read_bytes()))
+
     async def send(self, service: str, name: str, fields: dict[str, Any]) -> dict[str, Any]:
         method = SERVICES[service].methods_by_name[name]
         request = json_format.ParseDict(fields, GetMessageClass(method.input_type)())
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{self.ports.of(service, 'grpc')}") as channel:
+        async with self._channel(service) as channel:
             path = f"/{SERVICES[service].full_name}/{name}"
             answer_type = GetMessageClass(method.output_type)
             call = channel.unary_unary(path, lambda m: m.SerializeToString(), answer_type.FromString)
@@ -94,7 +110,7 @@ class GrpcClient(Client):
         )
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{self.ports.of('events', 'grpc')}") as channel:
+        async with self._channel("events") as channel:
             call = channel.unary_stream(
                 f"/{SERVICES['events'].full_name}/Subscribe",
                 lambda m: m.SerializeToString(),
@@ -115,8 +131,11 @@ class HttpClient(Client):
         return json.loads(answer)
 
     async def post(self, service: str, name: str, body: bytes) -> bytes:
-        url = f"http://127.0.0.1:{self.ports.of(service, 'http')}/api/{name[0].lower()}{name[1:]}"
-        async with aiohttp.ClientSession() as session, session.post(url, data=body, headers=self.headers) as response:
+        scheme = "http" if self.root is None else "https"
+        tls = ssl.create_default_context(cafile=self.root) if self.root is not None else True
+        url = f"{scheme}://127.0.0.1:{self.ports.of(service, 'http')}/api/{name[0].lower()}{name[1:]}"
+        posted = {"data": body, "headers": self.headers, "ssl": tls}
+        async with aiohttp.ClientSession() as session, session.post(url, **posted) as response:
             assert response.status == 200, await response.text()
             return await response.read()
 

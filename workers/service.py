@@ -17,6 +17,7 @@ from stratakv.pool.auth import PoolCredentials, require_credentials
 from stratakv.pool.dmp_client import ConnectionCache
 from stratakv.pool.meta_client import MetaClient
 from stratakv.pool.mooncake import transfer_engine
+from stratakv.pool.shards import of_namespace
 from stratakv.process import advertised_host, started
 from stratakv.settings import Settings
 from stratakv.text import load_tokenizer
@@ -46,9 +47,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     credentials = PoolCredentials.from_settings(settings.pool)
     require_credentials(worker.host, "worker.host", credentials)
     server = HttpServer(worker.host, worker.port, "worker")
-    meta = MetaClient(settings.meta, credentials=credentials)
     loop = asyncio.get_running_loop()
-    runtime, engine, tiers, taker, rates = await asyncio.to_thread(_build, settings, meta, credentials, loop)
+    runtime, meta, engine, tiers, taker, rates = await asyncio.to_thread(_build, settings, credentials, loop)
     engine.start()
     try:
         async with asyncio.TaskGroup() as tasks:
@@ -75,8 +75,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
 
 
 def _build(
-    settings: Settings, meta: MetaClient, credentials: PoolCredentials | None, loop: asyncio.AbstractEventLoop
-) -> tuple[Runtime, Engine, Tiers | None, HandoverTaker | None, Rates]:
+    settings: Settings, credentials: PoolCredentials | None, loop: asyncio.AbstractEventLoop
+) -> tuple[Runtime, MetaClient, Engine, Tiers | None, HandoverTaker | None, Rates]:
     worker = settings.worker
     directory = resolve(settings.model.name, settings.model.cache_dir)
     identity = model_identity(directory)
@@ -114,6 +114,7 @@ def _build(
         max_model_len=facts.max_model_len,
         node=worker.node or None,
     )
+    meta = MetaClient(of_namespace(settings.meta, namespace), credentials=credentials)
     metrics = WorkerMetrics(info.model)
     rates = Rates()
     handovers = HandoverBook(namespace, loop)
@@ -130,7 +131,7 @@ def _build(
     tokenizer = load_tokenizer(directory)
     structures = Structures(tokenizer, facts.vocab_size, sorted(facts.eos_token_ids))
     runtime = Runtime(info, facts.dtype, engine, tiers, tokenizer, structures, rates, metrics, handovers, taker)
-    return runtime, engine, tiers, taker, rates
+    return runtime, meta, engine, tiers, taker, rates
 
 
 def _dtype(name: str) -> EngineDtype:

@@ -47,7 +47,8 @@ class BlockIndex:
         self._clock = clock
         self._sent: OrderedDict[KeyTail, float] = OrderedDict()
         """Until when each is believed, where the worker tells of its blocks."""
-        self._told: OrderedDict[KeyTail, Medium] = OrderedDict()
+        self._told: OrderedDict[KeyTail, int] = OrderedDict()
+        """The media of each, as plain numbers: thousands are looked up for one prompt."""
         self.is_told = False
         """Whether the worker's own word counts."""
 
@@ -63,14 +64,13 @@ class BlockIndex:
         return self._match(keys, Medium.DEVICE | Medium.HOST | Medium.STORAGE)
 
     def _match(self, keys: Sequence[BlockKey], media: Medium) -> int:
-        now_s = self._clock() if self.is_told else 0.0
-        num_blocks = 0
-        for key in keys:
+        told, sent, is_told, wanted = self._told.get, self._sent.get, self.is_told, int(media)
+        now_s = self._clock() if is_told else 0.0
+        for num_blocks, key in enumerate(keys):
             tail = KeyTail(key[-TAIL_BYTES:])
-            if not (self.is_told and self._told.get(tail, 0) & media) and self._sent.get(tail, -1.0) < now_s:
-                break
-            num_blocks += 1
-        return num_blocks
+            if not (is_told and told(tail, 0) & wanted) and sent(tail, -1.0) < now_s:
+                return num_blocks
+        return len(keys)
 
     def add(self, keys: Sequence[BlockKey], for_s: float = EVENTS_LAG_S) -> None:
         """The worker has used or is about to make these; a prefix outlives its continuation.
@@ -109,20 +109,22 @@ class BlockIndex:
 
     def stored(self, stored: Iterable[KeyTail], medium: Medium) -> None:
         """The worker tells that it holds these."""
+        added = int(medium)
         for tail in stored:
-            self._told[tail] = self._told.get(tail, Medium(0)) | medium
+            self._told[tail] = self._told.get(tail, 0) | added
             self._told.move_to_end(tail)
         while len(self._told) > self._blocks_max:
             self._told.popitem(last=False)
 
     def removed(self, removed: Iterable[KeyTail], medium: Medium) -> None:
         """The worker tells that it holds these no longer."""
+        kept = ~int(medium)
         for tail in removed:
             media = self._told.get(tail)
             if media is None:
                 continue
-            if media & ~medium:
-                self._told[tail] = media & ~medium
+            if media & kept:
+                self._told[tail] = media & kept
             else:
                 del self._told[tail]
 

@@ -202,7 +202,9 @@ def _l1_tokens(record: WorkerRecord, keys: PromptKeys) -> int:
 
 
 def _below_tokens(record: WorkerRecord, keys: PromptKeys) -> int:
-    """Prompt tokens that it need not compute, those included that it has to load."""
+    """Prompt tokens that it tells it need not compute, those included that it has to load."""
     assert record.facts is not None
+    if not record.index.is_told:
+        return 0
     size = record.facts.block_size
     return record.index.match_below(keys.of_size(size)) * size

@@ -37,6 +37,7 @@ class Part(enum.Enum):
 
 
 class VllmChoice(msgspec.Struct, frozen=True):
+    text: str = ""
     token_ids: list[int] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -175,6 +176,8 @@ class Reader:
         return WorkerChunk(choices=choices, usage=self._usage(chunk))
 
     def _choice(self, choice: VllmChoice) -> WorkerChoice:
+        if choice.token_ids is None and choice.text:
+            raise WorkerRefused(f"{self.url} sends text without token ids: it is older than return_token_ids")
         token_ids = choice.token_ids or []
         reason = None if choice.finish_reason is None else self._reason(choice.finish_reason)
         if reason is FinishReason.STOP and not isinstance(choice.stop_reason, str):

@@ -9,6 +9,8 @@ from typing import TypeVar
 from google.protobuf.message import Message
 
 from meta_server.call_times import CallSummary
+from meta_server.kvcm.accounts import Account, Accounts
+from meta_server.kvcm.doorman import Doorman
 from meta_server.kvcm.entities import Group, Storage, check_group, check_name, check_storage
 from meta_server.kvcm.errors import Duplicate, NoSuchInstance
 from meta_server.kvcm.meta_service import MetaService
@@ -27,13 +29,21 @@ class AdminService:
     """The calls, on the same state as MetaService."""
 
     def __init__(
-        self, state: KvcmState, meta_service: MetaService, metrics: Metrics, forget_reports: Callable[[str], None]
+        self,
+        state: KvcmState,
+        meta_service: MetaService,
+        metrics: Metrics,
+        forget_reports: Callable[[str], None],
+        accounts: Accounts,
+        doorman: Doorman,
     ) -> None:
         """`forget_reports` is called with the id of an instance that was removed."""
         self._state = state
         self._forget_reports = forget_reports
         self._meta = meta_service
         self._metrics = metrics
+        self._accounts = accounts
+        self._doorman = doorman
 
     async def add_storage(self, request: admin.AddStorageRequest) -> admin.CommonResponse:
         """Adding the same storage again does nothing."""
@@ -112,6 +122,7 @@ class AdminService:
         self._state.changes.check_room()
         config.version = group.config.version + 1
         group.config = config
+        group.ranking.set_policy(group.policy)
         self._state.changes.set_group(group)
         return await self._done()
 
@@ -157,6 +168,32 @@ class AdminService:
         wanted = request.instance_group_name
         infos = [i.info() for i in self._state.instances.values() if wanted in ("", i.group)]
         return admin.ListInstanceInfoResponse(instance_info=[_as(info, admin.InstanceInfo) for info in infos])
+
+    async def add_account(self, request: admin.AddAccountRequest) -> admin.CommonResponse:
+        """Adding the same account again does nothing."""
+        name, password, role = request.user_name, request.password, request.role
+        self._accounts.check_new(name, password, role)
+        self._state.changes.check_room()
+        known = self._accounts.get(name)
+        if known is None or known.role != role or not await self._doorman.is_right(password, known):
+            account = Account(name, role, await self._doorman.hash(password))
+            self._accounts.add(account)
+            self._state.changes.add_account(account)
+        return await self._done()
+
+    async def delete_account(self, request: admin.DeleteAccountRequest) -> admin.CommonResponse:
+        self._state.changes.check_room()
+        self._accounts.remove(request.user_name)
+        self._state.changes.remove_account(request.user_name)
+        return await self._done()
+
+    async def list_account(self, _: admin.ListAccountRequest) -> admin.ListAccountResponse:
+        """Names and roles."""
+        accounts = [
+            admin.Account(user_name=account.name, role=account.role)  # type: ignore[arg-type]
+            for account in self._accounts.all()
+        ]
+        return admin.ListAccountResponse(accounts=accounts)
 
     async def get_metrics(self, _: admin.GetMetricsRequest) -> admin.GetMetricsResponse:
         metrics = []

@@ -1,11 +1,10 @@
 """The two transports of a service: gRPC, and HTTP with `POST /api/<camelCaseName>` and the JSON form.
 
-Both ask for `Authorization: Bearer <token>` when a token is set, and share the meta server's event loop.
+Both ask the doorman about every call, and share the meta server's event loop.
 """
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -18,13 +17,15 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from meta_server.kvcm.calls import Call, Calls, set_header
+from meta_server.kvcm.doorman import SEND, Door, Verdict
 from meta_server.kvcm.errors import code_of
 from meta_server.kvcm.event_streams import EventStreams
 from meta_server.kvcm.json_form import parse, render
 from meta_server.kvcm.protocol import event_service_pb2
-from stratakv.errors import InvalidRequest, SetupError, StrataError
+from stratakv.errors import InvalidRequest, StrataError
 from stratakv.http_body import read_body
 from stratakv.process import port_taken
+from stratakv.tls_files import TlsFiles
 
 MESSAGE_BYTES_MAX = 64 * 1024 * 1024
 GRPC_STOP_S = 5.0
@@ -34,23 +35,24 @@ EVENTS_PATH = "/events"
 EVENT_SERVICE = event_service_pb2.DESCRIPTOR.services_by_name["EventService"].full_name
 
 
-class Doorman:
-    """Lets those in that send the token; everybody while there is none."""
-
-    def __init__(self, token: str | None) -> None:
-        self._expected = f"Bearer {token}".encode() if token else None
-
-    def lets_in(self, authorization: str | bytes | None) -> bool:
-        given = authorization.encode() if isinstance(authorization, str) else authorization or b""
-        return self._expected is None or hmac.compare_digest(given, self._expected)
+_GRPC_REFUSALS = {
+    Verdict.UNKNOWN: (grpc.StatusCode.UNAUTHENTICATED, SEND),
+    Verdict.FORBIDDEN: (grpc.StatusCode.PERMISSION_DENIED, "this needs an administrator"),
+    Verdict.LATER: (grpc.StatusCode.UNAVAILABLE, "nobody can be let in just now"),
+}
+_HTTP_REFUSALS = {
+    Verdict.UNKNOWN: (401, f"{SEND}\n"),
+    Verdict.FORBIDDEN: (403, "this needs an administrator\n"),
+    Verdict.LATER: (503, "nobody can be let in just now\n"),
+}
 
 
 class GrpcFace:
     """One gRPC port."""
 
-    def __init__(self, services: Sequence[Calls], doorman: Doorman, streams: EventStreams | None = None) -> None:
+    def __init__(self, services: Sequence[Calls], door: Door, streams: EventStreams | None = None) -> None:
         """With `streams` events can be subscribed to here."""
-        self._doorman = doorman
+        self._door = door
         options = [
             ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
             ("grpc.max_send_message_length", -1),
@@ -63,11 +65,15 @@ class GrpcFace:
                 handlers["Subscribe"] = self._stream_handler(streams)
             self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(calls.service_name, handlers),))
 
-    def bind(self, host: str, port: int, setting: str) -> None:
+    def bind(self, host: str, port: int, setting: str, tls: TlsFiles | None) -> None:
         """Raises SetupError."""
         where = f"[{host}]" if ":" in host else host
         try:
-            bound = self._server.add_insecure_port(f"{where}:{port}")
+            if tls is None:
+                bound = self._server.add_insecure_port(f"{where}:{port}")
+            else:
+                pair = (tls.key.read_bytes(), tls.certificate.read_bytes())
+                bound = self._server.add_secure_port(f"{where}:{port}", grpc.ssl_server_credentials([pair]))
         except RuntimeError:
             bound = 0
         if not bound:
@@ -80,8 +86,9 @@ class GrpcFace:
         await self._server.stop(GRPC_STOP_S)
 
     async def _check(self, context: Any) -> None:
-        if not self._doorman.lets_in(dict(context.invocation_metadata() or ()).get("authorization")):
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "send the token as `authorization: Bearer …`")
+        verdict = await self._door.admit(dict(context.invocation_metadata() or ()).get("authorization"))
+        if verdict is not Verdict.WELCOME:
+            await context.abort(*_GRPC_REFUSALS[verdict])
 
     def _stream_handler(self, streams: EventStreams) -> Any:
         async def handle(_: Message, context: Any) -> AsyncIterator[Message]:
@@ -123,12 +130,12 @@ class HttpFace:
     def __init__(
         self,
         services: Sequence[Calls],
-        doorman: Doorman,
+        door: Door,
         registry: CollectorRegistry,
         streams: EventStreams | None = None,
     ) -> None:
         self._calls = {name: (calls, call) for calls in services for name, call in calls.by_http_name.items()}
-        self._doorman = doorman
+        self._door = door
         self._pages = {METRICS_PATH: lambda: _metrics(registry)}
         if streams is not None:
             self._pages[EVENTS_PATH] = lambda: _events(streams)
@@ -144,8 +151,10 @@ class HttpFace:
         page = self._pages.get(path)
         if page is None and not path.startswith(API_PREFIX):
             return PlainTextResponse("there is no such page\n", 404)
-        if not self._doorman.lets_in(request.headers.get("authorization")):
-            return PlainTextResponse("send the token as `Authorization: Bearer …`\n", 401)
+        verdict = await self._door.admit(request.headers.get("authorization"))
+        if verdict is not Verdict.WELCOME:
+            status, text = _HTTP_REFUSALS[verdict]
+            return PlainTextResponse(text, status, {"www-authenticate": "Basic"} if status == 401 else None)
         if page is not None:
             return page() if method == "GET" else _not_allowed("GET")
         if method != "POST":
@@ -190,12 +199,3 @@ def _failed(call: Call, error: StrataError) -> Any:
     response = call.response()
     set_header(response, code_of(error), error.message)
     return response
-
-
-def check_reachable(host: str, token: str | None, *, is_local: bool) -> None:
-    """Raises SetupError for listeners beyond this machine that would let anybody in."""
-    if not is_local and not token:
-        raise SetupError(
-            f"meta.kvcm_host = {host}: will not listen beyond this machine without a token",
-            hint="Set meta.kvcm_token, and give it to the clients.",
-        )

@@ -12,6 +12,10 @@ SELECT config FROM stratakv.kvcm_groups ORDER BY name
 -- All instances.
 SELECT config FROM stratakv.kvcm_instances ORDER BY instance_id
 
+-- name: accounts
+-- All accounts.
+SELECT user_name, role, password_hash FROM stratakv.kvcm_accounts ORDER BY user_name
+
 -- name: writes
 -- All write sessions of which something is left, with the seconds that open ones have left.
 SELECT session_id, instance_id, group_name, place, layouts, layout_of, keys, status, success, created_s,
@@ -44,6 +48,15 @@ ON CONFLICT (instance_id) DO UPDATE SET config = excluded.config
 -- name: remove_instance
 -- An instance was removed.
 DELETE FROM stratakv.kvcm_instances WHERE instance_id = $1
+
+-- name: add_account
+-- An account was added.
+INSERT INTO stratakv.kvcm_accounts (user_name, role, password_hash) VALUES ($1, $2, $3)
+ON CONFLICT (user_name) DO UPDATE SET role = excluded.role, password_hash = excluded.password_hash
+
+-- name: remove_account
+-- An account was removed.
+DELETE FROM stratakv.kvcm_accounts WHERE user_name = $1
 
 -- name: add_write
 -- A write session was opened.

@@ -6,11 +6,13 @@ import asyncio
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import asyncpg
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from meta_server.journal import Journal, confirmed
+from meta_server.kvcm.accounts import Account
 from meta_server.kvcm.entities import Group, Instance, Storage
 from meta_server.kvcm.protocol import admin_service_pb2 as admin
 from meta_server.kvcm.protocol import meta_service_pb2 as meta
@@ -19,6 +21,7 @@ from meta_server.store import Store
 from stratakv.queries import load_queries
 
 QUERIES = load_queries("meta_server.kvcm")
+ACCOUNTS_TIMEOUT_S = 2.0
 _PACKED = np.dtype(">i8")
 
 
@@ -30,6 +33,7 @@ class Loaded:
     groups: list[Group]
     instances: list[Instance]
     writes: list[Write]
+    accounts: list[Account]
 
 
 async def load(store: Store, now: float) -> Loaded:
@@ -39,12 +43,23 @@ async def load(store: Store, now: float) -> Loaded:
         groups = await connection.fetch(QUERIES["groups"])
         instances = await connection.fetch(QUERIES["instances"])
         writes = await connection.fetch(QUERIES["writes"], timeout=None)
+        accounts = await connection.fetch(QUERIES["accounts"])
     return Loaded(
         [Storage(admin.StorageConfig.FromString(row["config"]), row["is_enabled"]) for row in storages],
         [Group(admin.InstanceGroup.FromString(row["config"])) for row in groups],
         [Instance(meta.RegisterInstanceRequest.FromString(row["config"])) for row in instances],
         [_write(dict(row), now) for row in writes],
+        [Account(*row) for row in accounts],
     )
+
+
+async def read_accounts(url: str) -> list[Account]:
+    """As a meta server that stands by does. Raises CONNECTION_ERRORS."""
+    connection = await asyncpg.connect(url, timeout=ACCOUNTS_TIMEOUT_S)
+    try:
+        return [Account(*row) for row in await connection.fetch(QUERIES["accounts"], timeout=ACCOUNTS_TIMEOUT_S)]
+    finally:
+        connection.terminate()
 
 
 def _write(row: dict[str, object], now: float) -> Write:
@@ -114,6 +129,12 @@ class Changes:
 
     def remove_instance(self, instance_id: str) -> None:
         self._journal.execute(QUERIES["remove_instance"], instance_id)
+
+    def add_account(self, account: Account) -> None:
+        self._journal.execute(QUERIES["add_account"], account.name, account.role, account.password_hash)
+
+    def remove_account(self, name: str) -> None:
+        self._journal.execute(QUERIES["remove_account"], name)
 
     def add_write(self, write: Write, left_s: float) -> None:
         self._journal.execute(

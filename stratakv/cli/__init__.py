@@ -6,7 +6,22 @@ import sys
 
 import typer
 
-from stratakv.cli import bench, cache, chat, config, drain, functions, migrate, model, serve, sql, status, up, version
+from stratakv.cli import (
+    bench,
+    cache,
+    chat,
+    config,
+    drain,
+    functions,
+    meta,
+    migrate,
+    model,
+    serve,
+    sql,
+    status,
+    up,
+    version,
+)
 from stratakv.errors import SetupError, StrataError
 
 EXIT_FAILED = 1
@@ -30,6 +45,7 @@ app.command("chat")(chat.chat)
 app.add_typer(model.app, name="model")
 app.add_typer(cache.app, name="cache")
 app.add_typer(drain.app, name="drain")
+app.add_typer(meta.app, name="meta")
 app.command("status")(status.status)
 app.add_typer(config.app, name="config")
 app.command("bench", context_settings=serve.PASS_ON)(bench.bench)

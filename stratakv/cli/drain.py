@@ -16,7 +16,7 @@ from stratakv.errors import Unavailable
 from stratakv.wire import DrainProgress, SetDraining
 
 if TYPE_CHECKING:
-    from stratakv.pool.meta_client import MetaClient
+    from stratakv.pool.shards import PoolClient
 
 app = typer.Typer(help="Take a part out of service without losing what it has.", no_args_is_help=True)
 POLL_S = 0.5
@@ -48,7 +48,7 @@ def dmp(
     request = SetDraining(node, is_draining=not undo, is_whole=whole)
     timeout_s = parse_seconds(timeout) if wait and not undo else 0.0
 
-    async def ask(client: MetaClient) -> DrainProgress:
+    async def ask(client: PoolClient) -> DrainProgress:
         return await _until_done(client, request, timeout_s)
 
     progress = ask_meta(running_settings(config, sets, state_file), ask)
@@ -62,7 +62,7 @@ def dmp(
         raise typer.Exit(EXIT_NOT_DONE)
 
 
-async def _until_done(client: MetaClient, request: SetDraining, timeout_s: float) -> DrainProgress:
+async def _until_done(client: PoolClient, request: SetDraining, timeout_s: float) -> DrainProgress:
     """Asked again and again, it also goes on after a restart of the meta server. Raises StrataError."""
     progress = await client.call(request, DrainProgress)
     deadline = time.monotonic() + timeout_s

@@ -96,12 +96,12 @@ async def _ask_db_node(settings: Settings, report: Report) -> None:
 
 async def _ask_meta_server(settings: Settings, report: Report) -> None:
     from stratakv.pool.auth import PoolCredentials
-    from stratakv.pool.meta_client import MetaClient
     from stratakv.pool.meta_servers import leader_states
+    from stratakv.pool.shards import pool_client
 
     report.meta_address = f"{settings.meta.host}:{settings.meta.native_port}"
     credentials = PoolCredentials.from_settings(settings.pool)
-    meta = MetaClient(settings.meta, credentials=credentials)
+    meta = pool_client(settings.meta, credentials=credentials)
     try:
         states = await leader_states(settings.meta, credentials)
         report.meta_servers = {address: _role(state) for address, state in states.items()}

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from stratakv.layout import HEADER_BYTES, CorruptPage, PageHeader, layer_checksum
 from stratakv.pool.dmp_client import DmpConnection
 from stratakv.pool.errors import OutOfBounds
-from stratakv.pool.meta_client import MetaClient
+from stratakv.pool.shards import PoolClient
 from stratakv.wire import (
     Done,
     ListPages,
@@ -64,7 +64,7 @@ class Findings:
 class Verifier:
     """Checks one node's pages at a bounded rate and reports damaged ones to the meta server."""
 
-    def __init__(self, client: MetaClient, segment: Segment, connection: DmpConnection, bytes_per_s: int) -> None:
+    def __init__(self, client: PoolClient, segment: Segment, connection: DmpConnection, bytes_per_s: int) -> None:
         self.findings = Findings(segment.node)
         self._client = client
         self._connection = connection

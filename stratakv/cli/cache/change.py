@@ -17,7 +17,7 @@ from stratakv.rest_client import RestClient
 from stratakv.wire import CacheRule, Done, Flush, Flushed, NamespaceState, SetCacheRule, SetNodeLimit, Unpin
 
 if TYPE_CHECKING:
-    from stratakv.pool.meta_client import MetaClient
+    from stratakv.pool.shards import PoolClient
 
 EXIT_NOTHING_PINNED = 1
 
@@ -34,7 +34,7 @@ def flush(
 ) -> None:
     """Drop all pages that nobody reads and nothing pins: of one namespace, of a model, or all there are."""
 
-    async def ask(client: MetaClient) -> int:
+    async def ask(client: PoolClient) -> int:
         if namespace is None and model is None:
             return (await client.call(Flush(), Flushed)).num_blocks
         chosen = await choose_namespaces(client, namespace, model)
@@ -75,7 +75,7 @@ def rule(
     }
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
 
-    async def ask(client: MetaClient) -> list[NamespaceState]:
+    async def ask(client: PoolClient) -> list[NamespaceState]:
         chosen = await choose_namespaces(client, namespace, model)
         if not changes and not clear:
             return chosen
@@ -157,7 +157,7 @@ def resize(
     if size != "full" and not limit_bytes:
         raise InvalidRequest("a daemon needs some memory", hint="`stratakv drain dmp` takes it out of service.")
 
-    async def ask(client: MetaClient) -> None:
+    async def ask(client: PoolClient) -> None:
         await client.call(SetNodeLimit(node, limit_bytes), Done)
 
     ask_meta(running_settings(config, sets, state_file), ask)
@@ -171,7 +171,7 @@ def unpin(
 ) -> None:
     """End one pin before its time; one that is over already is fine."""
 
-    async def ask(client: MetaClient) -> None:
+    async def ask(client: PoolClient) -> None:
         await client.call(Unpin(pin_id), Done)
 
     ask_meta(running_settings(config, sets, state_file), ask)

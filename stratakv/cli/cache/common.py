@@ -15,7 +15,7 @@ from stratakv.settings import Bytes, Settings
 from stratakv.wire import ListNamespaces, Namespaces, NamespaceState
 
 if TYPE_CHECKING:
-    from stratakv.pool.meta_client import MetaClient
+    from stratakv.pool.shards import PoolClient
 
 T = TypeVar("T")
 ModelOption = Annotated[
@@ -24,20 +24,20 @@ ModelOption = Annotated[
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-def ask_meta(settings: Settings, ask: Callable[[MetaClient], Awaitable[T]]) -> T:
-    """Run `ask` with a client of the meta server. Raises StrataError."""
+def ask_meta(settings: Settings, ask: Callable[[PoolClient], Awaitable[T]]) -> T:
+    """Run `ask` with a client of the meta server, or of all shards. Raises StrataError."""
     from stratakv.pool.auth import PoolCredentials
-    from stratakv.pool.meta_client import MetaClient
+    from stratakv.pool.shards import pool_client
 
     async def run() -> T:
         credentials = PoolCredentials.from_settings(settings.pool)
-        async with MetaClient(settings.meta, role="cli", credentials=credentials) as client:
+        async with pool_client(settings.meta, role="cli", credentials=credentials) as client:
             return await ask(client)
 
     return asyncio.run(run())
 
 
-async def choose_namespaces(client: MetaClient, prefix: str | None, model: str | None) -> list[NamespaceState]:
+async def choose_namespaces(client: PoolClient, prefix: str | None, model: str | None) -> list[NamespaceState]:
     """Those that the operator means: one by the beginning of its hex name, or all of a model. Raises InvalidRequest."""
     known = (await client.call(ListNamespaces(), Namespaces)).namespaces
     if prefix is not None:

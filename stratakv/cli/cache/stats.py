@@ -21,7 +21,7 @@ from stratakv.cli.options import (
 from stratakv.wire import CacheRule, GetStats, ListNamespaces, ListNodes, Namespaces, NamespaceState, Nodes, Stats
 
 if TYPE_CHECKING:
-    from stratakv.pool.meta_client import MetaClient
+    from stratakv.pool.shards import PoolClient
 
 
 def stats(
@@ -40,7 +40,7 @@ def stats(
         _print(nodes, namespaces, counters)
 
 
-async def _ask(client: MetaClient) -> tuple[Nodes, Namespaces, Stats]:
+async def _ask(client: PoolClient) -> tuple[Nodes, Namespaces, Stats]:
     return (
         await client.call(ListNodes(), Nodes),
         await client.call(ListNamespaces(), Namespaces),

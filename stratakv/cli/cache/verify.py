@@ -18,7 +18,7 @@ from stratakv.wire import ListNodes, Nodes, NodeState
 
 if TYPE_CHECKING:
     from stratakv.pool.auth import PoolCredentials
-    from stratakv.pool.meta_client import MetaClient
+    from stratakv.pool.shards import PoolClient
     from stratakv.pool.verify import Findings
 
 EXIT_DAMAGED = 1
@@ -53,7 +53,7 @@ def verify(
     bytes_per_s = max(1, parse_size(rate))
     credentials = PoolCredentials.from_settings(settings.pool)
 
-    async def ask(client: MetaClient) -> _Report:
+    async def ask(client: PoolClient) -> _Report:
         nodes = (await client.call(ListNodes(), Nodes)).nodes
         chosen = [state for state in nodes if node in (None, state.segment.node)]
         if node is not None and not chosen:
@@ -70,7 +70,7 @@ def verify(
 
 
 async def _verify(
-    client: MetaClient, nodes: list[NodeState], bytes_per_s: int, credentials: PoolCredentials | None
+    client: PoolClient, nodes: list[NodeState], bytes_per_s: int, credentials: PoolCredentials | None
 ) -> _Report:
     from stratakv.pool.dmp_client import connect
     from stratakv.pool.verify import Verifier

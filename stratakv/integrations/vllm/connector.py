@@ -240,22 +240,25 @@ class StrataKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
             self._block_size,
             keys,
             may_load_layerwise=self._may_load_layerwise(),
+            are_steps_apart=not self._do_steps_overlap(),
         )
 
-    def _may_load_layerwise(self) -> bool:
-        """Whether a step can wait for layers, and is over before vLLM plans the next one upon what it has loaded."""
+    def _do_steps_overlap(self) -> bool:
+        """Whether vLLM plans a step before it knows how the one before it went."""
         config = self._vllm_config
-        has_steps_in_flight = (
-            config.scheduler_config.async_scheduling or config.parallel_config.pipeline_parallel_size > 1
-        )
-        if self._options.load is LoadMode.LAYERWISE and has_steps_in_flight:
+        return bool(config.scheduler_config.async_scheduling or config.parallel_config.pipeline_parallel_size > 1)
+
+    def _may_load_layerwise(self) -> bool:
+        """Whether a step can wait for layers. Raises SetupError if that is asked for and cannot be."""
+        is_asked_for = self._options.load is LoadMode.LAYERWISE
+        if is_asked_for and self._do_steps_overlap():
             raise SetupError(
                 "layer-wise loading needs steps that do not overlap",
                 hint="Start vLLM with --no-async-scheduling and without pipeline parallelism, or leave out load.",
             )
         # CUDA graphs skip the hooks of layers unless they are told not to, which only `layerwise` does.
-        is_host = config.device_config.device_type == "cpu"
-        return not has_steps_in_flight and (is_host or self._options.load is LoadMode.LAYERWISE)
+        is_host = self._vllm_config.device_config.device_type == "cpu"
+        return not self._do_steps_overlap() and (is_host or is_asked_for)
 
 
 def _one_block_size(config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from stratakv.integrations.vllm.rates import Distance
 from stratakv.keys import BlockKey, Namespace
 from stratakv.wire import Place, Segment
 
@@ -29,6 +31,10 @@ class RankHit:
     places: Sequence[Place]
     segments: Sequence[Segment]
     lease_id: int
+
+    def distance(self, node: str | None) -> Distance:
+        """From that daemon's host."""
+        return Distance.NEAR if all(place.node == node for place in self.places) else Distance.FAR
 
     def part(self, start: int, stop: int) -> RankHit:
         return RankHit(self.places[start:stop], self.segments, self.lease_id)
@@ -74,8 +80,8 @@ class StepOrders:
 class StepReport:
     """What one rank has to tell after a step."""
 
-    loaded_bytes: int = 0
-    load_s: float = 0.0
+    loaded_tokens: Counter[Distance] = field(default_factory=Counter)
+    load_s: dict[Distance, float] = field(default_factory=dict)
     loads: int = 0
     failed_loads: int = 0
     saved_blocks: int = 0
@@ -85,8 +91,9 @@ class StepReport:
         return bool(self.loads or self.failed_loads or self.saved_blocks or self.dropped_saves)
 
     def add(self, other: StepReport) -> None:
-        self.loaded_bytes += other.loaded_bytes
-        self.load_s += other.load_s
+        self.loaded_tokens.update(other.loaded_tokens)
+        for distance, seconds in other.load_s.items():
+            self.load_s[distance] = self.load_s.get(distance, 0.0) + seconds
         self.loads += other.loads
         self.failed_loads += other.failed_loads
         self.saved_blocks += other.saved_blocks

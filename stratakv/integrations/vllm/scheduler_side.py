@@ -6,7 +6,8 @@ what it holds in the pool (leases) and of vLLM (blocks of saves under way) is gi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from stratakv.integrations.link import PoolLink
 from stratakv.integrations.vllm.lookups import Answer, Lookup, Lookups, release
 from stratakv.integrations.vllm.options import LoadMode, Options
 from stratakv.integrations.vllm.orders import LoadOrder, Rank, RankSpec, SaveOrder, StepOrders, StepReport
+from stratakv.integrations.vllm.rates import Distance, Rates
 from stratakv.keys import BlockKey
 from stratakv.log import EventLogger
 from stratakv.wire import Flush, Flushed
@@ -69,13 +71,28 @@ class SchedulerSide:
     """Lookups, and the orders for each step."""
 
     def __init__(
-        self, link: PoolLink, options: Options, block_size: int, keys: KeysOfRequests, *, may_load_layerwise: bool
+        self,
+        link: PoolLink,
+        options: Options,
+        block_size: int,
+        keys: KeysOfRequests,
+        *,
+        may_load_layerwise: bool,
+        are_steps_apart: bool,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`are_steps_apart`: a step is over before the next one is planned."""
         self._link = link
         self._options = options
         self._block_size = block_size
         self._keys = keys
         self._may_load_layerwise = may_load_layerwise
+        self._are_steps_apart = are_steps_apart
+        self._clock = clock
+        self._rates = Rates(clock)
+        self._num_step_tokens = 0
+        self._step: tuple[int, float] | None = None
+        """Tokens and beginning of a step that is to be timed."""
         self._lookups: Lookups | None = None
         self._specs: Mapping[Rank, RankSpec] = {}
         self._requests: dict[str, _Tracked] = {}
@@ -113,7 +130,9 @@ class SchedulerSide:
             return None, False
         tracked.local_blocks = first
         num_tokens = (lookup.first_block + answer.num_blocks - first) * self._block_size
-        if num_tokens < max(1, self._options.min_load_tokens):
+        if num_tokens < max(1, self._options.min_load_tokens) or not self._rates.is_worth_loading(
+            self._distance(answer)
+        ):
             return 0, False
         return num_tokens, not self._is_layerwise(answer)
 
@@ -148,6 +167,7 @@ class SchedulerSide:
         self, request_id: str, blocks: Iterable[int], num_computed_tokens: int, num_new_tokens: int, *, is_anew: bool
     ) -> None:
         """The coming step computes tokens of a request; `blocks` are those it has got, or all it has if it begins anew."""
+        self._num_step_tokens += num_new_tokens
         tracked = self._requests.get(request_id)
         if tracked is None:
             return
@@ -163,6 +183,9 @@ class SchedulerSide:
     def take_orders(self, preempted: Iterable[str]) -> StepOrders:
         """For the coming step."""
         orders, self._orders = self._orders, StepOrders()
+        # Steps that load as they compute, or that overlap, say nothing of the model's speed.
+        self._step = None if orders.loads or not self._are_steps_apart else (self._num_step_tokens, self._clock())
+        self._num_step_tokens = 0
         orders.preempted.update(preempted)
         return orders
 
@@ -186,6 +209,10 @@ class SchedulerSide:
 
     def step_done(self, received: Iterable[str], bad_blocks: set[int], report: StepReport | None) -> None:
         """What the workers have told after a step."""
+        if self._step is not None:
+            num_tokens, began = self._step
+            self._rates.computed(num_tokens, self._clock() - began)
+            self._step = None
         for request_id in received:
             if request_id in self._requests:
                 self._requests[request_id].is_loading = False
@@ -193,6 +220,7 @@ class SchedulerSide:
             for tracked in self._requests.values():
                 tracked.gave_up |= not bad_blocks.isdisjoint(tracked.load_blocks)
         if report is not None:
+            self._rates.loaded(report.loaded_tokens, report.load_s)
             self.totals.add(report)
 
     def flush(self) -> bool:
@@ -240,7 +268,12 @@ class SchedulerSide:
             return False
         if self._options.load is LoadMode.LAYERWISE:
             return True
-        return all(place.node == self._specs[rank].node for rank, hit in answer.hits.items() for place in hit.places)
+        return self._distance(answer) is Distance.NEAR
+
+    def _distance(self, answer: Answer) -> Distance:
+        """That of the farthest rank's pages."""
+        distances = [hit.distance(self._specs[rank].node) for rank, hit in answer.hits.items()]
+        return Distance.FAR if Distance.FAR in distances else Distance.NEAR
 
     def _order_save(self, tracked: _Tracked, num_final_tokens: int) -> None:
         if not self._options.save or not self._link.is_available:

@@ -66,7 +66,9 @@ class Instance:
             link = self._link()
             memory = RankMemory(layers, layout, name, rank)
             self.workers[rank] = WorkerSide(link, self.options, memory, link.local_node(), "stand-in")
-        self.scheduler = SchedulerSide(self._link(), self.options, BLOCK_SIZE, Keys(), may_load_layerwise=True)
+        self.scheduler = SchedulerSide(
+            self._link(), self.options, BLOCK_SIZE, Keys(), may_load_layerwise=True, are_steps_apart=True
+        )
         self.scheduler.ranks_known({rank: worker.spec for rank, worker in self.workers.items()})
         self.orders = StepOrders()
         self._told: tuple[Counter[str], Counter[str]] = (Counter(), Counter())

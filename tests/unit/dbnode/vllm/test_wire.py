@@ -113,6 +113,11 @@ def test_ends_that_are_no_answer_are_failures(reason: str, kind: type[Exception]
         Reader("u", REQUEST, Part.ALL).read(event([1], reason))
 
 
+def test_a_server_that_sends_no_token_ids_is_refused() -> None:
+    with pytest.raises(WorkerRefused, match="without token ids"):
+        Reader("u", REQUEST, Part.ALL).read(b'{"choices": [{"index": 0, "text": "Paris", "finish_reason": null}]}')
+
+
 @pytest.mark.parametrize("payload", [b"", b"[]", b'{"choices": 3}', b"\xff", b'{"choices": [{"token_ids": ["a"]}]}'])
 def test_what_is_no_completion_is_refused(payload: bytes) -> None:
     with pytest.raises(WorkerRefused):
