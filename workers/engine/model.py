@@ -100,23 +100,22 @@ class Model:
         """Compute a step, writing its keys and values into `kv`. Returns fp32 logits [len(logit_rows), vocab_size]."""
         ops = self._step_ops(batch, kv.k[0].shape[1])
         hidden = functional.embedding(torch.tensor(batch.token_ids, device=self._device), self._embedding).float()
-        added: torch.Tensor | None = None
-        rows = torch.tensor(batch.logit_rows, device=self._device)
+        added = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device)
         for index, layer in enumerate(self._layers):
             k_cache, v_cache = kv.k[index].flatten(0, 1), kv.v[index].flatten(0, 1)
-            heads = layer.qkv(ops.add_norm(hidden, added, layer.input_norm)).view(len(hidden), -1, self.config.head_dim)
-            rotated = ops.rotate_write(heads, layer.head_norms, k_cache, v_cache)
+            for part in ops.slices:
+                normed = ops.add_norm(hidden[part], added[part], layer.input_norm)
+                heads = layer.qkv(normed).view(len(normed), -1, self.config.head_dim)
+                ops.rotate_write(heads, part, layer.head_norms, k_cache, v_cache)
             hooks.after_write(index)
             hooks.before_attention(index)
-            attended = ops.attend(rotated, k_cache, v_cache)
-            if index == len(self._layers) - 1:
-                # Of the other rows, nobody needs more of the last layer than keys and values.
-                hidden, attended = hidden[rows], attended[rows]
-            added = layer.output(attended)
-            added = layer.down(ops.gated(layer.gate_up(ops.add_norm(hidden, added, layer.post_norm))))
-        assert added is not None
+            attended = ops.attend(k_cache, v_cache)
+            for part in ops.slices:
+                normed = ops.add_norm(hidden[part], layer.output(attended[part]), layer.post_norm)
+                added[part] = layer.down(ops.gated(layer.gate_up(normed)))
         hidden += added
-        return self._head(functional.rms_norm(hidden, self._norm.shape, self._norm, self.config.rms_norm_eps))
+        rows = hidden[torch.tensor(batch.logit_rows, device=self._device)]
+        return self._head(functional.rms_norm(rows, self._norm.shape, self._norm, self.config.rms_norm_eps))
 
     def _step_ops(self, batch: ForwardBatch, block_size: int) -> StepOps:
         if native_step.can_run(self.config, self._dtype, self._device, block_size):
