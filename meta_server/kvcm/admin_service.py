@@ -122,6 +122,7 @@ class AdminService:
         self._state.changes.check_room()
         config.version = group.config.version + 1
         group.config = config
+        group.ranking.set_policy(group.policy)
         self._state.changes.set_group(group)
         return await self._done()
 

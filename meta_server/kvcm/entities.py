@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
@@ -10,6 +11,7 @@ import msgspec
 from meta_server.kvcm.errors import NotSupported
 from meta_server.kvcm.protocol import admin_service_pb2 as admin
 from meta_server.kvcm.protocol import meta_service_pb2 as meta
+from meta_server.kvcm.ranking import Ranking
 from meta_server.kvcm.writes import Layout, Location, Place
 from meta_server.validate import NAME_CHARS_MAX, PAGE_BYTES_MAX, SIZE_BYTES_MAX
 from stratakv.errors import InvalidRequest
@@ -67,12 +69,15 @@ class Group:
     """Quota and policy of some instances, what they use of it, and which of their blocks is coldest."""
 
     config: admin.InstanceGroup
+    ranking: Ranking = field(init=False)
+    """Blocks served."""
     used_bytes: dict[int, int] = field(default_factory=dict)
     """By storage type, of blocks being written or served."""
     num_keys: int = 0
     """Being written or served."""
-    recency: dict[Location, None] = field(default_factory=dict)
-    """Blocks served, the coldest first."""
+
+    def __post_init__(self) -> None:
+        self.ranking = Ranking(time.monotonic, self.policy)
 
     @property
     def name(self) -> str:
@@ -81,6 +86,26 @@ class Group:
     @property
     def used_percentage(self) -> float:
         return float(self.config.cache_config.reclaim_strategy.trigger_strategy.used_percentage) or 1.0
+
+    @property
+    def policy(self) -> int:
+        return int(self.config.cache_config.reclaim_strategy.reclaim_policy)
+
+    @property
+    def ttl_s(self) -> int:
+        """Of policy ttl."""
+        return int(self.config.cache_config.reclaim_strategy.trigger_period_seconds)
+
+    @property
+    def reclaim_step_size(self) -> int:
+        """0: not given."""
+        return int(self.config.cache_config.reclaim_strategy.reclaim_step_size)
+
+    def level(self, capacity: int) -> float:
+        """Bytes above which blocks are reclaimed."""
+        used_size = int(self.config.cache_config.reclaim_strategy.trigger_strategy.used_size)
+        level = capacity * self.used_percentage
+        return min(level, used_size) if used_size else level
 
     @property
     def max_key_count(self) -> int:
@@ -95,12 +120,6 @@ class Group:
 
     def used(self, storage_type: int | None) -> int:
         return sum(self.used_bytes.values()) if storage_type is None else self.used_bytes.get(storage_type, 0)
-
-    def touch(self, locations: list[Location]) -> None:
-        """Asked for just now; the later blocks of a prefix are colder than its earlier ones."""
-        for location in reversed(locations):
-            if self.recency.pop(location, False) is None:
-                self.recency[location] = None
 
 
 @dataclass(slots=True)
@@ -118,6 +137,10 @@ class Instance:
     @property
     def group(self) -> str:
         return str(self.config.instance_group)
+
+    @property
+    def block_size(self) -> int:
+        return int(self.config.block_size)
 
     def layout(self, group: str = "") -> Layout:
         """The specs of a block of a spec group, or all of them. Raises InvalidRequest."""
@@ -200,13 +223,16 @@ def check_group(config: admin.InstanceGroup) -> None:
     """Raises InvalidRequest, NotSupported."""
     check_name("name", config.name)
     strategy = config.cache_config.reclaim_strategy
-    if strategy.reclaim_policy not in (admin.POLICY_UNSPECIFIED, admin.POLICY_LRU):
-        raise NotSupported(f"reclaim_policy {strategy.reclaim_policy} is not supported; POLICY_LRU is")
+    if strategy.reclaim_policy not in admin.ReclaimPolicy.values():
+        raise NotSupported(f"reclaim_policy {strategy.reclaim_policy} is not supported")
+    if strategy.reclaim_policy == admin.POLICY_TTL and strategy.trigger_period_seconds < 1:
+        raise InvalidRequest("POLICY_TTL needs trigger_period_seconds", param="trigger_period_seconds")
     if not 0 <= strategy.trigger_strategy.used_percentage <= 1:
         raise InvalidRequest("used_percentage must be between 0 and 1", param="used_percentage")
     quota = config.quota
     numbers = [quota.capacity, *(q.capacity for q in quota.quota_config), config.max_instance_count]
     numbers += [config.cache_config.meta_indexer_config.max_key_count, strategy.delay_before_delete_ms]
+    numbers += [strategy.trigger_strategy.used_size, strategy.reclaim_step_size, strategy.trigger_period_seconds]
     if not all(0 <= number <= SIZE_BYTES_MAX for number in numbers):
         raise InvalidRequest("a limit of the group is negative or too large", param="instance_group")
 

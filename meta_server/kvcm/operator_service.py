@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from itertools import islice
 
+from meta_server.administration import PIN_S_MAX
 from meta_server.kvcm.entities import Group
 from meta_server.kvcm.protocol import admin_service_pb2 as admin
 from meta_server.kvcm.protocol import operator_service_pb2 as operator
 from meta_server.kvcm.state import KvcmState
+from meta_server.validate import KEYS_MAX
+from stratakv.errors import InvalidRequest
 
 SESSIONS_LISTED_MAX = 10_000
 
@@ -61,6 +64,15 @@ class OperatorService:
             for write in islice(sorted(writes, key=lambda write: write.ends_at), SESSIONS_LISTED_MAX)
         ]
         return operator.ListWriteSessionsResponse(sessions=sessions, open_count=len(writes))
+
+    async def pin_cache(self, request: operator.PinCacheRequest) -> operator.PinCacheResponse:
+        """Blocks of a prefix are not reclaimed for a while, unless they are removed or the meta server changes."""
+        instance = self._state.instance(request.instance_id)
+        if not 0 <= request.pin_s <= PIN_S_MAX:
+            raise InvalidRequest(f"expected 0 to {PIN_S_MAX} seconds", param="pin_s")
+        if len(request.block_keys) > KEYS_MAX:
+            raise InvalidRequest(f"at most {KEYS_MAX} blocks in one request", param="block_keys")
+        return operator.PinCacheResponse(pinned_count=self._state.pin(instance, request.block_keys, request.pin_s))
 
 
 def _group_state(group: Group, instance_count: int) -> operator.GroupState:

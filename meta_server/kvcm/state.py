@@ -14,8 +14,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from meta_server.kvcm.entities import Group, Instance, default_group, default_storage
-from meta_server.kvcm.errors import CapacityReached, NoSuchInstance
+from meta_server.kvcm.errors import NoSuchInstance
 from meta_server.kvcm.files import Chunk, Files
+from meta_server.kvcm.reclaim import Reclaimer
 from meta_server.kvcm.store import Changes, Loaded
 from meta_server.kvcm.writes import Layout, Location, Place, State, Write
 from meta_server.presence import Clock
@@ -25,8 +26,6 @@ FINISHED_KEPT_S = 600.0
 """A finished session is known so long, so that finishing may be repeated, also when its blocks are gone."""
 NOTHING_TO_WRITE = "held"
 """The session of a write whose blocks were all there."""
-RECLAIM_LOW = 0.9
-"""Reclaiming goes on down to this share of the level at which it begins."""
 
 
 @dataclass(slots=True)
@@ -49,6 +48,7 @@ class KvcmState:
         self._clock = clock
         self._open_writes_max = open_writes_max
         self.files = Files(clock, self._files_deleted)
+        self._reclaimer = Reclaimer(clock, self.remove)
         self.storages = {storage.name: storage for storage in loaded.storages}
         self.groups = {group.name: group for group in loaded.groups}
         self.instances = {instance.id: instance for instance in loaded.instances}
@@ -102,9 +102,8 @@ class KvcmState:
             raise Overloaded("too many write sessions are open")
         group = self.group(instance.group)
         # Room must not be made with the blocks that the client is about to be told are there.
-        group.touch(
-            [found for (key, _), h in zip(wanted, held, strict=True) if h for found in instance.by_key.get(key, ())]
-        )
+        told = [found for (key, _), h in zip(wanted, held, strict=True) if h for found in instance.by_key.get(key, ())]
+        group.ranking.touch(told)
         layouts = list(dict.fromkeys(layout for _, layout in new))
         write = Write(
             session_id=uuid.uuid4().hex,
@@ -118,7 +117,7 @@ class KvcmState:
             created_s=int(time.time()),
             ends_at=self._clock() + timeout_s,
         )
-        self._make_room(group, write)
+        self._reclaimer.make_room(group, write, frozenset(told))
         self.writes[write.session_id] = write
         self._open(write)
         self._enter(write, instance)
@@ -164,6 +163,17 @@ class KvcmState:
         self._empty.update({write.session_id: write for write in touched.values() if not any(write.status)})
         return removed
 
+    def pin(self, instance: Instance, keys: Sequence[int], pin_s: float) -> int:
+        """Served blocks, up to the first key that has none, are not reclaimed for so long; how many keys."""
+        until = self._clock() + pin_s
+        for count, key in enumerate(keys):
+            served = [location for location in instance.by_key.get(key, ()) if location.is_serving]
+            if not served:
+                return count
+            for location in served:
+                location.pinned_until = until
+        return len(keys)
+
     def remove_instance(self, instance: Instance) -> None:
         """Forget an instance; its open sessions are over."""
         for write in [w for w in self.writes.values() if w.instance_id == instance.id and w.is_open]:
@@ -184,7 +194,7 @@ class KvcmState:
             if write is not None and write.is_open:
                 self._decide(write, bytes(len(write.keys)))
         for group in self.groups.values():
-            self._reclaim(group)
+            self._reclaimer.turn(group)
         self.files.tick()
         over = [write for write in self._empty.values() if write.ends_at <= now]
         if over:
@@ -221,8 +231,9 @@ class KvcmState:
                 self._usage.setdefault(write.place.storage, Usage()).count(location, 1)
                 if group is not None:
                     _count(group, location, 1)
-                    if location.is_serving:
-                        group.recency[location] = None
+
+        if group is not None:
+            group.ranking.enter([location for location in write.locations if location.is_serving], instance.block_size)
 
     def _leave(self, location: Location, state: State) -> None:
         write = location.write
@@ -237,7 +248,7 @@ class KvcmState:
         self.usage_of(write.place.storage).count(location, -1)
         if group is not None:
             _count(group, location, -1)
-            group.recency.pop(location, None)
+            group.ranking.leave(location)
 
     def _decide(self, write: Write, success: bytes) -> None:
         write.success = success
@@ -257,8 +268,8 @@ class KvcmState:
                 served.append(location)
             else:
                 self._leave(location, State.DELETING)
-        if group is not None:
-            group.recency.update(dict.fromkeys(reversed(served)))
+        if group is not None and instance is not None:
+            group.ranking.enter(served, instance.block_size)
         # The instance may have been removed meanwhile, and registered again.
         self.remove([s for s in served if instance is None or s not in instance.by_key.get(s.key, ())])
         for chunk in sorted({write.chunk_of(i) for i, state in enumerate(write.status) if state == State.DELETING}):
@@ -287,42 +298,6 @@ class KvcmState:
                 write.status[position] = State.GONE
             if not any(write.status) and write.session_id in self.writes:
                 self._empty[write.session_id] = write
-
-    def _make_room(self, group: Group, write: Write) -> None:
-        """Raises CapacityReached."""
-        needed = sum(location.size_bytes for location in write.locations)
-        for storage_type, capacity in group.byte_limits():
-            if storage_type in (None, write.place.type):
-                excess = group.used(storage_type) + needed - capacity
-                if excess > 0 and self._evict(group, storage_type, excess, 0) < excess:
-                    raise CapacityReached(f"group {group.name}: its capacity of {capacity} bytes is reached")
-        excess_keys = group.num_keys + len(write.keys) - group.max_key_count
-        if group.max_key_count and excess_keys > 0:
-            self._evict(group, None, 0, excess_keys)
-            if group.num_keys + len(write.keys) > group.max_key_count:
-                raise CapacityReached(f"group {group.name}: its {group.max_key_count} keys are reached")
-
-    def _reclaim(self, group: Group) -> None:
-        for storage_type, capacity in group.byte_limits():
-            level = capacity * group.used_percentage
-            if group.used(storage_type) > level:
-                self._evict(group, storage_type, int(group.used(storage_type) - level * RECLAIM_LOW), 0)
-        level = group.max_key_count * group.used_percentage
-        if group.max_key_count and group.num_keys > level:
-            self._evict(group, None, 0, int(group.num_keys - level * RECLAIM_LOW))
-
-    def _evict(self, group: Group, storage_type: int | None, size_bytes: int, keys: int) -> int:
-        """Remove the coldest blocks until so many bytes and keys are free, or none is left; the bytes."""
-        victims: list[Location] = []
-        freed = 0
-        for location in group.recency:
-            if freed >= size_bytes and len(victims) >= keys:
-                break
-            if storage_type in (None, location.write.place.type):
-                victims.append(location)
-                freed += location.size_bytes
-        self.remove(victims)
-        return freed
 
 
 def _split(

@@ -95,12 +95,21 @@ class Write:
             yield name, f"{self.place.scheme}://{path}?offset={within * size_bytes}&size={size_bytes}"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Location:
-    """One block of one session."""
+    """One block of one session, and how warm it is."""
 
     write: Write
     position: int
+    rank: float = 0.0
+    """By the group's policy; the lowest goes first. These five are `ranking`'s to change."""
+    tick: int = 0
+    """When it was last asked for; decides between equal ranks."""
+    reads: int = 0
+    is_ranked: bool = False
+    """Served, and not chosen to go."""
+    pinned_until: float = 0.0
+    """On the process's clock."""
 
     @property
     def key(self) -> int:

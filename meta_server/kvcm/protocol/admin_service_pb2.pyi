@@ -45,6 +45,7 @@ class ReclaimPolicy(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     POLICY_LRU: _ClassVar[ReclaimPolicy]
     POLICY_LFU: _ClassVar[ReclaimPolicy]
     POLICY_TTL: _ClassVar[ReclaimPolicy]
+    POLICY_COST: _ClassVar[ReclaimPolicy]
 
 class CachePreferStrategy(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -92,6 +93,7 @@ POLICY_UNSPECIFIED: ReclaimPolicy
 POLICY_LRU: ReclaimPolicy
 POLICY_LFU: ReclaimPolicy
 POLICY_TTL: ReclaimPolicy
+POLICY_COST: ReclaimPolicy
 CPS_UNSPECIFIED: CachePreferStrategy
 CPS_ALWAYS_3FS: CachePreferStrategy
 CPS_PREFER_3FS: CachePreferStrategy

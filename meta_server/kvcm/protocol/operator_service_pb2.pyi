@@ -120,3 +120,21 @@ class ListWriteSessionsResponse(_message.Message):
     sessions: _containers.RepeatedCompositeFieldContainer[WriteSession]
     open_count: int
     def __init__(self, header: _Optional[_Union[_admin_service_pb2.CommonResponseHeader, _Mapping]] = ..., sessions: _Optional[_Iterable[_Union[WriteSession, _Mapping]]] = ..., open_count: _Optional[int] = ...) -> None: ...
+
+class PinCacheRequest(_message.Message):
+    __slots__ = ("instance_id", "block_keys", "pin_s")
+    INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_KEYS_FIELD_NUMBER: _ClassVar[int]
+    PIN_S_FIELD_NUMBER: _ClassVar[int]
+    instance_id: str
+    block_keys: _containers.RepeatedScalarFieldContainer[int]
+    pin_s: float
+    def __init__(self, instance_id: _Optional[str] = ..., block_keys: _Optional[_Iterable[int]] = ..., pin_s: _Optional[float] = ...) -> None: ...
+
+class PinCacheResponse(_message.Message):
+    __slots__ = ("header", "pinned_count")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    PINNED_COUNT_FIELD_NUMBER: _ClassVar[int]
+    header: _admin_service_pb2.CommonResponseHeader
+    pinned_count: int
+    def __init__(self, header: _Optional[_Union[_admin_service_pb2.CommonResponseHeader, _Mapping]] = ..., pinned_count: _Optional[int] = ...) -> None: ...

@@ -12,6 +12,7 @@ import pytest
 from tests.integration.meta_server.kvcm.conftest import Register
 from tests.integration.meta_server.kvcm.test_meta_service import hits, paths, write
 from tests.kvcm_clients import Client, KvcmProcess
+from tests.meta_process import connected
 from tests.support import eventually_async
 
 
@@ -146,7 +147,8 @@ async def test_groups_are_changed_by_version_and_removed_when_empty(client: Clie
         ({"name": ""}, "INVALID_ARGUMENT"),
         ({"storage_candidates": ["no"]}, "INVALID_ARGUMENT"),
         ({"max_instance_count": -1}, "INVALID_ARGUMENT"),
-        ({"cache_config": {"reclaim_strategy": {"reclaim_policy": "POLICY_TTL"}}}, "UNSUPPORTED"),
+        ({"cache_config": {"reclaim_strategy": {"reclaim_policy": "POLICY_TTL"}}}, "INVALID_ARGUMENT"),
+        ({"cache_config": {"reclaim_strategy": {"reclaim_policy": 77}}}, "UNSUPPORTED"),
         (
             {"cache_config": {"reclaim_strategy": {"trigger_strategy": {"used_percentage": 1.5}}}},
             "INVALID_ARGUMENT",
@@ -179,6 +181,47 @@ async def test_room_for_a_prompts_new_blocks_is_not_made_with_its_old_ones(clien
     await write(client, instance, [3, 4])
     assert (await write(client, instance, [1, 2, 5]))["block_mask"] == {"offset": 2}
     assert await hits(client, instance, [1, 2, 3, 4, 5]) == [2, 2, 2, 0, 2]
+
+
+def limited(max_keys: int, **strategy: Any) -> dict[str, Any]:
+    return {"meta_indexer_config": {"max_key_count": max_keys}, "reclaim_strategy": strategy}
+
+
+async def test_the_instance_that_has_most_gives_first(client: Client, register: Register) -> None:
+    group = await add_group(client, cache_config=limited(8))
+    small, large = [await register(instance_group=group["name"]) for _ in range(2)]
+    await write(client, small, [1, 2])
+    await write(client, large, list(range(6)))
+    await hits(client, large, list(range(6)))
+    await write(client, small, [3, 4])
+    assert await hits(client, small, [1, 2, 3, 4]) == [2] * 4, "colder, but it has less"
+    assert await hits(client, large, list(range(6))) == [2, 2, 2, 2, 0, 0]
+
+
+async def test_policies_and_pins_say_which_blocks_go(client: Client, register: Register) -> None:
+    group = await add_group(client, cache_config=limited(4, reclaim_policy="POLICY_LFU"))
+    instance = await register(instance_group=group["name"])
+    await write(client, instance, [1, 2])
+    await write(client, instance, [3, 4])
+    for _ in range(2):
+        await hits(client, instance, [1])
+    await hits(client, instance, [3, 4])
+    await write(client, instance, [5])
+    assert await hits(client, instance, [1, 2, 3, 4, 5]) == [2, 0, 2, 2, 2], "2 was never read"
+    pin = {"instance_id": instance, "block_keys": [5, 6], "pin_s": 60}
+    assert (await client.ok("PinCache", "operator", **pin))["pinned_count"] == "1"
+    await write(client, instance, [7])
+    assert await hits(client, instance, [1, 3, 4, 5, 7]) == [2, 2, 0, 2, 2], "5 is pinned"
+
+    read_soon = limited(4, reclaim_policy="POLICY_TTL", trigger_period_seconds=1)
+    changed = group | {"cache_config": read_soon}
+    await client.ok("UpdateInstanceGroup", "admin", instance_group=changed, current_version=1)
+
+    async def are_gone() -> bool:
+        metas = (await client.ok("GetCacheMeta", instance_id=instance, block_keys=[1, 3, 5, 7]))["metas"]
+        return ["SERVING" in meta for meta in metas] == [False, False, True, False]
+
+    await eventually_async(are_gone)
 
 
 async def test_a_group_keeps_below_its_level_of_bytes(client: Client, register: Register) -> None:
@@ -240,18 +283,21 @@ async def test_calls_are_counted_and_timed(client: Client, server: KvcmProcess) 
     found = {m["metric_name"]: m["metric_value"] for m in metrics if m["metric_tags"] == tag}
     assert int(found["service.query_counter"]["int_value"]) > 0
     assert found["service.query_rt_us"]["float_value"] > 0
+    assert 0 < found["service.query_rt_p50_us"]["float_value"] <= found["service.query_rt_p99_us"]["float_value"]
+    native = await connected(server.endpoint)
+    await native.close()
+    metrics = (await client.ok("GetMetrics", "admin"))["metrics"]
+    tag = [{"tag_key": "call", "tag_value": "Hello"}]
+    found = {m["metric_name"]: m["metric_value"] for m in metrics if m["metric_tags"] == tag}
+    assert int(found["native.call_counter"]["int_value"]) > 0
     url = f"http://127.0.0.1:{server.ports.of('admin', 'http')}/metrics"
     async with aiohttp.ClientSession() as session, session.get(url) as response:
         text = await response.text()
     assert 'stratakv_kvcm_calls_total{api_name="GetInstanceInfo",code="INSTANCE_NOT_EXIST"}' in text
     assert 'stratakv_kvcm_call_seconds_bucket{api_name="GetInstanceInfo"' in text
+    assert 'stratakv_meta_call_seconds_bucket{call="Hello"' in text
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        *("AddAccount", "DeleteAccount", "ListAccount", "GenConfigSnapshot", "LoadConfigSnapshot", "UpdateLogger"),
-    ],
-)
+@pytest.mark.parametrize("call", ["GenConfigSnapshot", "LoadConfigSnapshot", "UpdateLogger"])
 async def test_calls_that_are_not_there_say_so(client: Client, call: str) -> None:
     assert await client.code(call, "admin") == "UNSUPPORTED"
