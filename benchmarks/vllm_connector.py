@@ -33,9 +33,9 @@ NEW_TOKENS = 50
 OUTPUT_TOKENS = 64
 L1_TOKENS = 8192
 CONVERSATIONS, CONVERSATIONS_QUICK = 8, 3
-ROUNDS, ROUNDS_QUICK = 5, 2
+ROUNDS, ROUNDS_QUICK = 5, 1
 """After the first one, in which both sides compute everything."""
-UNIQUE, UNIQUE_QUICK = 9, 3
+UNIQUE, UNIQUE_QUICK = 9, 2
 LOADED_PASSES, LOADED_PASSES_QUICK = 3, 1
 SETTLE_S = 0.3
 """Between requests of the two sides: what one still does must not slow the other."""
@@ -103,8 +103,7 @@ class Side:
 def measure(sides: Mapping[str, Side], prompts: Prompts, options: argparse.Namespace) -> None:
     """All three parts."""
     in_turns = list(sides.values())
-    for _ in range(2):
-        ask_unique(in_turns, prompts)
+    ask_unique(in_turns, prompts)
     for side in in_turns:
         side.unique_ms.clear()
     for _ in range(UNIQUE_QUICK if options.quick else UNIQUE):

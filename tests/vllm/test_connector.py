@@ -144,3 +144,14 @@ def test_a_meta_server_that_is_started_anew_costs_cache_only(
     assert assert_answers(engine, some) >= 2 * BLOCK * len(some.prompts)
     forget(engine)
     assert_nothing_is_held(pool)
+
+
+def test_a_vllm_that_is_killed_while_it_loads_and_saves_leaves_nothing(
+    engine: VllmProcess, pool: Pool, questions: Questions
+) -> None:
+    """The last test of this engine. Its leases and puts end by themselves."""
+    started = [engine.start(prompt, MAX_TOKENS, salt)[1] for prompt in questions.prompts[:8] for salt in ("", "killed")]
+    started[0].wait_first()
+    engine.kill()
+    assert_nothing_is_held(pool)
+    assert pool.stats().blocks > 0

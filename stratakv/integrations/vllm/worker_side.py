@@ -123,9 +123,9 @@ class WorkerSide:
 
     def wait_layer(self, name: str) -> None:
         """Before vLLM reads the layer: every load of this step has it, or has failed."""
-        if not self._step_loads:
+        layer = self._layer_index.get(name)
+        if layer is None or not self._step_loads:
             return
-        layer = self._layer_index[name]
         for load in self._step_loads:
             if not load.wait_layer(layer):
                 # What this step computes may rest on blocks that did not come.
@@ -133,9 +133,9 @@ class WorkerSide:
 
     def layer_saved(self, name: str) -> None:
         """After vLLM has written the layer."""
-        if not self._step_saves:
+        layer = self._layer_index.get(name)
+        if layer is None or not self._step_saves:
             return
-        layer = self._layer_index[name]
         if self._step_saves[0].stamps is not None:
             self._step_saves[0].stamps.mark(layer)
         self._layers_final.add(layer)
