@@ -219,7 +219,7 @@ class MetaService:
         if namespace is not None:
             found = self._own.hosts(namespace, keys, media)
         else:
-            found = self._reports.matches(request.instance_id, keys, media)
+            found = self._reports.matches(request.instance_id, list(keys), media)
         return meta.GetHostCacheStateResponse(
             hosts=[
                 meta.HostCacheMatch(
@@ -232,7 +232,7 @@ class MetaService:
     async def report_event(self, request: meta.ReportEventRequest) -> meta.ReportEventResponse:
         """What a host has in its own cache."""
         self._refuse_own(request.instance_id)
-        return report(self._reports, self._state.instance(request.instance_id), request)
+        return await report(self._reports, self._state.instance(request.instance_id), request)
 
     async def _place(self, instance: Instance) -> Place:
         """Of the group's storages the first that can be written to. Raises StorageFailed."""

@@ -12,6 +12,7 @@ import pytest
 from tests.integration.meta_server.kvcm.conftest import Register
 from tests.integration.meta_server.kvcm.test_meta_service import hits, paths, write
 from tests.kvcm_clients import Client, KvcmProcess
+from tests.meta_process import connected
 from tests.support import eventually_async
 
 
@@ -282,11 +283,19 @@ async def test_calls_are_counted_and_timed(client: Client, server: KvcmProcess) 
     found = {m["metric_name"]: m["metric_value"] for m in metrics if m["metric_tags"] == tag}
     assert int(found["service.query_counter"]["int_value"]) > 0
     assert found["service.query_rt_us"]["float_value"] > 0
+    assert 0 < found["service.query_rt_p50_us"]["float_value"] <= found["service.query_rt_p99_us"]["float_value"]
+    native = await connected(server.endpoint)
+    await native.close()
+    metrics = (await client.ok("GetMetrics", "admin"))["metrics"]
+    tag = [{"tag_key": "call", "tag_value": "Hello"}]
+    found = {m["metric_name"]: m["metric_value"] for m in metrics if m["metric_tags"] == tag}
+    assert int(found["native.call_counter"]["int_value"]) > 0
     url = f"http://127.0.0.1:{server.ports.of('admin', 'http')}/metrics"
     async with aiohttp.ClientSession() as session, session.get(url) as response:
         text = await response.text()
     assert 'stratakv_kvcm_calls_total{api_name="GetInstanceInfo",code="INSTANCE_NOT_EXIST"}' in text
     assert 'stratakv_kvcm_call_seconds_bucket{api_name="GetInstanceInfo"' in text
+    assert 'stratakv_meta_call_seconds_bucket{call="Hello"' in text
 
 
 @pytest.mark.parametrize("call", ["GenConfigSnapshot", "LoadConfigSnapshot", "UpdateLogger"])
