@@ -74,16 +74,19 @@ class RestClient:
         on_text: Callable[[str], None] | None = None,
     ) -> Answer:
         """Stream one chat completion. Raises RequestFailed, Unavailable."""
-        body = {
-            "model": model,
-            "messages": list(messages),
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
+        body = {"messages": list(messages), "max_tokens": max_tokens, "temperature": temperature}
+        return self._stream("/v1/chat/completions", body | {"model": model}, on_text)
+
+    def complete(
+        self, prompt: str, *, model: str, max_tokens: int, temperature: float = 0.0, ignore_eos: bool = False
+    ) -> Answer:
+        """Stream one completion of a text. Raises RequestFailed, Unavailable."""
+        body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": temperature, "ignore_eos": ignore_eos}
+        return self._stream("/v1/completions", body | {"model": model}, None)
+
+    def _stream(self, path: str, body: dict[str, Any], on_text: Callable[[str], None] | None) -> Answer:
         started = time.perf_counter()
-        response = self._request("POST", "/v1/chat/completions", body)
+        response = self._request("POST", path, body | {"stream": True, "stream_options": {"include_usage": True}})
         pieces: list[str] = []
         usage: dict[str, Any] = {}
         ttft_s = 0.0
@@ -92,7 +95,7 @@ class RestClient:
                 raise RequestFailed(event["error"]["message"])
             usage = event.get("usage") or usage
             for choice in event.get("choices", ()):
-                text = choice["delta"].get("content")
+                text = choice["delta"].get("content") if "delta" in choice else choice["text"]
                 if not text:
                     continue
                 ttft_s = ttft_s or time.perf_counter() - started

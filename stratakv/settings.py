@@ -122,6 +122,7 @@ class MetaSettings:
     kvcm_http_port: int = setting(6382, "port of the KVCM API, HTTP; 0: none")
     admin_grpc_port: int = setting(6491, "port of the KVCM API's admin service, gRPC; 0: none")
     admin_http_port: int = setting(6492, "port of the KVCM API's admin service, HTTP; 0: none")
+    kvcm_probe_s: float = setting(10.0, "how often the KVCM API looks whether its storages are well")
     kvcm_host_timeout_s: float = setting(30.0, "hosts that report to the KVCM API and are silent for so long are gone")
     kvcm_reported_blocks_max: int = setting(10_000_000, "blocks that the hosts of one instance report at once")
     debug_service: bool = setting(False, "let clients of the admin ports inject faults into the KVCM API")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+import importlib.util
 import time
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -21,16 +23,41 @@ SPECS_MAX = 1024
 GROUPS_OF_SPECS_MAX = 255
 KEYS_PER_FILE_MAX = 65_536
 INSTANCES_MAX = 100_000
+_MOONCAKE_OPTIONS = ("local_hostname", "metadata_connstring", "protocol", "rdma_device")
 DEFAULT_STORAGE = "nfs_01"
 DEFAULT_GROUP = "default"
 
 
+class HealthState(enum.IntEnum):
+    """Of a storage; the numbers are those of OperatorService."""
+
+    NOT_PROBED = 0
+    HEALTHY = 1
+    FULL = 2
+    FAILING = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """How a storage was when it was last looked at."""
+
+    state: HealthState = HealthState.NOT_PROBED
+    detail: str = ""
+    used_share: float | None = None
+    """None: not known."""
+
+    @property
+    def takes_blocks(self) -> bool:
+        return self.state in (HealthState.NOT_PROBED, HealthState.HEALTHY)
+
+
 @dataclass(slots=True)
 class Storage:
-    """A place for files that clients write themselves."""
+    """A place for what clients write themselves."""
 
     config: admin.StorageConfig
     enabled: bool = True
+    health: Health = Health()
 
     @property
     def name(self) -> str:
@@ -41,6 +68,10 @@ class Storage:
         if self.config.WhichOneof("storage_spec") == "nfs":
             spec = self.config.nfs
             return Place(self.name, admin.ST_NFS, "file", spec.root_path.rstrip("/"), max(1, spec.key_count_per_file))
+        if self.config.WhichOneof("storage_spec") == "mooncake":
+            store = self.config.mooncake
+            options = ((name, getattr(store, name)) for name in _MOONCAKE_OPTIONS)
+            return Place(self.name, admin.ST_MOONCAKE, "mooncake", store.master_service_entry, 1, tuple(options))
         fs = self.config.threefs
         root = str(PurePosixPath(fs.mountpoint) / fs.root_dir.strip("/"))
         return Place(self.name, admin.ST_3FS, "3fs", root, max(1, fs.key_count_per_file))
@@ -50,6 +81,8 @@ class Storage:
         place = self.place
         if place.type == admin.ST_NFS:
             kind, spec = "file", {"root_path": self.config.nfs.root_path}
+        elif place.type == admin.ST_MOONCAKE:
+            kind, spec = "mooncake", {**dict(place.options), "master_service_entry": place.root}
         else:
             fs = self.config.threefs
             kind, spec = (
@@ -207,8 +240,11 @@ def check_storage(config: admin.StorageConfig) -> None:
     kind = config.WhichOneof("storage_spec")
     if kind is None:
         raise InvalidRequest("the storage has no spec", param="storage")
-    if kind not in ("nfs", "threefs"):
-        raise NotSupported(f"storages of kind {kind} are not supported; nfs and threefs are")
+    if kind not in ("nfs", "threefs", "mooncake"):
+        raise NotSupported(f"storages of kind {kind} are not supported; nfs, threefs and mooncake are")
+    if kind == "mooncake":
+        _check_mooncake(config.mooncake)
+        return
     spec = config.nfs if kind == "nfs" else config.threefs
     root = config.nfs.root_path if kind == "nfs" else config.threefs.mountpoint
     path = PurePosixPath(root)
@@ -217,6 +253,13 @@ def check_storage(config: admin.StorageConfig) -> None:
         raise InvalidRequest("a storage's root must be an absolute path, not / and without ..", param="storage")
     if not 0 <= spec.key_count_per_file <= KEYS_PER_FILE_MAX:
         raise InvalidRequest(f"key_count_per_file must be at most {KEYS_PER_FILE_MAX}", param="key_count_per_file")
+
+
+def _check_mooncake(spec: admin.MooncakeStorageSpec) -> None:
+    if not spec.master_service_entry:
+        raise InvalidRequest("a Mooncake storage needs its master's address", param="master_service_entry")
+    if importlib.util.find_spec("mooncake") is None:
+        raise NotSupported("Mooncake's client is not installed on this meta server (`stratakv[mooncake]`)")
 
 
 def check_group(config: admin.InstanceGroup) -> None:

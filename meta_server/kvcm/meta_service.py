@@ -219,7 +219,7 @@ class MetaService:
         if namespace is not None:
             found = self._own.hosts(namespace, keys, media)
         else:
-            found = self._reports.matches(request.instance_id, keys, media)
+            found = self._reports.matches(request.instance_id, list(keys), media)
         return meta.GetHostCacheStateResponse(
             hosts=[
                 meta.HostCacheMatch(
@@ -232,7 +232,7 @@ class MetaService:
     async def report_event(self, request: meta.ReportEventRequest) -> meta.ReportEventResponse:
         """What a host has in its own cache."""
         self._refuse_own(request.instance_id)
-        return report(self._reports, self._state.instance(request.instance_id), request)
+        return await report(self._reports, self._state.instance(request.instance_id), request)
 
     async def _place(self, instance: Instance) -> Place:
         """Of the group's storages the first that can be written to. Raises StorageFailed."""
@@ -242,6 +242,10 @@ class MetaService:
         usable = [s for s in storages if s is not None and s.enabled and (not only or s.place.type == kind)]
         failure = StorageFailed(f"group {group.name} has no enabled storage of the kind it asks for")
         for storage in sorted(usable, key=lambda s: _preference(s, kind)):
+            if not storage.health.takes_blocks:
+                why = storage.health.detail or f"storage {storage.name} is full"
+                failure = StorageFailed(why)
+                continue
             try:
                 await self._state.files.prepare(storage.place, instance.id)
             except StorageFailed as error:

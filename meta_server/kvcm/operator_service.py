@@ -32,12 +32,15 @@ class OperatorService:
         """All of them, and how each was when it was last looked at."""
         states = []
         for storage in self._state.storages.values():
-            usage = self._state.usage_of(storage.name)
+            usage, health = self._state.usage_of(storage.name), storage.health
             states.append(
                 operator.StorageState(
                     storage=storage.config,
                     is_enabled=storage.enabled,
-                    used_share=-1.0,
+                    health=int(health.state),  # type: ignore[arg-type]
+                    detail=health.detail,
+                    used_share=health.used_share if health.used_share is not None else -1.0,
+                    deletions_waiting=self._state.files.waiting(storage.place),
                     used_bytes=usage.size_bytes,
                     key_count=usage.num_keys,
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -12,17 +13,22 @@ from meta_server.kvcm.reported import InstanceReports, Reports, Specs
 from meta_server.validate import INT64_MAX, KEYS_MAX
 from stratakv.errors import InvalidRequest, StrataError
 
+EVENTS_PER_TURN = 500
+"""Taken before other calls get their turn."""
 _OK = meta.OK
+_UNKNOWN_MAY_SEND = (meta.EVENT_NODE_REGISTER, meta.EVENT_HOST_DOWN)
 
 
-def report(reports: Reports, instance: Instance, request: meta.ReportEventRequest) -> meta.ReportEventResponse:
+async def report(reports: Reports, instance: Instance, request: meta.ReportEventRequest) -> meta.ReportEventResponse:
     """The header tells of an error only if nothing was taken. Raises InvalidRequest."""
     check_name("host_ip_port", request.host_ip_port)
     if not 0 < len(request.events) <= KEYS_MAX:
         raise InvalidRequest(f"expected 1 to {KEYS_MAX} events", param="events")
     batch = _Batch(reports.of(instance.id, wholes(instance)), request.host_ip_port, reports.now())
-    for event in request.events:
+    for number, event in enumerate(request.events, 1):
         batch.take(event)
+        if number % EVENTS_PER_TURN == 0:
+            await asyncio.sleep(0)
     return batch.response()
 
 
@@ -54,10 +60,11 @@ class _Batch:
     def take(self, event: meta.EventItem) -> None:
         """Errors are kept for the response."""
         try:
-            taker = self._takers.get(event.event_type)
+            kind = event.event_type
+            taker = self._takers.get(kind)
             if taker is None:
-                raise InvalidRequest(f"there is no event type {event.event_type}", param="event_type")
-            if event.event_type not in (meta.EVENT_NODE_REGISTER, meta.EVENT_HOST_DOWN):
+                raise InvalidRequest(f"there is no event type {kind}", param="event_type")
+            if kind not in _UNKNOWN_MAY_SEND:
                 self._reports.heard(self._host, self._now)
             taker(event)
         except StrataError as error:

@@ -88,6 +88,7 @@ class KvcmServer:
             loaded,
             file_root=str(self._settings.kvcm_file_dir.expanduser().absolute()),
             open_writes_max=self._settings.puts_pending_max,
+            probe_s=self._settings.kvcm_probe_s,
         )
         self._state, self._store, self._journal = state, store, handlers.journal
         self._reports = Reports(

@@ -43,11 +43,14 @@ class Usage:
 class KvcmState:
     """All that the KVCM API knows."""
 
-    def __init__(self, changes: Changes, clock: Clock, loaded: Loaded, *, file_root: str, open_writes_max: int) -> None:
+    def __init__(
+        self, changes: Changes, clock: Clock, loaded: Loaded, *, file_root: str, open_writes_max: int, probe_s: float
+    ) -> None:
         self.changes = changes
         self._clock = clock
         self._open_writes_max = open_writes_max
-        self.files = Files(clock, self._files_deleted)
+        self.files = Files(clock, self._files_deleted, probe_s)
+        self._has_more_to_delete = False
         self._reclaimer = Reclaimer(clock, self.remove)
         self.storages = {storage.name: storage for storage in loaded.storages}
         self.groups = {group.name: group for group in loaded.groups}
@@ -195,7 +198,9 @@ class KvcmState:
                 self._decide(write, bytes(len(write.keys)))
         for group in self.groups.values():
             self._reclaimer.turn(group)
-        self.files.tick()
+        if self._has_more_to_delete and self.files.has_room:
+            self._queue_deletions()
+        self.files.tick(list(self.storages.values()))
         over = [write for write in self._empty.values() if write.ends_at <= now]
         if over:
             for write in over:
@@ -289,7 +294,16 @@ class KvcmState:
         if State.DELETING in states and State.WRITING not in states and State.SERVING not in states:
             group = self.groups.get(chunk[0].group)
             delay_ms = group.config.cache_config.reclaim_strategy.delay_before_delete_ms if group is not None else 0
-            self.files.delete(chunk, delay_ms / 1000)
+            self._has_more_to_delete |= not self.files.delete(chunk, delay_ms / 1000)
+
+    def _queue_deletions(self) -> None:
+        """Find chunks again for which there was no room; those that wait already are passed over."""
+        self._has_more_to_delete = False
+        for write in self.writes.values():
+            if State.DELETING in write.status:
+                for chunk in sorted({write.chunk_of(i) for i, s in enumerate(write.status) if s == State.DELETING}):
+                    if not self.files.is_waiting((write, chunk)):
+                        self._delete_if_unused((write, chunk))
 
     def _files_deleted(self, chunks: list[Chunk]) -> None:
         for write, chunk in chunks:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from urllib.parse import quote
 
 import msgspec
@@ -38,6 +37,8 @@ class Place(msgspec.Struct, frozen=True):
     scheme: str
     root: str
     keys_per_file: int
+    options: tuple[tuple[str, str], ...] = ()
+    """What else is needed to reach it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -69,12 +70,12 @@ class Write:
     def is_open(self) -> bool:
         return self.success is None
 
-    def files(self, chunk: int) -> list[Path]:
-        """The files of `keys_per_file` consecutive blocks."""
+    def names(self, chunk: int) -> list[str]:
+        """The files, or objects, of `keys_per_file` consecutive blocks, below the instance's directory."""
         first = chunk * self.place.keys_per_file
         used = {self.layout_of[i] for i in range(first, min(first + self.place.keys_per_file, len(self.keys)))}
-        names = {name for layout in used for name, _ in self.layouts[layout]}
-        return [Path(self._file(chunk, name)) for name in sorted(names)]
+        specs = {name for layout in used for name, _ in self.layouts[layout]}
+        return [self._name(chunk, spec) for spec in sorted(specs)]
 
     def chunk_of(self, position: int) -> int:
         return position // self.place.keys_per_file
@@ -83,16 +84,20 @@ class Write:
         first = chunk * self.place.keys_per_file
         return self.status[first : first + self.place.keys_per_file]
 
-    def _file(self, chunk: int, spec: str) -> str:
-        directory = instance_directory(self.place, self.instance_id)
-        return f"{directory}/{self.session_id}-{chunk}.{quote(spec, safe='')}"
+    def _name(self, chunk: int, spec: str) -> str:
+        return f"{self.session_id}-{chunk}.{quote(spec, safe='')}"
 
     def specs(self, position: int) -> Iterator[tuple[str, str]]:
         """Name and URI of each part of a block."""
         chunk, within = divmod(position, self.place.keys_per_file)
         for name, size_bytes in self.layouts[self.layout_of[position]]:
-            path = quote(self._file(chunk, name))
-            yield name, f"{self.place.scheme}://{path}?offset={within * size_bytes}&size={size_bytes}"
+            if self.place.scheme == "mooncake":
+                bucket = quote(self.place.storage, safe="")
+                key = f"{instance_directory_name(self.instance_id)}/{self._name(chunk, name)}"
+                yield name, f"mooncake://{bucket}/{key}"
+            else:
+                path = quote(f"{instance_directory(self.place, self.instance_id)}/{self._name(chunk, name)}")
+                yield name, f"{self.place.scheme}://{path}?offset={within * size_bytes}&size={size_bytes}"
 
 
 @dataclass(slots=True, eq=False)
@@ -146,7 +151,12 @@ class Location:
         return meta.CacheLocation(type=kind, spec_size=len(specs), location_specs=specs)
 
 
+def instance_directory_name(instance_id: str) -> str:
+    """Of the directory, within its storage."""
+    # An id may be a dot or two, which quoting leaves as they are.
+    return f"i-{quote(instance_id, safe='')}"
+
+
 def instance_directory(place: Place, instance_id: str) -> str:
     """Where an instance's files are."""
-    # An id may be a dot or two, which quoting leaves as they are.
-    return f"{place.root}/i-{quote(instance_id, safe='')}"
+    return f"{place.root}/{instance_directory_name(instance_id)}"

@@ -8,9 +8,10 @@ import itertools
 import random
 from dataclasses import dataclass
 
+from tests.chaos import bait
 from tests.chaos.history import History, Kind
 from tests.chaos.world import LEASE_S, World
-from tests.chaos.writers import Step
+from tests.chaos.writers import Step, Writers
 
 IN_FLIGHT_S_MAX = 0.004
 """Between the asking for an end and the kill."""
@@ -65,18 +66,21 @@ class Nemesis:
         self._strike(plan.victim)
         self._struck.set()
 
-    async def carry_out(self, plan: Plan) -> None:
+    async def carry_out(self, plan: Plan, writers: Writers) -> None:
         """Strike at the step, and let the victim come back; a killed one sooner or later than its lease ends."""
         leader = None
         while leader is None:
             leader = await self._world.leader()
         self._leader = leader
+        baits = await bait.lay(writers) if plan.victim is Victim.FROZEN_LEADER else []
         self._struck.clear()
         self._plan = plan
         await self._struck.wait()
         if plan.victim is Victim.FROZEN_LEADER:
+            asking = asyncio.create_task(bait.ask(writers, self._world.servers[self._leader].endpoint, baits))
             await asyncio.sleep(self._random.uniform(1.5, 2.5) * LEASE_S)
             self._world.wake_server(self._leader)
+            await asking
         else:
             await asyncio.sleep(self._random.uniform(0.0, 1.5) * LEASE_S)
             await self._restart(plan.victim)

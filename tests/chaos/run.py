@@ -46,7 +46,7 @@ async def run(directory: Path, seed: int, chosen: Iterable[Plan] | None = None, 
                 if time.monotonic() > until or history.violations(SLACK_S):
                     break
                 rounds += 1
-                await _round(nemesis, history, plan)
+                await _round(nemesis, writers, plan)
         violations = await _at_rest(world, writers)
     return Verdict(history.violations(SLACK_S) + violations, history, rounds)
 
@@ -87,9 +87,10 @@ async def _working(writers: Writers) -> AsyncIterator[None]:
                 raise result
 
 
-async def _round(nemesis: Nemesis, history: History, plan: Plan) -> None:
+async def _round(nemesis: Nemesis, writers: Writers, plan: Plan) -> None:
     async with asyncio.timeout(PROGRESS_TIMEOUT_S):
-        await nemesis.carry_out(plan)
+        await nemesis.carry_out(plan, writers)
+    history = writers.history
     seen = len(history.events)
 
     def both_go_on() -> bool:

@@ -82,9 +82,15 @@ class Writers:
                 await asyncio.sleep(RETRY_S)
 
     async def _native_write(self) -> None:
+        is_short = self.random.random() < ABANDONED_SHARE
+        started = await self.start_native(SHORT_TIMEOUT_S if is_short else TIMEOUT_S)
+        if started is not None:
+            await self._finish("native", started[0], is_short)
+
+    async def start_native(self, timeout_s: float) -> tuple[Open, PutEnd] | None:
+        """A put that has room and only needs to be ended; None if it got none. Raises Unavailable."""
         blocks, put_id, name = self.random.randint(1, BLOCKS_MAX), os.urandom(16), self.new_name("native")
-        keys, is_short = new_keys(blocks), self.random.random() < ABANDONED_SHARE
-        timeout_s = SHORT_TIMEOUT_S if is_short else TIMEOUT_S
+        keys = new_keys(blocks)
         start = PutStart(put_id, NAMESPACE, keys, PAGE_BYTES, 16, timeout_s=timeout_s)
         try:
             grant = await self.client.call(start, PutGrant)
@@ -92,12 +98,12 @@ class Writers:
             raise
         except StrataError:  # no daemon is known to this leader yet
             await asyncio.sleep(RETRY_S)
-            return
+            return None
         assert len(grant.wanted) == blocks, "room for all was granted"
         assert grant.segment is not None
         extents = self.daemon.allocate(put_id, blocks, timeout_s, grant.term)
         if extents is None:
-            return
+            return None
         self.history.add(Kind.GRANTED, name, blocks=blocks, timeout_s=timeout_s)
         end = PutEnd(put_id, grant.segment.epoch, extents)
 
@@ -115,7 +121,7 @@ class Writers:
                 return None
 
         self.lookups[name] = look
-        await self._finish("native", Open(name, ask), is_short)
+        return Open(name, ask), end
 
     async def kvcm(self) -> None:
         """Write by the KVCM API until cancelled."""

@@ -100,16 +100,19 @@ class Model:
         """Compute a step, writing its keys and values into `kv`. Returns fp32 logits [len(logit_rows), vocab_size]."""
         ops = self._step_ops(batch, kv.k[0].shape[1])
         hidden = functional.embedding(torch.tensor(batch.token_ids, device=self._device), self._embedding).float()
-        added: torch.Tensor | None = None
+        added = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device)
         for index, layer in enumerate(self._layers):
             k_cache, v_cache = kv.k[index].flatten(0, 1), kv.v[index].flatten(0, 1)
-            heads = layer.qkv(ops.add_norm(hidden, added, layer.input_norm)).view(len(hidden), -1, self.config.head_dim)
-            rotated = ops.rotate_write(heads, layer.head_norms, k_cache, v_cache)
+            for part in ops.slices:
+                normed = ops.add_norm(hidden[part], added[part], layer.input_norm)
+                heads = layer.qkv(normed).view(len(normed), -1, self.config.head_dim)
+                ops.rotate_write(heads, part, layer.head_norms, k_cache, v_cache)
             hooks.after_write(index)
             hooks.before_attention(index)
-            added = layer.output(ops.attend(rotated, k_cache, v_cache))
-            added = layer.down(ops.gated(layer.gate_up(ops.add_norm(hidden, added, layer.post_norm))))
-        assert added is not None
+            attended = ops.attend(k_cache, v_cache)
+            for part in ops.slices:
+                normed = ops.add_norm(hidden[part], layer.output(attended[part]), layer.post_norm)
+                added[part] = layer.down(ops.gated(layer.gate_up(normed)))
         hidden += added
         rows = hidden[torch.tensor(batch.logit_rows, device=self._device)]
         return self._head(functional.rms_norm(rows, self._norm.shape, self._norm, self.config.rms_norm_eps))

@@ -13,7 +13,10 @@ from workers.engine.block_table import Run
 from workers.engine.forward_batch import ForwardBatch
 from workers.engine.model_config import ModelConfig
 from workers.engine.rope import RotaryEmbedding
-from workers.engine.step_ops import HeadNorms, Rotated
+from workers.engine.step_ops import HeadNorms
+
+_SLICE_ROWS = 512
+"""What so many rows hold between two products fits a processor's second-level cache."""
 
 
 def can_run(config: ModelConfig, dtype: torch.dtype, device: torch.device, block_size: int) -> bool:
@@ -37,20 +40,23 @@ class NativeStep:
         self._num_threads = torch.get_num_threads()
         self._cos, self._sin = rope.at(batch.positions)
         self._slots = torch.tensor([slot for run in batch.writes for slot in range(run.start, run.stop)])
+        num_rows = len(batch.token_ids)
+        self._q = torch.empty(num_rows, config.num_heads * config.head_dim, dtype=torch.bfloat16)
+        self.slices = [slice(at, min(at + _SLICE_ROWS, num_rows)) for at in range(0, num_rows, _SLICE_ROWS)]
         self._plan = kernels.make_plan(
             config.num_heads,
             config.num_kv_heads,
             config.head_dim,
-            len(batch.token_ids),
+            num_rows,
             self._num_threads,
             list(_segments(batch.parts)),
         )
 
-    def add_norm(self, hidden: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
+    def add_norm(self, hidden: torch.Tensor, added: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         out = torch.empty(hidden.shape, dtype=torch.bfloat16)
         kernels.add_norm(
             hidden.data_ptr(),
-            0 if added is None else added.data_ptr(),
+            added.data_ptr(),
             weight.data_ptr(),
             self._config.rms_norm_eps,
             hidden.shape[0],
@@ -61,17 +67,23 @@ class NativeStep:
         return out
 
     def rotate_write(
-        self, heads: torch.Tensor, norms: HeadNorms | None, k_cache: torch.Tensor, v_cache: torch.Tensor
-    ) -> Rotated:
+        self,
+        heads: torch.Tensor,
+        rows: slice,
+        norms: HeadNorms | None,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+    ) -> None:
         config = self._config
         kernels.rotate_write(
             heads.data_ptr(),
-            self._cos.data_ptr(),
-            self._sin.data_ptr(),
+            self._cos[rows].data_ptr(),
+            self._sin[rows].data_ptr(),
             0 if norms is None else norms.q.data_ptr(),
             0 if norms is None else norms.k.data_ptr(),
             config.rms_norm_eps,
-            self._slots.data_ptr(),
+            self._slots[rows].data_ptr(),
+            self._q[rows].data_ptr(),
             k_cache.data_ptr(),
             v_cache.data_ptr(),
             heads.shape[0],
@@ -80,13 +92,10 @@ class NativeStep:
             config.head_dim,
             self._num_threads,
         )
-        first_v = config.num_heads + config.num_kv_heads
-        return Rotated(heads[:, : config.num_heads], heads[:, config.num_heads : first_v], heads[:, first_v:])
 
-    def attend(self, rotated: Rotated, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
-        q = rotated.q
-        out = torch.empty(q.shape[0], self._config.num_heads * self._config.head_dim, dtype=q.dtype)
-        self._plan.attend(q.data_ptr(), q.stride(0), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr())
+    def attend(self, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(self._q)
+        self._plan.attend(self._q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr())
         return out
 
     def gated(self, gate_up: torch.Tensor) -> torch.Tensor:

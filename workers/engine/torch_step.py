@@ -11,7 +11,7 @@ from workers.engine.block_table import Run
 from workers.engine.forward_batch import ForwardBatch
 from workers.engine.model_config import ModelConfig
 from workers.engine.rope import RotaryEmbedding, rotate
-from workers.engine.step_ops import HeadNorms, Rotated
+from workers.engine.step_ops import HeadNorms
 from workers.engine.torch_attention import TorchAttention
 
 _MAX_SLICE_WRITES = 4
@@ -28,28 +28,34 @@ class TorchStep:
         self._cos, self._sin = (each.unsqueeze(1) for each in rope.at(batch.positions))
         self._writer = _SlotWriter(batch.writes, device)
         self._attention = TorchAttention(batch.parts, device)
+        self._qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self.slices = (slice(0, len(batch.token_ids)),)
 
-    def add_norm(self, hidden: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
-        if added is not None:
-            hidden += added
+    def add_norm(self, hidden: torch.Tensor, added: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        hidden += added
         return self._normalise(hidden, weight).to(self._dtype)
 
     def rotate_write(
-        self, heads: torch.Tensor, norms: HeadNorms | None, k_cache: torch.Tensor, v_cache: torch.Tensor
-    ) -> Rotated:
+        self,
+        heads: torch.Tensor,
+        rows: slice,
+        norms: HeadNorms | None,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+    ) -> None:
         num_heads, num_kv_heads = self._config.num_heads, self._config.num_kv_heads
         qk, v = heads[:, : num_heads + num_kv_heads].float(), heads[:, num_heads + num_kv_heads :]
         if norms is not None:
             q, k = qk[:, :num_heads], qk[:, num_heads:]
             qk = torch.cat([self._normalise(q, norms.q), self._normalise(k, norms.k)], dim=1)
         qk = rotate(qk, self._cos, self._sin, self._dtype)
-        rotated = Rotated(qk[:, :num_heads], qk[:, num_heads:], v)
-        self._writer.write(rotated.k, k_cache)
-        self._writer.write(rotated.v, v_cache)
-        return rotated
+        self._qkv = qk[:, :num_heads], qk[:, num_heads:], v
+        self._writer.write(qk[:, num_heads:], k_cache)
+        self._writer.write(v, v_cache)
 
-    def attend(self, rotated: Rotated, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
-        return self._attention.attend(*rotated, k_cache, v_cache)
+    def attend(self, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
+        assert self._qkv is not None
+        return self._attention.attend(*self._qkv, k_cache, v_cache)
 
     def gated(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)

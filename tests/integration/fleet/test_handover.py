@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from tests.integration.fleet.conftest import Pool
 from tests.integration.fleet.processes import Worker
-from tests.integration.fleet.test_reuse import prompt_of
+from tests.integration.fleet.test_reuse import prompt_of, published
+from tests.support import eventually
 
 OUTPUT_TOKENS = 12
 _ids = itertools.count()
@@ -109,3 +110,36 @@ def test_a_prompt_handed_over_while_it_is_computed_is_answered_like_by_one_worke
     assert first.token_ids + rest.token_ids == pool.alone.complete(prompt, OUTPUT_TOKENS).token_ids
     assert (first.finish_reason, rest.finish_reason) == ("length", "length")
     assert rest.tiers["pool"] == num_tokens // 16 * 16
+
+
+def test_a_prefix_that_is_in_the_pool_is_loaded_and_the_rest_handed_over(
+    pool: Pool, pair: Pair, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    prefix = prompt_of(tokenizer, 320, seed=2000)
+    published(pool.prefill, prefix)
+    prompt = prefix + prompt_of(tokenizer, 200, seed=2001)
+    first, rest = pair.run(prompt)
+    assert first.token_ids + rest.token_ids == pool.alone.complete(prompt, OUTPUT_TOKENS).token_ids
+    assert (rest.tiers["pool"], rest.tiers["computed"]) == (512, 9)
+
+
+def test_a_prefill_in_chunks_is_handed_over(
+    pool: Pool, threads: ThreadPoolExecutor, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    chunked = pool.fleet.worker(
+        "chunked", "--role", "prefill", "--node", "dmp-0", "--l1-tokens", "4096", "--max-batched-tokens", "128"
+    )
+    eventually(chunked.is_ready, timeout_s=90, what="the worker that computes in chunks is ready")
+    pair = Pair(chunked, pool.decode, threads)
+
+    prompt = prompt_of(tokenizer, 500, seed=2002)
+    first, rest = pair.run(prompt)
+    expected = pool.alone.complete(prompt, OUTPUT_TOKENS).token_ids
+    assert first.token_ids + rest.token_ids == expected
+    assert rest.tiers["pool"] == 496
+
+
+def test_what_nobody_hands_over_fails_at_once(pool: Pool, tokenizer: PreTrainedTokenizerBase) -> None:
+    prompt = prompt_of(tokenizer, 100, seed=2004)
+    following = {"do_remote_prefill": True, "remote_url": pool.prefill.url, "remote_request_id": "nobody's"}
+    assert stream(pool.decode, prompt, "d", 4, following).error == "handover_failed"

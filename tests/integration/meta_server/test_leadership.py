@@ -34,6 +34,7 @@ from stratakv.wire import (
     Stats,
     Welcome,
 )
+from tests.integration.pool.command import stratakv
 from tests.meta_process import NAMESPACE, PAGE_BYTES, MetaProcess, TestDaemon, meta_server, new_keys, put, start_put
 from tests.support import eventually_async
 
@@ -140,6 +141,22 @@ async def test_a_leader_lets_another_one_lead_on_request(migrated_url: str) -> N
         await client.call(GetStats(), Stats)
         after = await client.call(GetLeader(), LeaderState)
         assert (after.server, after.term > before.term) == (second.removeprefix("tcp://"), True)
+
+
+async def test_the_command_line_shows_who_leads_and_has_another_one_lead(migrated_url: str, tmp_path: Path) -> None:
+    async with AsyncExitStack() as stack:
+        first = await stack.enter_async_context(meta_server(migrated_url))
+        second = await stack.enter_async_context(meta_server(migrated_url))
+        addresses = [endpoint.removeprefix("tcp://") for endpoint in (first, second)]
+        known = f"--set=meta.addresses={','.join(addresses)}"
+        shown = await stratakv(0, tmp_path, "meta", "servers", "--json", known)
+        assert [shown.json[address]["is_leader"] for address in addresses] == [True, False]
+        wrong = await stratakv(0, tmp_path, "meta", "servers", "demote", addresses[1], known)
+        assert (wrong.status, "does not lead" in wrong.err) == (1, True)
+        demoted = await stratakv(0, tmp_path, "meta", "servers", "demote", known)
+        assert (demoted.status, demoted.out.strip()) == (0, f"{addresses[0]} no longer leads")
+        await eventually_async(lambda: leads(second), what="the other one leads")
+        assert f"standing by for {addresses[1]}" in (await stratakv(0, tmp_path, "meta", "servers", known)).out
 
 
 async def test_a_put_begun_with_one_leader_ends_with_the_next(migrated_url: str, tmp_path: Path) -> None:

@@ -171,6 +171,15 @@ class World:
     def take(self) -> asyncio.Task[TakenOver]:
         return asyncio.create_task(self.taker.take("", REQUEST, self.keys))
 
+    async def read_all(self) -> None:
+        """Until what was told has been heard, and no thread reads any more."""
+        for _ in range(20):
+            await asyncio.sleep(0)
+        idle = threading.Barrier(READERS)
+        await asyncio.gather(*(asyncio.wrap_future(self.taker.threads.submit(idle.wait)) for _ in range(READERS)))
+        for _ in range(20):
+            await asyncio.sleep(0)
+
     async def close(self) -> None:
         await self.taker.close()
         await self.tiers.close()
@@ -323,6 +332,8 @@ class Story:
     is_saved: bool
     cut_after: int | None
     cancel_after: int | None
+    is_calm: bool
+    """What is told has been read before the next layer is written."""
 
 
 @st.composite
@@ -340,6 +351,7 @@ def stories(draw: st.DrawFn) -> Story:
         draw(st.booleans()),
         draw(step),
         draw(step),
+        draw(st.booleans()),
     )
 
 
@@ -358,7 +370,7 @@ async def play(world: World, story: Story) -> None:
             put.tell([layer])
             for index in {index for index, at in story.spoiled_late if at == layer} & pages.keys():
                 prefill.spoil(put, pages[index], layer)
-            await asyncio.sleep(0)
+            await (world.read_all() if story.is_calm else asyncio.sleep(0))
             step += 1
             if step == story.cancel_after:
                 taking.cancel()

@@ -14,7 +14,7 @@ from stratakv.config import NATIVE_ENV
 
 __all__ = ["Plan", "Segment", "add_norm", "apply_head", "gated", "is_supported", "make_plan", "rotate_write"]
 
-INTERFACE = 1
+INTERFACE = 2
 """Counted up with every change of what the module offers: one that was built from older sources is not used."""
 
 GROUP_KEYS = 16
@@ -31,9 +31,9 @@ keys lie before the first row's own if each later row sees one more, else -1."""
 class Plan(Protocol):
     """How the rows of a step attend; used in every layer, by one thread at a time."""
 
-    def attend(self, q: int, q_stride: int, k_cache: int, v_cache: int, out: int, /) -> None:
-        """Attention of one layer, without the interpreter lock. Addresses of bf16 numbers: `q` [rows, heads, head_dim] with
-        `q_stride` numbers from row to row, the caches [slots, kv_heads, head_dim], `out` [rows, heads, head_dim]."""
+    def attend(self, q: int, k_cache: int, v_cache: int, out: int, /) -> None:
+        """Attention of one layer, without the interpreter lock. Addresses of bf16 numbers: `q` and `out` [rows, heads,
+        head_dim], the caches [slots, kv_heads, head_dim]."""
 
 
 try:

@@ -17,13 +17,13 @@ class Plan:
         segments: Sequence[Segment],
         /,
     ) -> Plan: ...
-    def attend(self, q: int, q_stride: int, k_cache: int, v_cache: int, out: int, /) -> None: ...
+    def attend(self, q: int, k_cache: int, v_cache: int, out: int, /) -> None: ...
 
 def is_supported() -> bool: ...
 def add_norm(
     hidden: int, added: int, weight: int, epsilon: float, num_rows: int, width: int, out: int, num_threads: int, /
 ) -> None:
-    """Addresses of `hidden` (fp32) [rows, width], `added` (bf16, or 0 for nothing), `weight` (fp32) and `out` (bf16)."""
+    """Addresses of `hidden` (fp32) [rows, width], `added` (bf16), `weight` (fp32) and `out` (bf16)."""
 
 def rotate_write(
     heads: int,
@@ -33,6 +33,7 @@ def rotate_write(
     k_norm: int,
     epsilon: float,
     slots: int,
+    q_out: int,
     k_cache: int,
     v_cache: int,
     num_rows: int,
@@ -42,7 +43,7 @@ def rotate_write(
     num_threads: int,
     /,
 ) -> None:
-    """q of `heads` is rotated in place; k is rotated into its slot (int64) of the cache, v copied. Norms may be 0 for none."""
+    """q is rotated into `q_out` [rows, num_heads, head_dim], k into its slot (int64) of the cache; v is copied. Norms may be 0."""
 
 def gated(gate_up: int, num_rows: int, width: int, out: int, num_threads: int, /) -> None:
     """silu(gate) × up of bf16 [rows, 2 × width]."""

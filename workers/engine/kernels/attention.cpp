@@ -21,7 +21,7 @@ namespace {
 constexpr int kPairKeys = 32;      // Keys of one product with values: 16 pairs.
 constexpr int kNarrowKeys = 64;    // As kWideKeys, of a narrow item.
 constexpr float kLowest = -1e30f;  // The top of no scores at all.
-constexpr float kMasked = -INFINITY;
+constexpr float kMasked = -1e30f;  // Finite: the difference of two of them is a number.
 
 // State of a running softmax, by column: the highest score so far, in powers of two, and the sum of weights.
 struct Softmax {
@@ -156,7 +156,7 @@ void Plan::load_queries(const Segment& segment, int kv_head, int first_column, i
         if (column < num_columns) {
           const int64_t row = segment.rows[size_t(column / group)];
           const int head = kv_head * group + column % group;
-          columns[i] = _mm512_loadu_si512(tensors_.q + row * tensors_.q_stride + head * dim + step * 32);
+          columns[i] = _mm512_loadu_si512(tensors_.q + (row * shape_.num_heads + head) * dim + step * 32);
         } else {
           columns[i] = _mm512_setzero_si512();
         }
@@ -176,100 +176,127 @@ void Plan::find_visible(const Item& item, int first_column, int num_columns, int
   }
 }
 
-void Plan::attend_wide(const Item& item, Scratch& scratch) {
-  const Segment& segment = segments_[size_t(item.segment)];
-  const int dim = shape_.head_dim, heads = shape_.num_kv_heads, group = shape_.group();
-  const int64_t key_stride = int64_t(heads) * dim;
-  const float scale = log2_scale();
-  const uint16_t* const values = packed_.get() + packed_at_[size_t(item.segment)] +
-                                 int64_t(item.kv_head) * int64_t(segment.groups.size()) * kGroupKeys * dim;
-  load_queries(segment, item.kv_head, item.first_column, 2, scratch.queries.get());
-  find_visible(item, item.first_column, kWideColumns, scratch.visible);
-  const int least_visible = *std::min_element(scratch.visible, scratch.visible + kWideColumns);
-  memset(scratch.sums.get(), 0, sizeof(float) * size_t(dim) * kWideColumns);
-  __m512 tops[2], totals[2];
-  for (int half = 0; half < 2; ++half) {
-    tops[half] = _mm512_set1_ps(kLowest);
-    totals[half] = _mm512_setzero_ps();
+// One block of columns over the keys of an item. The products of the blocks of keys before and after stand ahead of a block's
+// exponentials, so that tiles and vectors work at the same time.
+class WideItem {
+ public:
+  WideItem(const uint16_t* keys, int64_t key_stride, const int64_t* groups, const uint16_t* values, int dim, float scale,
+           Plan::Scratch& scratch)
+      : keys_(keys), key_stride_(key_stride), groups_(groups), values_(values), dim_(dim), scale_(scale), scratch_(scratch) {
+    memset(scratch_.sums.get(), 0, sizeof(float) * size_t(dim_) * kWideColumns);
+    for (int half = 0; half < 2; ++half) {
+      tops_[half] = _mm512_set1_ps(kLowest);
+      totals_[half] = _mm512_setzero_ps();
+    }
   }
 
-  for (int first = item.first_key; first < item.stop_key; first += kWideKeys) {
-    const int num_steps = ceil_div(std::min(kWideKeys, item.stop_key - first), kPairKeys);
-    const int num_keys = num_steps * kPairKeys;
-    for (int step = 0; step < num_steps; ++step) {
-      const int64_t* const slots = &segment.groups[size_t(first / kGroupKeys + step * 2)];
-      const uint16_t* const low = tensors_.k + slots[0] * key_stride + item.kv_head * dim;
-      const uint16_t* const high = tensors_.k + slots[1] * key_stride + item.kv_head * dim;
+  void run(int first_key, int stop_key) {
+    const int least_visible = *std::min_element(scratch_.visible, scratch_.visible + kWideColumns);
+    const int num_blocks = ceil_div(stop_key - first_key, kWideKeys);
+    const auto num_steps = [&](int block) {
+      return ceil_div(std::min(kWideKeys, stop_key - first_key - block * kWideKeys), kPairKeys);
+    };
+    if (num_blocks > 0) score(first_key, num_steps(0), scratch_.scores[0]);
+    for (int block = 0; block < num_blocks; ++block) {
+      const int first = first_key + block * kWideKeys;
+      if (block > 0) add_values(first - kWideKeys, kWideKeys / kPairKeys, scratch_.weights[(block - 1) % 2]);
+      if (block + 1 < num_blocks) score(first + kWideKeys, num_steps(block + 1), scratch_.scores[(block + 1) % 2]);
+      const int num_keys = num_steps(block) * kPairKeys;
+      for (int half = 0; half < 2; ++half) {
+        float* const scores = scratch_.scores[block % 2] + half * kTile;
+        if (first + num_keys > least_visible) {
+          hide(first, num_keys, scratch_.visible + half * kTile, scores, kWideColumns);
+        }
+        weigh(num_keys, half, scores, scratch_.weights[block % 2] + half * kTile);
+      }
+    }
+    if (num_blocks > 0) {
+      const int last = num_blocks - 1;
+      add_values(first_key + last * kWideKeys, num_steps(last), scratch_.weights[last % 2]);
+    }
+    for (int half = 0; half < 2; ++half) {
+      _mm512_store_ps(scratch_.tops + half * kTile, tops_[half]);
+      _mm512_store_ps(scratch_.totals + half * kTile, totals_[half]);
+    }
+  }
+
+ private:
+  // Products of keys with queries: scores [keys][columns].
+  void score(int first, int num_steps, float* scores) const {
+    for (int step = 0; step < num_steps; ++step, scores += kPairKeys * kWideColumns) {
+      const int64_t* const slots = groups_ + first / kGroupKeys + step * 2;
+      const uint16_t* const low = keys_ + slots[0] * key_stride_;
+      const uint16_t* const high = keys_ + slots[1] * key_stride_;
       _tile_zero(0);
       _tile_zero(1);
       _tile_zero(2);
       _tile_zero(3);
-      for (int part = 0; part < dim / 32; ++part) {
-        const uint32_t* const queries = scratch.queries.get() + part * 2 * kTile * kTile;
-        _tile_loadd(4, low + part * 32, key_stride * 2);
+      for (int part = 0; part < dim_ / 32; ++part) {
+        const uint32_t* const queries = scratch_.queries.get() + part * 2 * kTile * kTile;
+        _tile_loadd(4, low + part * 32, key_stride_ * 2);
         _tile_loadd(6, queries, 64);
-        _tile_loadd(5, high + part * 32, key_stride * 2);
+        _tile_loadd(5, high + part * 32, key_stride_ * 2);
         _tile_loadd(7, queries + kTile * kTile, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
       }
-      float* const scores = scratch.scores + step * kPairKeys * kWideColumns;
       _tile_stored(0, scores, kWideColumns * 4);
       _tile_stored(1, scores + kTile, kWideColumns * 4);
       _tile_stored(2, scores + kTile * kWideColumns, kWideColumns * 4);
       _tile_stored(3, scores + kTile * kWideColumns + kTile, kWideColumns * 4);
     }
-    // While the weights are computed, the values they are for come near.
-    for (int line = 0; line < num_keys * dim / 32; ++line) {
-      _mm_prefetch(reinterpret_cast<const char*>(values + int64_t(first) * dim + line * 32), _MM_HINT_T0);
+  }
+
+  // Scores of 16 columns become weights; what was summed under a lower top is scaled down.
+  void weigh(int num_keys, int half, const float* scores, uint32_t* weights) {
+    const __m512 scale = _mm512_set1_ps(scale_);
+    __m512 highest = _mm512_load_ps(scores), other = _mm512_load_ps(scores + kWideColumns);
+    for (int key = 2; key < num_keys; key += 2) {
+      highest = _mm512_max_ps(highest, _mm512_load_ps(scores + key * kWideColumns));
+      other = _mm512_max_ps(other, _mm512_load_ps(scores + (key + 1) * kWideColumns));
     }
-    const bool is_masked = first + num_keys > least_visible;
-    for (int half = 0; half < 2; ++half) {
-      float* const scores = scratch.scores + half * kTile;
-      if (is_masked) hide(first, num_keys, scratch.visible + half * kTile, scores, kWideColumns);
-      __m512 highest = _mm512_load_ps(scores), other = _mm512_load_ps(scores + kWideColumns);
-      for (int key = 2; key < num_keys; key += 2) {
-        highest = _mm512_max_ps(highest, _mm512_load_ps(scores + key * kWideColumns));
-        other = _mm512_max_ps(other, _mm512_load_ps(scores + (key + 1) * kWideColumns));
-      }
-      highest = _mm512_mul_ps(_mm512_max_ps(highest, other), _mm512_set1_ps(scale));
-      const __m512 top = _mm512_max_ps(tops[half], highest);
-      const __mmask16 risen = _mm512_cmp_ps_mask(top, tops[half], _CMP_GT_OQ);
-      if (risen != 0 && first > item.first_key) {
-        const __m512 factor = exp2(_mm512_sub_ps(tops[half], top));
-        totals[half] = _mm512_mul_ps(totals[half], factor);
-        for (int d = 0; d < dim; ++d) {
-          float* const sum = scratch.sums.get() + d * kWideColumns + half * kTile;
-          _mm512_store_ps(sum, _mm512_mul_ps(_mm512_load_ps(sum), factor));
-        }
-      }
-      tops[half] = top;
-      __m512 total_even = _mm512_setzero_ps(), total_odd = _mm512_setzero_ps();
-      for (int key = 0; key < num_keys; key += 2) {
-        const float* const at = scores + key * kWideColumns;
-        const __m512 even = exp2(_mm512_fmsub_ps(_mm512_load_ps(at), _mm512_set1_ps(scale), top));
-        const __m512 odd = exp2(_mm512_fmsub_ps(_mm512_load_ps(at + kWideColumns), _mm512_set1_ps(scale), top));
-        total_even = _mm512_add_ps(total_even, even);
-        total_odd = _mm512_add_ps(total_odd, odd);
-        _mm512_store_si512(scratch.weights + key / 2 * kWideColumns + half * kTile, pair_bf16(even, odd));
-      }
-      totals[half] = _mm512_add_ps(totals[half], _mm512_add_ps(total_even, total_odd));
+    highest = _mm512_mul_ps(_mm512_max_ps(highest, other), scale);
+    const __m512 top = _mm512_max_ps(tops_[half], highest);
+    // Weights are summed as they are used, so that their rounding cancels out.
+    const __m512i ones = _mm512_set1_epi16(0x3F80);  // 1 in bf16.
+    __m512 total = _mm512_setzero_ps();
+    for (int key = 0; key < num_keys; key += 2) {
+      const float* const at = scores + key * kWideColumns;
+      const __m512 even = exp2_coarse(_mm512_fmsub_ps(_mm512_load_ps(at), scale, top));
+      const __m512 odd = exp2_coarse(_mm512_fmsub_ps(_mm512_load_ps(at + kWideColumns), scale, top));
+      const __m512i both = pair_bf16(even, odd);
+      total = _mm512_dpbf16_ps(total, (__m512bh)both, (__m512bh)ones);
+      _mm512_store_si512(weights + key / 2 * kWideColumns, both);
     }
-    for (int d = 0; d < dim; d += 2 * kTile) {
-      float* const sums = scratch.sums.get() + d * kWideColumns;
+    if (_mm512_cmp_ps_mask(top, tops_[half], _CMP_GT_OQ) != 0) {
+      const __m512 factor = exp2(_mm512_sub_ps(tops_[half], top));
+      totals_[half] = _mm512_mul_ps(totals_[half], factor);
+      for (int d = 0; d < dim_; ++d) {
+        float* const sum = scratch_.sums.get() + d * kWideColumns + half * kTile;
+        _mm512_store_ps(sum, _mm512_mul_ps(_mm512_load_ps(sum), factor));
+      }
+      tops_[half] = top;
+    }
+    totals_[half] = _mm512_add_ps(totals_[half], total);
+  }
+
+  // Adds products of values with weights to the sums [dim][columns].
+  void add_values(int first, int num_steps, const uint32_t* weights) const {
+    for (int d = 0; d < dim_; d += 2 * kTile) {
+      float* const sums = scratch_.sums.get() + d * kWideColumns;
       _tile_loadd(0, sums, kWideColumns * 4);
       _tile_loadd(1, sums + kTile, kWideColumns * 4);
       _tile_loadd(2, sums + kTile * kWideColumns, kWideColumns * 4);
       _tile_loadd(3, sums + kTile * kWideColumns + kTile, kWideColumns * 4);
       for (int step = 0; step < num_steps; ++step) {
-        const uint16_t* const tile = values + int64_t(first + step * kPairKeys) * dim + d * kPairKeys;
-        const uint32_t* const weights = scratch.weights + step * kTile * kWideColumns;
+        const uint16_t* const tile = values_ + int64_t(first + step * kPairKeys) * dim_ + d * kPairKeys;
+        const uint32_t* const pairs = weights + step * kTile * kWideColumns;
         _tile_loadd(4, tile, 64);
-        _tile_loadd(6, weights, kWideColumns * 4);
+        _tile_loadd(6, pairs, kWideColumns * 4);
         _tile_loadd(5, tile + kTile * kPairKeys, 64);
-        _tile_loadd(7, weights + kTile, kWideColumns * 4);
+        _tile_loadd(7, pairs + kTile, kWideColumns * 4);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(2, 5, 6);
@@ -281,10 +308,27 @@ void Plan::attend_wide(const Item& item, Scratch& scratch) {
       _tile_stored(3, sums + kTile * kWideColumns + kTile, kWideColumns * 4);
     }
   }
-  for (int half = 0; half < 2; ++half) {
-    _mm512_store_ps(scratch.tops + half * kTile, tops[half]);
-    _mm512_store_ps(scratch.totals + half * kTile, totals[half]);
-  }
+
+  const uint16_t* const keys_;
+  const int64_t key_stride_;
+  const int64_t* const groups_;
+  const uint16_t* const values_;
+  const int dim_;
+  const float scale_;
+  Plan::Scratch& scratch_;
+  __m512 tops_[2], totals_[2];
+};
+
+void Plan::attend_wide(const Item& item, Scratch& scratch) {
+  const Segment& segment = segments_[size_t(item.segment)];
+  const int dim = shape_.head_dim, group = shape_.group();
+  const int64_t num_padded = int64_t(segment.groups.size()) * kGroupKeys;
+  load_queries(segment, item.kv_head, item.first_column, 2, scratch.queries.get());
+  find_visible(item, item.first_column, kWideColumns, scratch.visible);
+  WideItem wide(tensors_.k + item.kv_head * dim, int64_t(shape_.num_kv_heads) * dim, segment.groups.data(),
+                packed_.get() + packed_at_[size_t(item.segment)] + item.kv_head * num_padded * dim, dim, log2_scale(),
+                scratch);
+  wide.run(item.first_key, item.stop_key);
   const int num_columns = std::min(kWideColumns, int(segment.rows.size()) * group - item.first_column);
   for (int column = 0; column < num_columns; ++column) {
     for (int d = 0; d < dim; ++d) scratch.column.get()[d] = scratch.sums.get()[d * kWideColumns + column];
@@ -321,16 +365,16 @@ void Plan::attend_narrow(const Item& item, Scratch& scratch) {
           _tile_loadd(6, queries + part * kTile * kTile, 64);
           _tile_dpbf16ps(0, 4, 6);
         }
-        _tile_stored(0, scratch.scores + at * kGroupKeys * kTile, kTile * 4);
+        _tile_stored(0, scratch.scores[0] + at * kGroupKeys * kTile, kTile * 4);
       }
-      if (segment.causal_from >= 0) hide(first, num_keys, scratch.visible, scratch.scores, kTile);
+      if (segment.causal_from >= 0) hide(first, num_keys, scratch.visible, scratch.scores[0], kTile);
       Softmax& state = states[size_t(head)];
       const __m512 top_before = _mm512_load_ps(state.tops);
       __m512 total = _mm512_load_ps(state.totals);
       float* const sums = scratch.sums.get() + size_t(head) * num_columns * dim;
       __m512 highest = _mm512_set1_ps(kMasked);
       for (int key = 0; key < num_keys; ++key) {
-        highest = _mm512_max_ps(highest, _mm512_load_ps(scratch.scores + key * kTile));
+        highest = _mm512_max_ps(highest, _mm512_load_ps(scratch.scores[0] + key * kTile));
       }
       const __m512 top = _mm512_max_ps(top_before, _mm512_mul_ps(highest, scale));
       if (first > item.first_key && _mm512_cmp_ps_mask(top, top_before, _CMP_GT_OQ) != 0) {
@@ -346,7 +390,7 @@ void Plan::attend_narrow(const Item& item, Scratch& scratch) {
         }
       }
       for (int key = 0; key < num_keys; ++key) {
-        float* const at = scratch.scores + key * kTile;
+        float* const at = scratch.scores[0] + key * kTile;
         const __m512 weight = exp2(_mm512_fmsub_ps(_mm512_load_ps(at), scale, top));
         total = _mm512_add_ps(total, weight);
         _mm512_store_ps(at, weight);
@@ -356,7 +400,7 @@ void Plan::attend_narrow(const Item& item, Scratch& scratch) {
         const int count = std::min(4, num_columns - column);
         for (int d = 0; d < dim; d += 64) {
           const AddValues add = kAddValues[count - 1][dim - d >= 64];
-          add(slots, num_keys, key_stride, tensors_.v + head * dim + d, scratch.scores + column, sums + column * dim + d,
+          add(slots, num_keys, key_stride, tensors_.v + head * dim + d, scratch.scores[0] + column, sums + column * dim + d,
               dim);
         }
       }

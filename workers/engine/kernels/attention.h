@@ -25,11 +25,9 @@ struct Segment {
   int causal_from = -1;
 };
 
-// Tensors of one layer, in elements of bf16: q [rows, q_stride], caches [slots, kv_heads, head_dim], out [rows, heads,
-// head_dim].
+// Tensors of one layer, in bf16: q and out [rows, heads, head_dim], caches [slots, kv_heads, head_dim].
 struct LayerTensors {
   const uint16_t *q, *k, *v;
-  int64_t q_stride;
   uint16_t* out;
 };
 
@@ -43,6 +41,8 @@ class Plan {
 
   void attend(const LayerTensors& tensors);
 
+  struct Scratch;
+
  private:
   struct Item {
     int segment, kv_head, first_column, first_key, stop_key, chunk;
@@ -50,7 +50,6 @@ class Plan {
   struct Pack {
     int segment, first_key;
   };
-  struct Scratch;
 
   bool is_wide(const Segment& segment) const;
   void add_items(int index);

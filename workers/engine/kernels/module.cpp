@@ -17,7 +17,7 @@ using strata::guarded;
 using strata::PythonError;
 
 // As in __init__.py: a module that was built from older sources is not used.
-constexpr long kInterface = 1;
+constexpr long kInterface = 2;
 
 #if defined(__x86_64__)
 
@@ -104,12 +104,11 @@ void plan_dealloc(PyObject* self) {
 
 PyObject* plan_attend(PyObject* self, PyObject* args) {
   unsigned long long q, k, v, out;
-  long long q_stride;
-  if (!PyArg_ParseTuple(args, "KLKKK", &q, &q_stride, &k, &v, &out)) return nullptr;
+  if (!PyArg_ParseTuple(args, "KKKK", &q, &k, &v, &out)) return nullptr;
   const auto address = [](unsigned long long number) { return reinterpret_cast<uint16_t*>(number); };
   {
     const strata::WithoutInterpreter released;
-    reinterpret_cast<PlanObject*>(self)->plan->attend({address(q), address(k), address(v), q_stride, address(out)});
+    reinterpret_cast<PlanObject*>(self)->plan->attend({address(q), address(k), address(v), address(out)});
   }
   Py_RETURN_NONE;
 }
@@ -148,21 +147,22 @@ PyObject* add_norm(PyObject*, PyObject* args) {
 }
 
 PyObject* rotate_write(PyObject*, PyObject* args) {
-  unsigned long long heads, cosines, sines, q_norm, k_norm, slots, k_cache, v_cache;
+  unsigned long long heads, cosines, sines, q_norm, k_norm, slots, q_out, k_cache, v_cache;
   long long num_rows;
   float epsilon;
   strata::Shape shape;
   int num_threads;
-  if (!PyArg_ParseTuple(args, "KKKKKfKKKLiiii", &heads, &cosines, &sines, &q_norm, &k_norm, &epsilon, &slots, &k_cache,
-                        &v_cache, &num_rows, &shape.num_heads, &shape.num_kv_heads, &shape.head_dim, &num_threads)) {
+  if (!PyArg_ParseTuple(args, "KKKKKfKKKKLiiii", &heads, &cosines, &sines, &q_norm, &k_norm, &epsilon, &slots, &q_out,
+                        &k_cache, &v_cache, &num_rows, &shape.num_heads, &shape.num_kv_heads, &shape.head_dim, &num_threads)) {
     return nullptr;
   }
   {
     const strata::WithoutInterpreter released;
-    strata::rotate_write({at<uint16_t>(heads), at<const float>(cosines), at<const float>(sines), at<const float>(q_norm),
-                          at<const float>(k_norm), epsilon, at<const int64_t>(slots), at<uint16_t>(k_cache),
-                          at<uint16_t>(v_cache), num_rows, shape.num_heads, shape.num_kv_heads, shape.head_dim},
-                         num_threads);
+    strata::rotate_write(
+        {at<const uint16_t>(heads), at<const float>(cosines), at<const float>(sines), at<const float>(q_norm),
+         at<const float>(k_norm), epsilon, at<const int64_t>(slots), at<uint16_t>(q_out), at<uint16_t>(k_cache),
+         at<uint16_t>(v_cache), num_rows, shape.num_heads, shape.num_kv_heads, shape.head_dim},
+        num_threads);
   }
   Py_RETURN_NONE;
 }

@@ -16,8 +16,8 @@ constexpr int kPackKeys = 256;      // Keys whose values one thread packs at a t
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 struct Plan::Scratch {
-  alignas(64) float scores[kWideKeys * kWideColumns];
-  alignas(64) uint32_t weights[kWideKeys / 2 * kWideColumns];  // Pairs of keys, as the second operand of a product.
+  alignas(64) float scores[2][kWideKeys * kWideColumns];  // Of two blocks of keys.
+  alignas(64) uint32_t weights[2][kWideKeys / 2 * kWideColumns];  // Pairs of keys, as the second operand of a product.
   alignas(64) float tops[kWideColumns], totals[kWideColumns], rescale[kWideColumns];
   alignas(64) int32_t visible[kWideColumns];
   Aligned<uint32_t> queries;  // Pairs of dimensions, as the second operand of a product.

@@ -50,15 +50,12 @@ float norm_factor(__m512 squares, int64_t count, float epsilon) {
 
 void add_norm_row(const AddNorm& work, int64_t row) {
   float* const sums = work.sums + row * work.width;
-  const uint16_t* const added = work.added == nullptr ? nullptr : work.added + row * work.width;
+  const uint16_t* const added = work.added + row * work.width;
   uint16_t* const out = work.out + row * work.width;
   __m512 squares = _mm512_setzero_ps();
   for (int64_t i = 0; i < work.width; i += 16) {
-    __m512 sum = _mm512_loadu_ps(sums + i);
-    if (added != nullptr) {
-      sum = _mm512_add_ps(sum, from_bf16(added + i));
-      _mm512_storeu_ps(sums + i, sum);
-    }
+    const __m512 sum = _mm512_add_ps(_mm512_loadu_ps(sums + i), from_bf16(added + i));
+    _mm512_storeu_ps(sums + i, sum);
     squares = _mm512_fmadd_ps(sum, sum, squares);
   }
   const __m512 factor = _mm512_set1_ps(norm_factor(squares, work.width, work.epsilon));
@@ -95,15 +92,15 @@ void rotate_head(const uint16_t* from, const float* cosines, const float* sines,
 
 void rotate_write_row(const RotateWrite& work, int64_t row) {
   const int dim = work.head_dim, num_heads = work.num_heads, num_kv_heads = work.num_kv_heads;
-  uint16_t* const heads = work.heads + row * (num_heads + 2 * num_kv_heads) * dim;
+  const uint16_t* const heads = work.heads + row * (num_heads + 2 * num_kv_heads) * dim;
+  uint16_t* const q_out = work.q_out + row * num_heads * dim;
   const float *const cosines = work.cosines + row * dim / 2, *const sines = work.sines + row * dim / 2;
   const int64_t slot = work.slots[row] * num_kv_heads * dim;
   for (int head = 0; head < num_heads; ++head) {
-    uint16_t* const at = heads + head * dim;
-    rotate_head(at, cosines, sines, work.q_norm, work.epsilon, dim, at);
+    rotate_head(heads + head * dim, cosines, sines, work.q_norm, work.epsilon, dim, q_out + head * dim);
   }
   for (int head = 0; head < num_kv_heads; ++head) {
-    uint16_t* const at = heads + (num_heads + head) * dim;
+    const uint16_t* const at = heads + (num_heads + head) * dim;
     rotate_head(at, cosines, sines, work.k_norm, work.epsilon, dim, work.k_cache + slot + head * dim);
   }
   memcpy(work.v_cache + slot, heads + (num_heads + num_kv_heads) * dim, sizeof(uint16_t) * size_t(num_kv_heads) * dim);

@@ -5,7 +5,7 @@
 
 namespace strata {
 
-// sums [rows, width] (row by row `stride` numbers apart) += added (bf16, or null); out = sums normalised, times weight.
+// sums [rows, width] += added (bf16); out = sums normalised, times weight.
 struct AddNorm {
   float* sums;
   const uint16_t* added;
@@ -16,15 +16,15 @@ struct AddNorm {
 };
 void add_norm(const AddNorm& work, int num_threads);
 
-// heads [rows, num_heads + 2 * num_kv_heads, head_dim]: q and k are normalised if there are weights, and rotated, q in
-// place; k and v go to their slots of the caches.
+// heads [rows, num_heads + 2 * num_kv_heads, head_dim]: q and k are normalised if there are weights, and rotated; q goes to
+// q_out [rows, num_heads, head_dim], k and v to their slots of the caches.
 struct RotateWrite {
-  uint16_t* heads;
+  const uint16_t* heads;
   const float *cosines, *sines;  // [rows, head_dim / 2]
   const float *q_norm, *k_norm;  // [head_dim], or null.
   float epsilon;
   const int64_t* slots;
-  uint16_t *k_cache, *v_cache;
+  uint16_t *q_out, *k_cache, *v_cache;
   int64_t num_rows;
   int num_heads, num_kv_heads, head_dim;
 };

@@ -23,7 +23,7 @@ def server(postgres: EmbeddedPostgres, tmp_path_factory: pytest.TempPathFactory)
         connection.execute(f"CREATE DATABASE {name}".encode())
         url = postgres.database_url(name)
         migrate.upgrade(url)
-        with running(KvcmProcess(url, tmp_path_factory.mktemp("kvcm"))) as process:
+        with running(KvcmProcess(url, tmp_path_factory.mktemp("kvcm"), kvcm_probe_s=0.2)) as process:
             yield process
         connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
 

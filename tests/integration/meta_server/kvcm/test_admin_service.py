@@ -12,6 +12,7 @@ import pytest
 from tests.integration.meta_server.kvcm.conftest import Register
 from tests.integration.meta_server.kvcm.test_meta_service import hits, paths, write
 from tests.kvcm_clients import Client, KvcmProcess
+from tests.meta_process import connected
 from tests.support import eventually_async
 
 
@@ -91,7 +92,8 @@ async def test_storages_that_cannot_be_used_are_refused(client: Client, tmp_path
     assert await code(global_unique_name="", nfs={"root_path": str(tmp_path)}) == "INVALID_ARGUMENT"
     for root in ("relative", "/", f"{tmp_path}/../x", ""):
         assert await code(nfs={"root_path": root}) == "INVALID_ARGUMENT", root
-    for kind in ("mooncake", "tair_mem_pool", "local", "vcnsthreefs"):
+    assert await code(mooncake={}) == "INVALID_ARGUMENT"
+    for kind in ("tair_mem_pool", "local", "vcnsthreefs"):
         assert await code(**{kind: {}}) == "UNSUPPORTED"
     missing = {"root_path": str(tmp_path / "missing")}
     assert await code(nfs=missing, check_storage_available_when_open=True) == "IO_ERROR"
@@ -282,11 +284,19 @@ async def test_calls_are_counted_and_timed(client: Client, server: KvcmProcess) 
     found = {m["metric_name"]: m["metric_value"] for m in metrics if m["metric_tags"] == tag}
     assert int(found["service.query_counter"]["int_value"]) > 0
     assert found["service.query_rt_us"]["float_value"] > 0
+    assert 0 < found["service.query_rt_p50_us"]["float_value"] <= found["service.query_rt_p99_us"]["float_value"]
+    native = await connected(server.endpoint)
+    await native.close()
+    metrics = (await client.ok("GetMetrics", "admin"))["metrics"]
+    tag = [{"tag_key": "call", "tag_value": "Hello"}]
+    found = {m["metric_name"]: m["metric_value"] for m in metrics if m["metric_tags"] == tag}
+    assert int(found["native.call_counter"]["int_value"]) > 0
     url = f"http://127.0.0.1:{server.ports.of('admin', 'http')}/metrics"
     async with aiohttp.ClientSession() as session, session.get(url) as response:
         text = await response.text()
     assert 'stratakv_kvcm_calls_total{api_name="GetInstanceInfo",code="INSTANCE_NOT_EXIST"}' in text
     assert 'stratakv_kvcm_call_seconds_bucket{api_name="GetInstanceInfo"' in text
+    assert 'stratakv_meta_call_seconds_bucket{call="Hello"' in text
 
 
 @pytest.mark.parametrize("call", ["GenConfigSnapshot", "LoadConfigSnapshot", "UpdateLogger"])

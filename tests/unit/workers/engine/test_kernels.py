@@ -97,8 +97,9 @@ class Layer:
     def run(self, ops: StepOps, norms: HeadNorms | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Attention output, and the caches after it."""
         k_cache, v_cache = self.k_cache.clone(), self.v_cache.clone()
-        rotated = ops.rotate_write(self.heads.clone(), norms, k_cache, v_cache)
-        return ops.attend(rotated, k_cache, v_cache), k_cache, v_cache
+        for rows in ops.slices:
+            ops.rotate_write(self.heads[rows], rows, norms, k_cache, v_cache)
+        return ops.attend(k_cache, v_cache), k_cache, v_cache
 
 
 def random_layer(config: ModelConfig, batch: ForwardBatch, block_size: int) -> Layer:
@@ -155,6 +156,10 @@ def test_any_mix_of_sequences_is_attended_to_rightly(sequences: list[Tokens]) ->
 def test_decodes_with_a_long_shared_prefix_equal_those_of_torch() -> None:
     sequences = [Tokens(600 + i, 1, 36) for i in range(9)]
     assert_alike(shape(9, 3, 64), step_of(sequences, 16), 16)
+
+
+def test_a_step_of_several_slices_equals_that_of_torch() -> None:
+    assert_alike(shape(2, 1, 32), step_of([Tokens(9, 1), Tokens(30, 700), Tokens(0, 500)], 16), 16)
 
 
 def test_norms_of_heads_equal_those_of_torch() -> None:
