@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Spread, parse_options, report, words
+from benchmarks.kv_pool import kv_pool
 from benchmarks.vllm_process import BLOCK_SIZE, Completion, VllmProcess, connector_config, vllm_engine
 from stratakv import models
 from stratakv.models import DEFAULT_MODEL
 from stratakv.settings import ModelSettings
 from stratakv.text import load_tokenizer
-from stratakv.up.instance import Instance, running_instance
 
 HISTORY_TOKENS = 3000
 NEW_TOKENS = 50
@@ -39,11 +39,7 @@ UNIQUE, UNIQUE_QUICK = 9, 2
 LOADED_PASSES, LOADED_PASSES_QUICK = 3, 1
 SETTLE_S = 0.3
 """Between requests of the two sides: what one still does must not slow the other."""
-POOL = (
-    *("--ports", "auto", "--prefill-workers", "0", "--decode-workers", "0"),
-    *("--set", "up.daemons=1", "--set", "dmp.segment_bytes=1536MiB"),
-)
-"""No workers: only meta server and daemon are used."""
+SEGMENT = "1536MiB"
 
 
 class Prompts:
@@ -126,12 +122,6 @@ def measure(sides: Mapping[str, Side], prompts: Prompts, options: argparse.Names
         in_turns.reverse()
 
 
-def has_pool(instance: Instance) -> bool:
-    """Whether meta server and daemon are processes; they are ready long before vLLM is."""
-    services = instance.state.get("services", {})
-    return all(name in services and services[name]["pid"] is not None for name in ("meta", "dmp-0"))
-
-
 def ask_unique(sides: Sequence[Side], prompts: Prompts) -> None:
     """A prompt that is nowhere, of its own for each side: one of them must not find what the other wrote."""
     for side in sides:
@@ -153,8 +143,7 @@ def main() -> int:
     }
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stratakv-bench-")))
-        instance = stack.enter_context(running_instance(*POOL, directory=scratch, is_started=has_pool))
-        port = int(instance.state["meta_port"])
+        port = stack.enter_context(kv_pool(scratch, SEGMENT))
         config = connector_config(port)
         plain = stack.enter_context(vllm_engine(scratch, "plain", **arguments))
         ours = stack.enter_context(vllm_engine(scratch, "connector", kv_transfer_config=config, **arguments))
