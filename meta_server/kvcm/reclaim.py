@@ -15,7 +15,7 @@ from meta_server.presence import Clock
 
 RECLAIM_LOW = 0.9
 """Reclaiming goes on down to this share of the level at which it begins."""
-TURN_KEYS_MAX = 10_000
+TURN_KEYS_MAX = 2000
 """Blocks reclaimed of one group in one turn; a group's `reclaim_step_size` may say less."""
 
 

@@ -46,7 +46,7 @@ def _row(state: dict[str, Any]) -> tuple[str, ...]:
     config = state["storage"]
     kind = next((name for name in _KINDS if name in config), "")
     spec = config.get(kind, {})
-    where = spec.get("root_path") or spec.get("master_server_entry") or spec.get("master_service_entry")
+    where = spec.get("root_path") or spec.get("master_service_entry")
     where = where or f"{spec.get('mountpoint', '')}/{spec.get('root_dir', '')}"
     health = state["health"].lower().replace("_", " ")
     return (

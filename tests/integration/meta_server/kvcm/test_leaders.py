@@ -7,6 +7,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
+
 from tests.integration.meta_server.kvcm.test_meta_service import hits, start
 from tests.integration.meta_server.kvcm.test_process import INSTANCE
 from tests.kvcm_clients import SERVICES, TRANSPORTS, Client, GrpcClient, HttpClient, KvcmProcess
@@ -104,3 +106,27 @@ async def test_a_leader_steps_down_on_request_and_stays_away_for_its_delay(migra
         await old.ok("LeaderDemote", "admin")
         await eventually_async(lambda: leads(new), what="the other one leads")
         assert not await leads(old)
+
+
+async def test_who_stands_by_knows_the_accounts_too_and_so_does_the_next_leader(
+    migrated_url: str, tmp_path: Path
+) -> None:
+    login = ("operator", "a long password")
+    account = {"user_name": login[0], "password": login[1], "role": "ROLE_ADMIN"}
+    async with two(migrated_url, tmp_path) as (leader, standby):
+        await GrpcClient(leader.ports).ok("AddAccount", "admin", **account)
+        known, stranger = GrpcClient(standby.ports, login=login), GrpcClient(standby.ports)
+
+        async def is_refused() -> bool:
+            try:
+                await stranger.call("CheckHealth", "admin")
+            except grpc.aio.AioRpcError as error:
+                return error.code() is grpc.StatusCode.UNAUTHENTICATED
+            return False
+
+        await eventually_async(is_refused)
+        assert not await leads(known)
+        leader.kill()
+        await eventually_async(lambda: leads(known))
+        assert await is_refused()
+        assert [one["user_name"] for one in (await known.ok("ListAccount", "admin"))["accounts"]] == [login[0]]
