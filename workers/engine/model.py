@@ -109,13 +109,16 @@ class Model:
                 ops.rotate_write(heads, part, layer.head_norms, k_cache, v_cache)
             hooks.after_write(index)
             hooks.before_attention(index)
-            attended = ops.attend(k_cache, v_cache)
-            for part in ops.slices:
+            attended, slices = ops.attend(k_cache, v_cache), ops.slices
+            if index == len(self._layers) - 1:
+                # Behind the last keys and values only the rows that want logits go on.
+                rows = torch.tensor(batch.logit_rows, device=self._device)
+                hidden, added, attended, slices = hidden[rows], added[rows], attended[rows], [slice(0, len(rows))]
+            for part in slices:
                 normed = ops.add_norm(hidden[part], layer.output(attended[part]), layer.post_norm)
                 added[part] = layer.down(ops.gated(layer.gate_up(normed)))
         hidden += added
-        rows = hidden[torch.tensor(batch.logit_rows, device=self._device)]
-        return self._head(functional.rms_norm(rows, self._norm.shape, self._norm, self.config.rms_norm_eps))
+        return self._head(functional.rms_norm(hidden, self._norm.shape, self._norm, self.config.rms_norm_eps))
 
     def _step_ops(self, batch: ForwardBatch, block_size: int) -> StepOps:
         if native_step.can_run(self.config, self._dtype, self._device, block_size):
