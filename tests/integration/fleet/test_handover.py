@@ -123,20 +123,31 @@ def test_a_prefix_that_is_in_the_pool_is_loaded_and_the_rest_handed_over(
     assert (rest.tiers["pool"], rest.tiers["computed"]) == (512, 9)
 
 
-def test_a_prefill_in_chunks_is_handed_over(
+def test_a_prefill_in_chunks_is_handed_over_and_its_death_is_told(
     pool: Pool, threads: ThreadPoolExecutor, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    chunked = pool.fleet.worker(
-        "chunked", "--role", "prefill", "--node", "dmp-0", "--l1-tokens", "4096", "--max-batched-tokens", "128"
+    victim = pool.fleet.worker(
+        "victim", "--role", "prefill", "--node", "dmp-0", "--l1-tokens", "4096", "--max-batched-tokens", "128"
     )
-    eventually(chunked.is_ready, timeout_s=90, what="the worker that computes in chunks is ready")
-    pair = Pair(chunked, pool.decode, threads)
+    eventually(victim.is_ready, timeout_s=90, what="the worker that is to die is ready")
+    pair = Pair(victim, pool.decode, threads)
 
     prompt = prompt_of(tokenizer, 500, seed=2002)
     first, rest = pair.run(prompt)
     expected = pool.alone.complete(prompt, OUTPUT_TOKENS).token_ids
     assert first.token_ids + rest.token_ids == expected
     assert rest.tiers["pool"] == 496
+
+    pool.decode.drop("l1", "l2")
+    total = pool.decode.get("/load")["l1_blocks_total"]
+    another = prompt_of(tokenizer, 1500, seed=2003)
+    prefill, decode = pair.start(another)
+    eventually(lambda: pool.decode.get("/load")["l1_blocks_free"] < total, what="blocks reserved")
+    victim.process.kill()
+    assert prefill.exception(60) is not None or prefill.result().finish_reason is None
+    assert decode.result(60).error == "handover_failed"
+    eventually(lambda: pool.decode.get("/load")["l1_blocks_free"] == total, what="nothing is reserved")
+    assert pool.decode.complete(prompt, OUTPUT_TOKENS).token_ids == expected
 
 
 def test_what_nobody_hands_over_fails_at_once(pool: Pool, tokenizer: PreTrainedTokenizerBase) -> None:
