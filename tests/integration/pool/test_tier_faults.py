@@ -143,7 +143,12 @@ async def _halted(daemon: DaemonProcess) -> None:
 
 
 async def _found_again(client: MetaClient, start: StartDaemon, node: str, expected_pages: int) -> None:
-    """The daemon is there again: its memory is empty, its disk has these."""
+    """The daemon, once it is missed, is there again: its memory is empty, its disk has these."""
+
+    async def is_missed() -> bool:
+        return not await _states(client, node)
+
+    await eventually_async(is_missed, what=f"{node} to be missed")
     start()
     await _at_rest(client, node, 0, expected_pages)
 
