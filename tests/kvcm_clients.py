@@ -23,6 +23,7 @@ from meta_server.kvcm.protocol import (
     meta_service_pb2,
     operator_service_pb2,
 )
+from stratakv.errors import Unavailable
 from tests.meta_process import MetaProcess
 from tests.support import eventually, free_port
 
@@ -136,6 +137,8 @@ class HttpClient(Client):
         url = f"{scheme}://127.0.0.1:{self.ports.of(service, 'http')}/api/{name[0].lower()}{name[1:]}"
         posted = {"data": body, "headers": self.headers, "ssl": tls}
         async with aiohttp.ClientSession() as session, session.post(url, **posted) as response:
+            if response.status == 503:
+                raise Unavailable(await response.text())
             assert response.status == 200, await response.text()
             return await response.read()
 

@@ -170,7 +170,7 @@ class Writers:
             try:
                 async with asyncio.timeout(6.0 if name != "GetCacheLocation" else 1.0):
                     answer = await HttpClient(server.ports).send("meta", name, fields)
-            except (aiohttp.ClientError, TimeoutError, OSError):
+            except (aiohttp.ClientError, Unavailable, TimeoutError, OSError):
                 continue
             if answer["header"]["status"]["code"] not in _RETRIED_CODES:
                 return answer
