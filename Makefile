@@ -77,7 +77,7 @@ $(VLLM_VENV)/.installed: constraints-vllm.txt
 
 test-vllm: install vllm-venv
 	$(PY) -m stratakv.cli model pull smollm2-135m
-	STRATAKV_VLLM_VENV=$(VLLM_VENV) $(PY) -m pytest -m vllm $(PYTEST_ARGS) tests/vllm
+	VLLM_VENV=$(VLLM_VENV) $(PY) -m pytest -m vllm $(PYTEST_ARGS) tests/vllm
 
 test-sglang: $(SGLANG_VENV)/.installed
 	$(SGLANG_PY) setup.py --quiet build_ext --inplace

@@ -21,7 +21,7 @@ from typing import IO, Any
 import stratakv
 from stratakv.errors import SetupError
 
-VENV = Path(os.environ.get("STRATAKV_VLLM_VENV", "~/.cache/stratakv/vllm")).expanduser()
+VENV = Path(os.environ.get("VLLM_VENV", "~/.cache/stratakv/vllm")).expanduser()
 BLOCK_SIZE = 128
 """Its attention on the CPU needs multiples of 32."""
 START_S_MAX = 180.0
