@@ -127,6 +127,7 @@ def _build(
         client = HandoverClient(credentials)
         taker = HandoverTaker(namespace, tiers, engine.reservations, engine.num_cached_blocks, client, metrics)
     metrics.watch(engine.kv_cache, lambda: tiers.num_l2_pages if tiers is not None else 0, layout.page_bytes)
+    metrics.watch_engine(engine.stats)
     engine.attach(tiers)
     tokenizer = load_tokenizer(directory)
     structures = Structures(tokenizer, facts.vocab_size, sorted(facts.eos_token_ids))

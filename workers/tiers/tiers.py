@@ -1,7 +1,7 @@
 """The tiers below L1, as one worker sees them: L2, then the pool. The engine's KVConnector.
 
-`lookup`, `wait_saved` and `drop_l2` run on the event loop; `save` comes from the engine's thread. Loads and saves have threads
-of their own. Nothing here fails a request: what cannot be found, loaded or saved is computed.
+`lookup`, `wait_saved` and `drop_l2` run on the event loop; `find` and `save` come from the engine's thread. Loads and saves have
+threads of their own. Nothing here fails a request: what cannot be found, loaded or saved is computed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -33,7 +33,7 @@ from stratakv.wire import (
     Segment,
     WorkerInfo,
 )
-from workers.engine.connector import SaveJob, Tier
+from workers.engine.connector import OnFound, SaveJob, Tier
 from workers.engine.kv_cache import KVCache
 from workers.metrics import WorkerMetrics
 from workers.rates import Rates, Stretch
@@ -164,6 +164,22 @@ class Tiers:
             give_back()
             return None
         return PoolHit(l1_blocks, wanted, self._start_load, give_back)
+
+    def find(self, keys: Sequence[BlockKey], num_l1_blocks: int, on_found: OnFound) -> None:
+        """`lookup` for the engine's thread."""
+        self._on_loop(self._spawn_find, keys, num_l1_blocks, on_found)
+
+    def _spawn_find(self, keys: Sequence[BlockKey], num_l1_blocks: int, on_found: OnFound) -> None:
+        self._keep(self._find(keys, num_l1_blocks, on_found))
+
+    async def _find(self, keys: Sequence[BlockKey], num_l1_blocks: int, on_found: OnFound) -> None:
+        hit: PoolHit | None = None
+        try:
+            hit = await self.lookup(keys, num_l1_blocks)
+        except Exception:
+            log.exception("lookup_failed")  # a bug; the request is waiting for an answer all the same
+        finally:
+            on_found(hit)
 
     async def _match_pool(self, keys: Sequence[BlockKey]) -> tuple[list[FoundPage], int]:
         if not keys or not self._meta.available:
@@ -297,7 +313,11 @@ class Tiers:
         self._spawn(ReleaseLease(lease_id))
 
     def _spawn(self, request: ReleaseLease | ReportCorrupt) -> None:
-        task = self._loop.create_task(self._tell(request))
+        self._keep(self._tell(request))
+
+    def _keep(self, work: Coroutine[None, None, None]) -> None:
+        """Run it; the loop itself does not hold on to its tasks."""
+        task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
