@@ -29,6 +29,7 @@ from dbnode.generate import (
     Usage,
 )
 from dbnode.scheduler.scheduler import PromptKeys, Scheduler
+from dbnode.suspects import Suspects
 from dbnode.worker_base import WorkerDoor
 from stratakv.errors import Cancelled, ContextTooLong, InvalidRequest, ModelNotFound, StrataError, Unavailable
 from stratakv.log import EventLogger
@@ -93,6 +94,7 @@ class InferenceService:
         tokenizer: PreTrainedTokenizerFast,
         client: WorkerDoor,
         scheduler: Scheduler,
+        suspects: Suspects,
         observers: tuple[Observer, ...],
         waiting_max: dict[Source, int],
         request_timeout_s: float,
@@ -100,6 +102,7 @@ class InferenceService:
     ) -> None:
         self.model = model
         self.scheduler = scheduler
+        self.suspects = suspects
         self.draining = False
         self._tokenizer = tokenizer
         self._encoder = CachingEncoder(tokenizer)
@@ -276,7 +279,7 @@ class InferenceService:
 
     async def _answer(self, job: Job, progress: _Progress) -> AsyncGenerator[Chunk, None]:
         """Tokens to text; ends at a stop string or when the worker ends."""
-        dispatch = progress.dispatch = Dispatch(self._client, self.scheduler, job)
+        dispatch = progress.dispatch = Dispatch(self._client, self.scheduler, self.suspects, job)
         detokenizer = Detokenizer(self._tokenizer, job.sampling.stop)
         async with aclosing(dispatch.tokens()) as tokens:
             async for token_ids in tokens:

@@ -274,6 +274,7 @@ class RouterSettings:
     refresh_s: float = setting(1.0, "how often worker states are read")
     index_blocks_max: int = setting(200_000, "blocks remembered per worker")
     request_timeout_s: float = setting(600.0, "deadline of every request; infer() may ask for a shorter one")
+    poison_prompt_s: float = setting(600.0, "a prompt that two workers died of is refused for so long; 0: not at all")
 
 
 @dataclass(frozen=True, slots=True)
