@@ -1,6 +1,6 @@
 """What alembic runs around the revisions: one at a time (advisory lock), never waiting long for a table (lock_timeout).
 
-After each revision the schema says which releases may work on it (`stratakv.migrate`, revision 0008).
+After each revision the schema says which releases may work on it (`stratakv.migrate`, revision 0009).
 """
 
 from __future__ import annotations

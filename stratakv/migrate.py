@@ -57,7 +57,7 @@ class SchemaState:
     head: str
     """What this release needs."""
     compatible: str | None
-    """The oldest revision whose services may work on it; None before 0008."""
+    """The oldest revision whose services may work on it; None before 0009."""
     is_known: bool
     """Whether this release knows the database's revision; it is newer if not."""
     is_newer: bool

@@ -9,7 +9,7 @@ from alembic.script import Script, ScriptDirectory
 
 from tests.unit.test_repository_rules import ROOT
 
-FLOORS_SINCE = "0008"
+FLOORS_SINCE = "0009"
 
 
 def revisions() -> list[Script]:

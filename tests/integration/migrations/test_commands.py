@@ -163,9 +163,9 @@ def test_services_refuse_an_older_schema(url: str) -> None:
 
 def test_going_back_restores_what_the_release_before_may_work_on(url: str) -> None:
     migrate.upgrade(url)
-    migrate.downgrade(url, "0008")
+    migrate.downgrade(url, "0009")
     assert migrate.state(url).compatible == "0007"
-    migrate.downgrade(url, "0007")
+    migrate.downgrade(url, "0008")
     assert migrate.state(url).compatible is None
 
 

@@ -38,6 +38,13 @@ ROWS = {
     "0005": "INSERT INTO stratakv.kvcm_groups VALUES ('g', '\\x06');",
     "0006": "INSERT INTO stratakv.meta_servers VALUES ('a:1', '', 0, 0, now());",
     "0007": "INSERT INTO stratakv.kvcm_accounts VALUES ('u', 1, 'h');",
+    "0008": """
+        INSERT INTO stratakv.api_keys (tenant_id, name, prefix, key_hash) VALUES (2, 'k', 'skv-1', '\\x07');
+        INSERT INTO stratakv.tenant_roles (cluster, role_name, role_oid, tenant_id) VALUES ('1', 'r', 1, 2);
+        INSERT INTO stratakv.tenant_limits (tenant_id, tokens_per_month) VALUES (2, 1000);
+        INSERT INTO stratakv.quota_nodes (node) VALUES ('d');
+        INSERT INTO stratakv.quota_state (tenant_id, kind, spent_micros) VALUES (2, 'tokens_month', 7);
+        INSERT INTO stratakv.reservations (request_id, node, tenant_id, reserved_micros) VALUES ('q', 'd', 2, 9);""",
 }
 KEPT = {
     "tenants": "SELECT id, name FROM stratakv.tenants ORDER BY id",

@@ -1,14 +1,14 @@
 """Which releases may work on the schema: the oldest one's revision, beside the schema's own.
 
-Revision: 0008
+Revision: 0009
 """
 
 from __future__ import annotations
 
 from alembic import op
 
-revision = "0008"
-down_revision = "0007"
+revision = "0009"
+down_revision = "0008"
 branch_labels = None
 depends_on = None
 compatible = "0007"
