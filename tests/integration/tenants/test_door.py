@@ -55,7 +55,9 @@ async def test_a_key_opens_what_its_tenant_and_it_may_do(node: RunningNode, admi
         assert await status(node, path, plain) == 403
         assert await status(node, path, OPERATOR) == 200
     await eventually_async(lambda: status_is(node, "/v1/completions", narrow, 403))
-    assert await status(node, "/v1/stratakv/pin", narrow, prompt="a", seconds=1) == 503  # let in; there is no meta server
+    assert (
+        await status(node, "/v1/stratakv/pin", narrow, prompt="a", seconds=1) == 503
+    )  # let in; there is no meta server
     assert await status(node, "/admin/routes", narrow) == 403  # its tenant may not
     assert await status(node, "/health", None) == 200
 
