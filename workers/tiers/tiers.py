@@ -35,9 +35,11 @@ from stratakv.wire import (
 )
 from workers.engine.connector import OnFound, SaveJob, Tier
 from workers.engine.kv_cache import KVCache
+from workers.engine.reservations import Reservations
 from workers.metrics import WorkerMetrics
 from workers.rates import Rates, Stretch
 from workers.tiers.announced import AnnouncedLoad
+from workers.tiers.bandwidth import BandwidthProbe
 from workers.tiers.l2 import L2Table
 from workers.tiers.load import FoundPage, LayerLoad, LoadOutcome
 from workers.tiers.save import BlockSave, SaveListener, Saver, Written
@@ -104,6 +106,7 @@ class Tiers:
         self._layout = layout
         self._listen = listen
         self._namespace = Namespace(info.namespace)
+        self._worker = info.worker
         self._node = info.node
         self._load_timeout_s = settings.load_timeout_s
         self._meta = meta
@@ -126,7 +129,7 @@ class Tiers:
             meta,
             self._connections,
             loop,
-            worker=info.worker,
+            worker=self._worker,
             prefer_node=info.node,
             saves_max=SAVES_WAITING_MAX,
             page_cost_s=lambda: rates.prefill_s(layout.page_tokens),
@@ -159,7 +162,7 @@ class Tiers:
                 released = True
                 self._on_loop(self._spawn_release, lease_id)
 
-        wanted = self._worth_loading(pages)
+        wanted = self._worth_loading(pages, l1_blocks, len(keys))
         if not wanted:
             give_back()
             return None
@@ -199,10 +202,11 @@ class Tiers:
         ]
         return pages, match.lease_id
 
-    def _worth_loading(self, pages: Sequence[FoundPage]) -> Sequence[FoundPage]:
-        """The leading pages that are to be loaded; the others are computed."""
+    def _worth_loading(self, pages: Sequence[FoundPage], first: int, num_blocks: int) -> Sequence[FoundPage]:
+        """The leading pages that are to be loaded; the others, and the rest of the prompt, are computed."""
         stretches = [Stretch(tier, sum(1 for _ in run)) for tier, run in itertools.groupby(pages, lambda p: p.tier)]
-        count = self._rates.pages_worth_loading(stretches, self._layout.page_bytes, self._layout.page_tokens)
+        layout = self._layout
+        count = self._rates.pages_worth_loading(stretches, layout.page_bytes, layout.page_tokens, first, num_blocks)
         tiers = [page.tier for page in pages]
         self._metrics.load_decided(tiers[:count], tiers[count:])
         return pages[:count]
@@ -299,6 +303,20 @@ class Tiers:
     def handed_over(self, num_pages: int, seconds: float) -> None:
         """So many announced pages are whole in L1."""
         self._metrics.loaded(Tier.POOL, num_pages, num_pages * self._layout.data_bytes, seconds)
+
+    def bandwidth_probe(self, reservations: Reservations, num_l1_blocks: int) -> BandwidthProbe:
+        """Tries the way to the daemons."""
+        return BandwidthProbe(
+            self._layout,
+            self._namespace,
+            self._worker,
+            self._node,
+            self._meta,
+            self._connections,
+            self._open_window,
+            reservations,
+            num_l1_blocks,
+        )
 
     @property
     def num_l2_pages(self) -> int:
