@@ -19,8 +19,8 @@ def make_head(weight: torch.Tensor) -> Head:
     vocab, hidden = weight.shape
     is_native = (
         weight.device.type == "cpu"
-        and vocab % kernels.WIDTH_MULTIPLE == 0
-        and hidden % kernels.HEAD_DIM_MULTIPLE == 0
+        and vocab % kernels.HEAD_MULTIPLE == 0
+        and hidden % kernels.WIDTH_MULTIPLE == 0
         and kernels.is_supported()
         and torch.equal(rounded.float(), weight)
     )
