@@ -13,7 +13,7 @@ from typing import Protocol
 
 from stratakv.config import NATIVE_ENV
 
-__all__ = ["Segment", "Stack", "StackShape", "StackTables", "Step", "apply_head", "is_supported", "make_stack"]
+__all__ = ["Head", "Segment", "Stack", "StackShape", "StackTables", "Step", "is_supported", "make_head", "make_stack"]
 
 INTERFACE = 3
 """Counted up with every change of what the module offers: one that was built from older sources is not used."""
@@ -67,6 +67,13 @@ class Step(Protocol):
         """
 
 
+class Head(Protocol):
+    """A language-model head."""
+
+    def apply(self, rows: int, num_rows: int, out: int, num_threads: int, /) -> None:
+        """Logits `out` (fp32) [rows, vocab] of `rows` (fp32) [rows, width], as exact as by a weight in fp32."""
+
+
 class Stack(Protocol):
     """The layers of a model; used by one thread at a time."""
 
@@ -96,7 +103,6 @@ class Stack(Protocol):
 
 try:
     from workers.engine.kernels import _kernels
-    from workers.engine.kernels._kernels import apply_head
 except ImportError:
     _is_built = False
 else:
@@ -111,3 +117,8 @@ def is_supported() -> bool:
 def make_stack(shape: StackShape, tables: StackTables) -> Stack:
     """Layers to be added. Raises ValueError for shapes that the kernels do not take."""
     return _kernels.Stack(*astuple(shape), *astuple(tables))
+
+
+def make_head(weight: int, vocab: int, width: int) -> Head:
+    """Copies the weight (bf16) [vocab, width]. Raises ValueError for shapes that the kernels do not take."""
+    return _kernels.Head(weight, vocab, width)

@@ -1,9 +1,10 @@
-#include "stack_module.h"
+#include "types.h"
 
 #if defined(__x86_64__)
 #include <memory>
 
 #include "cpu.h"
+#include "head.h"
 #include "layer_stack.h"
 
 namespace strata {
@@ -21,6 +22,11 @@ struct StepObject {
   Step* step;
   Plan* plan;
   int num_threads, next_stage;
+};
+
+struct HeadObject {
+  PyObject ob_base;
+  Head* head;
 };
 
 PyTypeObject* step_type = nullptr;
@@ -229,6 +235,39 @@ PyObject* step_run(PyObject* self, PyObject* args) {
   });
 }
 
+PyObject* head_new(PyTypeObject* type, PyObject* args, PyObject*) {
+  return guarded([&]() -> PyObject* {
+    unsigned long long weight;
+    int vocab, width;
+    if (!PyArg_ParseTuple(args, "Kii", &weight, &vocab, &width)) return nullptr;
+    if (!has_amx_bf16()) refuse("this processor cannot run the kernels");
+    if (vocab < 16 || vocab % 16 != 0 || width < 32 || width % 32 != 0) refuse("not a shape of a head");
+    auto head = std::make_unique<Head>(at<const uint16_t>(weight), vocab, width);
+    PyObject* const self = allocate(type);
+    if (self != nullptr) as<HeadObject>(self)->head = head.release();
+    return self;
+  });
+}
+
+void head_dealloc(PyObject* self) {
+  delete as<HeadObject>(self)->head;
+  release(self);
+}
+
+PyObject* head_apply(PyObject* self, PyObject* args) {
+  unsigned long long rows, out;
+  int num_rows, num_threads;
+  if (!PyArg_ParseTuple(args, "KiKi", &rows, &num_rows, &out, &num_threads)) return nullptr;
+  return guarded([&]() -> PyObject* {
+    if (num_rows < 1) refuse("a head needs rows");
+    {
+      const WithoutInterpreter released;
+      as<HeadObject>(self)->head->apply(at<const float>(rows), num_rows, at<float>(out), num_threads);
+    }
+    Py_RETURN_NONE;
+  });
+}
+
 PyObject* make_type(const char* name, size_t size, void* create, void* dealloc, PyMethodDef* methods) {
   PyType_Slot slots[4] = {{Py_tp_dealloc, dealloc}, {Py_tp_methods, methods}, {0, nullptr}, {0, nullptr}};
   if (create != nullptr) slots[2] = {Py_tp_new, create};
@@ -243,19 +282,25 @@ PyMethodDef stack_methods[] = {
     {nullptr, nullptr, 0, nullptr}};
 PyMethodDef step_methods[] = {{"run", step_run, METH_VARARGS, "Run the stages before `stop` that have not run yet."},
                               {nullptr, nullptr, 0, nullptr}};
+PyMethodDef head_methods[] = {{"apply", head_apply, METH_VARARGS, "Logits of some rows."},
+                              {nullptr, nullptr, 0, nullptr}};
+
+bool add_type(PyObject* module, const char* name, PyObject* type) {
+  return type != nullptr && PyModule_AddObjectRef(module, name, type) == 0;
+}
 
 }  // namespace
 
-bool add_stack_types(PyObject* module) {
+// The references to the types that are made here last as long as the process.
+bool add_types(PyObject* module) {
   PyObject* const stack = make_type("workers.engine.kernels._kernels.Stack", sizeof(StackObject),
                                     reinterpret_cast<void*>(stack_new), reinterpret_cast<void*>(stack_dealloc), stack_methods);
   PyObject* const step = make_type("workers.engine.kernels._kernels.Step", sizeof(StepObject), nullptr,
                                    reinterpret_cast<void*>(step_dealloc), step_methods);
+  PyObject* const head = make_type("workers.engine.kernels._kernels.Head", sizeof(HeadObject),
+                                   reinterpret_cast<void*>(head_new), reinterpret_cast<void*>(head_dealloc), head_methods);
   step_type = reinterpret_cast<PyTypeObject*>(step);
-  const bool is_whole = stack != nullptr && step != nullptr && PyModule_AddObjectRef(module, "Stack", stack) == 0 &&
-                        PyModule_AddObjectRef(module, "Step", step) == 0;
-  Py_XDECREF(stack);
-  return is_whole;  // The module's reference to `Step`, and this one, last as long as the process.
+  return add_type(module, "Stack", stack) && add_type(module, "Step", step) && add_type(module, "Head", head);
 }
 
 }  // namespace strata
