@@ -13,7 +13,19 @@ from typing import Protocol
 
 from stratakv.config import NATIVE_ENV
 
-__all__ = ["Head", "Segment", "Stack", "StackShape", "StackTables", "Step", "is_supported", "make_head", "make_stack"]
+__all__ = [
+    "Bounds",
+    "Head",
+    "Segment",
+    "Stack",
+    "StackShape",
+    "StackTables",
+    "Step",
+    "is_supported",
+    "make_head",
+    "make_stack",
+    "measure_bounds",
+]
 
 INTERFACE = 3
 """Counted up with every change of what the module offers: one that was built from older sources is not used."""
@@ -54,6 +66,16 @@ class StackTables:
     cosines: int
     sines: int
     num_positions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What no kernel can do faster on this machine."""
+
+    bytes_per_s: float
+    """Read from memory."""
+    operations_per_s: float
+    """Multiplications and additions of bf16 in the matrix units."""
 
 
 class Step(Protocol):
@@ -122,3 +144,8 @@ def make_stack(shape: StackShape, tables: StackTables) -> Stack:
 def make_head(weight: int, vocab: int, width: int) -> Head:
     """Copies the weight (bf16) [vocab, width]. Raises ValueError for shapes that the kernels do not take."""
     return _kernels.Head(weight, vocab, width)
+
+
+def measure_bounds(num_threads: int) -> Bounds:
+    """In about half a second; where the kernels are supported only."""
+    return Bounds(*_kernels.measure_bounds(num_threads))

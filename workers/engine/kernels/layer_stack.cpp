@@ -111,8 +111,7 @@ void LayerStack::reserve(const Step& step, int num_threads) {
   for (size_t i = 0; i < scratch_.size(); ++i) {
     const int rows = i == 0 ? std::max(num_shared, kBlockRows) : kBlockRows;
     grow(scratch_[i].normed, rows, normed_stride_);
-    grow(scratch_[i].gated, rows, gated_stride_);
-    grow(scratch_[i].heads, rows, shape_.qkv_width());
+    grow(scratch_[i].wide, rows, std::max<int64_t>(gated_stride_, shape_.qkv_width()));
   }
 }
 
@@ -181,9 +180,9 @@ void LayerStack::finish_layer(int index, const Span& span) {
   });
   sync();
   multiply_gated(layer.gate_up, {scratch.normed.get(), normed_stride_, span.num_rows},
-                 own_panels(layer.gate_up, layer.down, span), scratch.gated.get(), gated_stride_);
+                 own_panels(layer.gate_up, layer.down, span), scratch.wide.get(), gated_stride_);
   sync();
-  multiply_add(layer.down, {scratch.gated.get(), gated_stride_, span.num_rows}, own_panels(layer.down, next, span), sums,
+  multiply_add(layer.down, {scratch.wide.get(), gated_stride_, span.num_rows}, own_panels(layer.down, next, span), sums,
                sums_stride_);
   sync();
 }
@@ -202,13 +201,13 @@ void LayerStack::write_layer(int index, const Span& span) {
   });
   sync();
   multiply(layer.qkv, {scratch.normed.get(), normed_stride_, span.num_rows}, own_panels(layer.qkv, layer.output, span),
-           scratch.heads.get(), width);
+           scratch.wide.get(), width);
   sync();
   auto* const k_cache = at_address<uint16_t>(step_->k_caches[size_t(index)]);
   auto* const v_cache = at_address<uint16_t>(step_->v_caches[size_t(index)]);
   for_own_rows(span, [&](int row) {
     const int64_t angles = step_->positions[size_t(row)] * half, slot = step_->slots[size_t(row)] * shape_.kv_width();
-    rotate_write(layer.rotate_write, scratch.heads.get() + int64_t(row - span.first_row) * width, tables_.cosines + angles,
+    rotate_write(layer.rotate_write, scratch.wide.get() + int64_t(row - span.first_row) * width, tables_.cosines + angles,
                  tables_.sines + angles,
                  {q_.get() + int64_t(row) * shape_.heads_width(), k_cache + slot, v_cache + slot});
   });

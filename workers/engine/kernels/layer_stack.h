@@ -67,7 +67,7 @@ class LayerStack {
   };
   // What passes between two products, for the rows of a block.
   struct Scratch {
-    Aligned<uint16_t> normed, gated, heads;
+    Aligned<uint16_t> normed, wide;  // `wide` holds what is gated, then the heads of the next layer.
   };
   // Rows that a thread takes through the products, and which share of each product is its own.
   struct Span {

@@ -2,6 +2,7 @@
 #include "python.h"
 
 #if defined(__x86_64__)
+#include "bounds.h"
 #include "types.h"
 #endif
 #include "cpu.h"
@@ -13,8 +14,30 @@ constexpr long kInterface = 3;
 
 PyObject* is_supported(PyObject*, PyObject*) { return PyBool_FromLong(strata::has_amx_bf16()); }
 
+#if defined(__x86_64__)
+PyObject* measure_bounds(PyObject*, PyObject* args) {
+  int num_threads;
+  if (!PyArg_ParseTuple(args, "i", &num_threads)) return nullptr;
+  if (num_threads < 1 || !strata::has_amx_bf16()) {
+    PyErr_SetString(PyExc_ValueError, "nothing can be measured here");
+    return nullptr;
+  }
+  return strata::guarded([&]() -> PyObject* {
+    strata::Bounds bounds;
+    {
+      const strata::WithoutInterpreter released;
+      bounds = strata::measure_bounds(num_threads);
+    }
+    return Py_BuildValue("dd", bounds.bytes_per_s, bounds.operations_per_s);
+  });
+}
+#endif
+
 PyMethodDef functions[] = {
     {"is_supported", is_supported, METH_NOARGS, "Whether this processor can run the kernels."},
+#if defined(__x86_64__)
+    {"measure_bounds", measure_bounds, METH_VARARGS, "What no kernel can do faster here."},
+#endif
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef definition = {
