@@ -75,6 +75,10 @@ class _Progress:
     prompt_tokens: int = 0
     dispatch: Dispatch | None = None
 
+    @property
+    def num_tokens(self) -> int:
+        return self.prompt_tokens + (len(self.dispatch.output) if self.dispatch else 0)
+
     def usage(self, now_s: float) -> Usage:
         arrived_s = self.request.arrived_s
         dispatch = self.dispatch
@@ -144,13 +148,23 @@ class InferenceService:
         self._idle.clear()
         try:
             job = await self._prepare(request, progress)
-            async with self.admission.slot(request.source, job.deadline_s, request.priority):
+            cost_tokens = len(job.keys.token_ids) + job.max_tokens
+            async with self.admission.slot(
+                request.source,
+                job.deadline_s,
+                request.priority,
+                tenant=request.caller.tenant,
+                cost_tokens=cost_tokens,
+            ) as took:
                 progress.started_s = self._clock()
-                async with aclosing(self._answer(job, progress)) as chunks:
-                    async for chunk in chunks:
-                        if chunk.finish_reason is not None:
-                            outcome = Outcome.COMPLETED
-                        yield chunk
+                try:
+                    async with aclosing(self._answer(job, progress)) as chunks:
+                        async for chunk in chunks:
+                            if chunk.finish_reason is not None:
+                                outcome = Outcome.COMPLETED
+                            yield chunk
+                finally:
+                    took(progress.num_tokens)
         except StrataError as raised:
             outcome, error = Outcome.FAILED, raised
             raise

@@ -14,7 +14,7 @@ from dataclasses import replace
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
-from dbnode.generate import Answer, Chunk
+from dbnode.generate import Answer, Chunk, Source
 from dbnode.inference import InferenceService
 from dbnode.rest.bodies import DONE, EventWriter, Form, error_event, whole_answer
 from dbnode.rest.door import caller_of
@@ -50,7 +50,9 @@ class Completions:
 
     async def serve(self, form: Form, parse: _Parse, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        if self._in_progress >= self._settings.requests_max:
+        tenant = caller_of(Request(scope)).tenant
+        is_full = self._in_progress >= self._settings.requests_max
+        if is_full and not self._service.admission.make_room(Source.REST, tenant):
             raise Overloaded(f"{self._in_progress} requests are in progress already")
         self._in_progress += 1
         try:
