@@ -20,6 +20,7 @@ from dbnode.inference import InferenceService
 from dbnode.rest.answer_format import AnswerEvents, AnswerFormat, WholeAnswer
 from dbnode.rest.bodies import DONE, EventWriter, error_event, metrics_object, total, usage_object, whole
 from dbnode.rest.choices import answers
+from dbnode.rest.door import caller_of
 from dbnode.rest.form import Form
 from dbnode.rest.http import cancelled_by_disconnect, error_response
 from dbnode.rest.parse import Asked, Parsed, parse_chat, parse_completion
@@ -133,7 +134,13 @@ def _asked(form: Form, scope: Scope) -> Asked:
             wants_timing = value not in (b"", b"0", b"false")
         elif name == b"traceparent" and _TRACEPARENT.fullmatch(value):
             traceparent = value.decode()
-    return Asked(form.id_prefix + uuid.uuid4().hex, scope["state"]["trace_id"], traceparent, wants_timing)
+    return Asked(
+        form.id_prefix + uuid.uuid4().hex,
+        scope["state"]["trace_id"],
+        caller_of(Request(scope)),
+        traceparent,
+        wants_timing,
+    )
 
 
 def _more(parsed: Parsed, usages: list[Usage], *, with_usage: bool) -> dict[str, Any]:

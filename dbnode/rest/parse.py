@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dbnode.generate import GenerateRequest, Sampling, Source
+from dbnode.generate import Caller, GenerateRequest, Sampling, Source
 from dbnode.rest.fields import Boolean, Field, Integer, Number, Schema, read_fields
 from dbnode.rest.messages_schema import MESSAGES_SCHEMA
 from dbnode.rest.sampling_fields import CACHE_SALT, CHOICES_MAX, INTEGER_MAX, LOGPROBS_MAX, MODEL, SAMPLING, SHARED
@@ -32,6 +32,7 @@ class Asked:
 
     request_id: str
     trace_id: str
+    caller: Caller = Caller()
     traceparent: str | None = None
     wants_timing: bool = False
 
@@ -193,6 +194,7 @@ def _request(given: _Given, asked: Asked, sampling: Sampling, index: int = 0, **
         sampling=sampling,
         priority=given.get("priority", 0),
         cache_salt=given.get("cache_salt"),
+        caller=asked.caller,
         trace_id=asked.trace_id,
         traceparent=asked.traceparent,
         **content,
