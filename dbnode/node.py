@@ -21,6 +21,7 @@ from dbnode.scheduler.scheduler import Scheduler
 from dbnode.scheduler.workers import WorkerDirectory
 from dbnode.statement_stats import StatementStats
 from dbnode.usage import UsageWriter
+from dbnode.usage_upkeep import UsageUpkeep
 from dbnode.vllm.client import GoldenText, VllmClient
 from dbnode.worker_client import WorkerClient
 from stratakv.models import resolve, served_name
@@ -56,6 +57,7 @@ class Node:
         self.metrics = NodeMetrics(self.model)
         self._pool = pool
         self.usage = UsageWriter(settings.database, self.metrics.usage_dropped.inc)
+        self.upkeep = UsageUpkeep(settings.database, settings.usage)
         self.statements = StatementStats(settings.database, self.metrics.statements_dropped.inc)
         self.directory = WorkerDirectory(settings.router, self.client, pool, self._on_workers_changed)
         self.metrics.registry.register(RouterMetrics(self.directory))
@@ -93,6 +95,7 @@ class Node:
             tasks.create_task(self.directory.run(), name="workers")
             tasks.create_task(self.usage.run(), name="usage")
             tasks.create_task(self.statements.run(), name="statements")
+            tasks.create_task(self.upkeep.run(), name="usage-upkeep")
 
     async def close(self) -> None:
         await self.usage.close()

@@ -20,6 +20,7 @@ from stratakv.cli import (
     sql,
     status,
     up,
+    usage,
     version,
 )
 from stratakv.errors import SetupError, StrataError
@@ -46,6 +47,7 @@ app.add_typer(model.app, name="model")
 app.add_typer(cache.app, name="cache")
 app.add_typer(drain.app, name="drain")
 app.add_typer(meta.app, name="meta")
+app.command("usage")(usage.usage)
 app.command("status")(status.status)
 app.add_typer(config.app, name="config")
 app.command("bench", context_settings=serve.PASS_ON)(bench.bench)
