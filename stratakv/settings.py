@@ -146,6 +146,7 @@ class PoolSettings:
     secret: Secret | None = setting(
         None, "shows meta server, daemons, workers and DB nodes that they belong together; needed beyond this machine"
     )
+    shared_memory: bool = setting(True, "let workers reach the daemons of their own host through shared memory")
     transfer_engine: TransferProtocol = setting(
         TransferProtocol.OFF, "let Mooncake's Transfer Engine move pages between hosts: off, tcp or rdma"
     )
