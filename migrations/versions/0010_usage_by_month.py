@@ -79,7 +79,7 @@ SELECT (created_at AT TIME ZONE 'UTC')::date AS day, tenant_id, model, source,
        coalesce(sum(cached_disk_tokens) FILTER (WHERE outcome <> 'unused'), 0) AS cached_disk_tokens,
        coalesce(sum(generated_tokens) FILTER (WHERE outcome <> 'unused'), 0) AS generated_tokens,
        count(*) FILTER (WHERE outcome = 'unused') AS unused_requests,
-       coalesce(sum(prompt_tokens + generated_tokens) FILTER (WHERE outcome = 'unused'), 0) AS unused_tokens
+       coalesce(sum(prompt_tokens::bigint + generated_tokens) FILTER (WHERE outcome = 'unused'), 0) AS unused_tokens
 """
 GROUPS = "GROUP BY 1, 2, 3, 4 ORDER BY 1, 2, 3, 4"
 """In order, so that DB nodes that add to the same sums lock them in one order."""
