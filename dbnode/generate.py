@@ -10,6 +10,8 @@ from typing import Any
 import msgspec
 
 from dbnode.charge import Charge
+from dbnode.tenants.salts import combined_salt
+from stratakv.tenancy.values import DEFAULT_TENANT, Tenant
 
 
 class Source(enum.StrEnum):
@@ -53,9 +55,11 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who is asking, as usage events name them."""
+    """Who is asking."""
 
-    tenant: str | None = None
+    tenant: Tenant = DEFAULT_TENANT
+    models: frozenset[str] | None = None
+    """Those it may use, as its key and its tenant allow; None: all."""
     role: str | None = None
     database: str | None = None
     session: str | None = None
@@ -78,7 +82,7 @@ class GenerateRequest:
     priority: int = 0
     """Requests with a lower one are let in first, as in vLLM."""
     cache_salt: str | None = None
-    """KV is shared only between requests with the same salt."""
+    """What the request itself asks to be kept apart by."""
     deadline_s: float | None = None
     """Monotonic; the node's own limit holds too."""
     caller: Caller = Caller()
@@ -88,6 +92,11 @@ class GenerateRequest:
     """Told once, when the request has ended, whatever the end."""
     charge: Charge | None = field(default=None, repr=False, compare=False)
     """Decides later whether its usage counts; without it, it does."""
+
+    @property
+    def kv_salt(self) -> str | None:
+        """KV is shared only between requests with the same one: of the tenant and of the request."""
+        return combined_salt(self.caller.tenant.salt, self.cache_salt)
 
 
 class PromptTiers(msgspec.Struct, frozen=True):

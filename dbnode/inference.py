@@ -30,7 +30,15 @@ from dbnode.generate import (
 )
 from dbnode.scheduler.scheduler import PromptKeys, Scheduler
 from dbnode.worker_base import WorkerDoor
-from stratakv.errors import Cancelled, ContextTooLong, InvalidRequest, ModelNotFound, StrataError, Unavailable
+from stratakv.errors import (
+    Cancelled,
+    ContextTooLong,
+    InvalidRequest,
+    ModelNotFound,
+    PermissionDenied,
+    StrataError,
+    Unavailable,
+)
 from stratakv.log import EventLogger
 from stratakv.text import Detokenizer, chat_text, encode
 from stratakv.text_cache import CachingEncoder
@@ -169,14 +177,17 @@ class InferenceService:
         return await asyncio.get_running_loop().run_in_executor(self._tokenize, count)
 
     async def prompt_keys(self, requests: Sequence[GenerateRequest]) -> list[PromptKeys]:
-        """Of requests that are not made; computed off the event loop. Raises ModelNotFound, InvalidRequest."""
+        """Of requests that are not made; computed off the event loop. Raises ModelNotFound, PermissionDenied, InvalidRequest."""
         for request in requests:
-            self.check_model(request.model)
+            self.check_allowed(request)
         sizes = {r.facts.block_size for r in self.scheduler.directory.usable(self.model) if r.facts}
 
         def make() -> list[PromptKeys]:
             texts = (chat_text(self._tokenizer, request.messages or ()) for request in requests)
-            found = [PromptKeys(self._encoder.encode(t), r.cache_salt) for t, r in zip(texts, requests, strict=True)]
+            found = [
+                PromptKeys(self._encoder.encode(t, r.caller.tenant.salt), r.kv_salt)
+                for t, r in zip(texts, requests, strict=True)
+            ]
             for keys in found:
                 for size in sizes:
                     keys.of_size(size)
@@ -185,8 +196,8 @@ class InferenceService:
         return await asyncio.get_running_loop().run_in_executor(self._tokenize, make)
 
     async def keys_of(self, request: GenerateRequest) -> PromptKeys:
-        """Of a request that is not made. Raises ModelNotFound, InvalidRequest."""
-        self.check_model(request.model)
+        """Of a request that is not made. Raises ModelNotFound, PermissionDenied, InvalidRequest."""
+        self.check_allowed(request)
         return await self._keys(await self._token_ids(request), request)
 
     async def drained(self, timeout_s: float) -> bool:
@@ -206,7 +217,7 @@ class InferenceService:
         """All that can refuse a request before it costs a worker anything."""
         if self.draining and request.source is Source.REST:  # statements that run may still ask for rows
             raise Unavailable("this DB node is shutting down")
-        self.check_model(request.model)
+        self.check_allowed(request)
         token_ids = await self._token_ids(request)
         progress.prompt_tokens = len(token_ids)
         context = self.max_model_len()
@@ -239,13 +250,23 @@ class InferenceService:
         if name is not None and name != self.model:
             raise ModelNotFound(f"model {name!r} is not served here; {self.model!r} is", param="model")
 
+    def check_allowed(self, request: GenerateRequest) -> None:
+        """Raises ModelNotFound, PermissionDenied."""
+        self.check_model(request.model)
+        models = request.caller.models
+        if models is not None and self.model not in models:
+            raise PermissionDenied(
+                f"model {self.model!r} is not among those that this tenant or key may use", param="model"
+            )
+
     async def _token_ids(self, request: GenerateRequest) -> list[int]:
         if isinstance(request.prompt, tuple):
             return self._checked_ids(request.prompt)
         if request.messages is not None:
             text = chat_text(self._tokenizer, request.messages)
-            make = partial(self._encoder.encode, text)
-            inline = self._encoder.is_mostly_known(text, TOKENIZE_INLINE_CHARS_MAX)
+            owner = request.caller.tenant.salt
+            make = partial(self._encoder.encode, text, owner)
+            inline = self._encoder.is_mostly_known(text, TOKENIZE_INLINE_CHARS_MAX, owner)
         else:
             text = request.prompt or ""
             make = partial(encode, self._tokenizer, text)
@@ -267,7 +288,7 @@ class InferenceService:
 
     async def _keys(self, token_ids: list[int], request: GenerateRequest) -> PromptKeys:
         """Those of long prompts are computed where they do not hold up other requests."""
-        keys = PromptKeys(token_ids, request.cache_salt)
+        keys = PromptKeys(token_ids, request.kv_salt)
         sizes = {r.facts.block_size for r in self.scheduler.directory.usable(self.model) if r.facts}
         if len(keys.token_ids) > HASH_INLINE_TOKENS_MAX:
             for size in sizes:

@@ -132,7 +132,7 @@ def _row(settled: Settled) -> tuple[object, ...]:
     num_gaps = usage.completion_tokens - 1
     return (
         request.request_id,
-        request.caller.tenant or "default",
+        request.caller.tenant.name,
         settled.model,
         request.source.value,
         usage.prompt_tokens,

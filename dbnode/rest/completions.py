@@ -9,6 +9,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
@@ -16,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from dbnode.generate import Answer, Chunk
 from dbnode.inference import InferenceService
 from dbnode.rest.bodies import DONE, EventWriter, Form, error_event, whole_answer
+from dbnode.rest.door import caller_of
 from dbnode.rest.http import cancelled_by_disconnect, error_response
 from dbnode.rest.parse import Parsed, parse_chat, parse_completion
 from stratakv.errors import Cancelled, Overloaded, StrataError
@@ -54,9 +56,10 @@ class Completions:
         try:
             body = await read_body(Request(scope, receive), self._settings.body_bytes_max)
             parsed = parse(body, form.id_prefix + uuid.uuid4().hex, scope["state"]["trace_id"])
+            asked = replace(parsed.request, caller=caller_of(Request(scope)))
             async with (
                 cancelled_by_disconnect(receive),
-                aclosing(self._service.generate(parsed.request)) as chunks,
+                aclosing(self._service.generate(asked)) as chunks,
             ):
                 await (self._stream if parsed.stream else self._whole)(form, parsed, chunks, send)
         except Cancelled as error:
