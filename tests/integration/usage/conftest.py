@@ -14,6 +14,7 @@ from dbnode.generate import Caller, GenerateRequest, Outcome, PromptTiers, Settl
 from dbnode.usage import UsageWriter
 from stratakv import migrate
 from stratakv.settings import DatabaseSettings, Secret
+from stratakv.tenancy.values import Tenant
 
 Rows = list[tuple[Any, ...]]
 
@@ -52,7 +53,8 @@ def event(
     error_code: str | None = None,
 ) -> Settled:
     """One request that has ended."""
-    request = GenerateRequest(request_id=request_id, source=source, arrived_s=0.0, caller=Caller(tenant=tenant))
+    caller = Caller(tenant=Tenant(0, tenant))
+    request = GenerateRequest(request_id=request_id, source=source, arrived_s=0.0, caller=caller)
     tiers = PromptTiers(computed=prompt - cached, l1=cached)
     return Settled(request, model, outcome, error_code, Usage(prompt, generated, tiers, Timings(1.0, 0.0, 2.0)))
 

@@ -55,7 +55,7 @@ def expected(settled: list[Settled]) -> dict[tuple[str, str, str], tuple[int, ..
             not counts,
             (usage.prompt_tokens + usage.completion_tokens) * (not counts),
         )
-        key = (one.request.caller.tenant or "", one.model, one.request.source.value)
+        key = (one.request.caller.tenant.name, one.model, one.request.source.value)
         sums.setdefault(key, Counter()).update(dict(enumerate(row)))
     return {key: tuple(found[place] for place in range(8)) for key, found in sums.items()}
 
