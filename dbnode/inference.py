@@ -42,6 +42,7 @@ from stratakv.errors import (
 from stratakv.log import EventLogger
 from stratakv.text import Detokenizer, chat_text, encode
 from stratakv.text_cache import CachingEncoder
+from stratakv.token_text import TokenTexts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -84,8 +85,10 @@ class _Progress:
         dispatch = self.dispatch
         tiers = dispatch.tiers if dispatch else None
         waited_ms = (self.started_s or now_s) - arrived_s
+        if self.request.is_sibling:
+            tiers = None
         return Usage(
-            prompt_tokens=self.prompt_tokens,
+            prompt_tokens=0 if self.request.is_sibling else self.prompt_tokens,
             completion_tokens=len(dispatch.output) if dispatch else 0,
             tiers=tiers or PromptTiers(),
             timings=Timings(
@@ -113,6 +116,7 @@ class InferenceService:
         self.model = model
         self.scheduler = scheduler
         self.draining = False
+        self.texts = TokenTexts(tokenizer)
         self._tokenizer = tokenizer
         self._encoder = CachingEncoder(tokenizer)
         self._vocab_size: int = tokenizer.backend_tokenizer.get_vocab_size()
@@ -257,6 +261,7 @@ class InferenceService:
             sampling=request.sampling,
             max_tokens=max_tokens,
             deadline_s=deadline_s,
+            traceparent=request.traceparent,
         )
 
     def check_model(self, name: str | None) -> None:
@@ -277,7 +282,7 @@ class InferenceService:
         if isinstance(request.prompt, tuple):
             return self._checked_ids(request.prompt)
         if request.messages is not None:
-            text = chat_text(self._tokenizer, request.messages)
+            text = chat_text(self._tokenizer, request.messages, request.tools)
             owner = request.caller.tenant.salt
             make = partial(self._encoder.encode, text, owner)
             inline = self._encoder.is_mostly_known(text, TOKENIZE_INLINE_CHARS_MAX, owner)
@@ -318,7 +323,8 @@ class InferenceService:
                 if not progress.first_token_s:
                     self._first_token(progress)
                 text = detokenizer.push(token_ids)
-                yield Chunk(text, tuple(token_ids))
+                scores = tuple(dispatch.scores[-len(token_ids) :]) if job.sampling.logprobs is not None else ()
+                yield Chunk(text, tuple(token_ids), scores=scores)
                 if detokenizer.stopped:
                     await _let_settle(dispatch, tokens)
                     break

@@ -22,6 +22,7 @@ from dbnode.scheduler.workers import WorkerDirectory
 from dbnode.statement_stats import StatementStats
 from dbnode.tenants.directory import Directory
 from dbnode.usage import UsageWriter
+from dbnode.usage_upkeep import UsageUpkeep
 from dbnode.vllm.client import GoldenText, VllmClient
 from dbnode.worker_client import WorkerClient
 from stratakv.models import resolve, served_name
@@ -58,6 +59,7 @@ class Node:
         self._pool = pool
         self.tenants = Directory(settings.database)
         self.usage = UsageWriter(settings.database, self.metrics.usage_dropped.inc)
+        self.upkeep = UsageUpkeep(settings.database, settings.usage)
         self.statements = StatementStats(settings.database, self.metrics.statements_dropped.inc)
         self.directory = WorkerDirectory(settings.router, self.client, pool, self._on_workers_changed)
         self.metrics.registry.register(RouterMetrics(self.directory))
@@ -96,6 +98,7 @@ class Node:
             tasks.create_task(self.tenants.run(), name="tenants")
             tasks.create_task(self.usage.run(), name="usage")
             tasks.create_task(self.statements.run(), name="statements")
+            tasks.create_task(self.upkeep.run(), name="usage-upkeep")
 
     async def close(self) -> None:
         await self.usage.close()
