@@ -125,7 +125,7 @@ class Completions:
 
     def _format(self, form: Form, parsed: Parsed) -> AnswerFormat:
         num_top = parsed.request.sampling.logprobs
-        return AnswerFormat(form, parsed.tools, num_top, None if num_top is None else self._service.texts)
+        return AnswerFormat(form, parsed.tools, num_top, None if num_top is None else self._service.tokens.texts)
 
 
 def _asked(form: Form, scope: Scope) -> Asked:
