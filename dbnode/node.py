@@ -12,6 +12,7 @@ from pathlib import Path
 from dbnode.all_workers import AllWorkers
 from dbnode.generate import Source
 from dbnode.inference import InferenceService
+from dbnode.metadata import Metadata
 from dbnode.metrics import NodeMetrics
 from dbnode.rest.app import RestFace
 from dbnode.rest.http import Guard
@@ -23,6 +24,7 @@ from dbnode.statement_stats import StatementStats
 from dbnode.suspects import Suspects
 from dbnode.tenants.directory import Directory
 from dbnode.usage import UsageWriter
+from dbnode.usage_upkeep import UsageUpkeep
 from dbnode.vllm.client import GoldenText, VllmClient
 from dbnode.worker_client import WorkerClient
 from stratakv.models import resolve, served_name
@@ -57,8 +59,10 @@ class Node:
         )
         self.metrics = NodeMetrics(self.model)
         self._pool = pool
+        self.metadata = Metadata(settings.database)
         self.tenants = Directory(settings.database)
         self.usage = UsageWriter(settings.database, self.metrics.usage_dropped.inc)
+        self.upkeep = UsageUpkeep(settings.database, settings.usage)
         self.statements = StatementStats(settings.database, self.metrics.statements_dropped.inc)
         self.directory = WorkerDirectory(settings.router, self.client, pool, self._on_workers_changed)
         self.metrics.registry.register(RouterMetrics(self.directory))
@@ -99,10 +103,12 @@ class Node:
             tasks.create_task(self.tenants.run(), name="tenants")
             tasks.create_task(self.usage.run(), name="usage")
             tasks.create_task(self.statements.run(), name="statements")
+            tasks.create_task(self.upkeep.run(), name="usage-upkeep")
 
     async def close(self) -> None:
         await self.usage.close()
         await self.statements.close()
+        await self.metadata.close()
         await self.client.close()
         self.inference.close()
 

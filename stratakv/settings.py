@@ -282,6 +282,13 @@ class RouterSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class UsageSettings:
+    """[usage] how long usage is kept."""
+
+    months_kept: int = setting(24, "whole months of single requests that are kept; sums by day stay; 0: all of them")
+
+
+@dataclass(frozen=True, slots=True)
 class LogSettings:
     """[log] what is logged, and how."""
 
@@ -315,5 +322,6 @@ class Settings:
     sql: SqlSettings = SqlSettings()
     rest: RestSettings = RestSettings()
     router: RouterSettings = RouterSettings()
+    usage: UsageSettings = UsageSettings()
     log: LogSettings = LogSettings()
     up: UpSettings = UpSettings()

@@ -22,6 +22,7 @@ from stratakv.cli import (
     status,
     tenancy,
     up,
+    usage,
     version,
 )
 from stratakv.errors import SetupError, StrataError
@@ -52,6 +53,7 @@ app.add_typer(meta.app, name="meta")
 app.add_typer(tenancy.tenant, name="tenant")
 app.add_typer(tenancy.key, name="key")
 app.add_typer(tenancy.quota, name="quota")
+app.command("usage")(usage.usage)
 app.command("status")(status.status)
 app.add_typer(config.app, name="config")
 app.command("bench", context_settings=serve.PASS_ON)(bench.bench)

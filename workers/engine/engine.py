@@ -199,7 +199,9 @@ class Engine:
         config = self.config
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        model = Model(config.model_dir, config.dtype, config.torch_device, config.max_model_len)
+        model = Model(
+            config.model_dir, config.dtype, config.torch_device, config.max_model_len, block_size=config.block_size
+        )
         return model, KVCache(model.facts, config.num_blocks, config.block_size, config.torch_device)
 
     def _await_work(self) -> bool:
