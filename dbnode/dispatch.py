@@ -16,8 +16,9 @@ import msgspec
 
 from dbnode.errors import HandoverFailed, NoWorker, WorkerLost, WorkerRefused, WorkersExhausted, WorkerUnreachable
 from dbnode.generate import FinishReason, PromptTiers, Sampling
-from dbnode.scheduler.scheduler import Plan, PromptKeys, Scheduler
-from dbnode.scheduler.workers import Sent, WorkerRecord
+from dbnode.scheduler.fleet import Sent, WorkerRecord
+from dbnode.scheduler.planner import Plan, PromptKeys
+from dbnode.scheduler.scheduler import Scheduler
 from dbnode.worker_base import WorkerDoor
 from dbnode.worker_messages import KVTransfer, WorkerChunk, WorkerRequest, WorkerUsage
 from stratakv.errors import DeadlineExceeded, Overloaded, StrataError

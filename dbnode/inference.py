@@ -28,7 +28,8 @@ from dbnode.generate import (
     Timings,
     Usage,
 )
-from dbnode.scheduler.scheduler import PromptKeys, Scheduler
+from dbnode.scheduler.planner import PromptKeys
+from dbnode.scheduler.scheduler import Scheduler
 from dbnode.worker_base import WorkerDoor
 from stratakv.errors import Cancelled, ContextTooLong, InvalidRequest, ModelNotFound, StrataError, Unavailable
 from stratakv.log import EventLogger

@@ -30,6 +30,17 @@ class EvictionPolicy(enum.StrEnum):
     S3FIFO = "s3fifo"
 
 
+class RouterPolicy(enum.StrEnum):
+    """How the worker for a request is chosen (`dbnode.scheduler.policies`)."""
+
+    COST = "cost"
+    PREFIX = "prefix"
+    LEAST_LOAD = "least_load"
+    ROUND_ROBIN = "round_robin"
+    DYNAMO = "dynamo"
+    AIBRIX = "aibrix"
+
+
 class TlsMode(enum.StrEnum):
     """What the DB node does when a PostgreSQL client asks for TLS."""
 
@@ -270,6 +281,10 @@ class RouterSettings:
         (), "workers known from the start, besides those that register: http://host:port, vllm://host:port,key=value"
     )
     vllm_api_key: Secret | None = setting(None, "what vLLM servers were given as --api-key")
+    policy: RouterPolicy = setting(
+        RouterPolicy.COST,
+        "how a worker is chosen: cost, prefix, least_load or round_robin; dynamo and aibrix are there to compare with",
+    )
     split_tokens_min: int = setting(512, "uncached prompt tokens from which prefill and decode are split")
     refresh_s: float = setting(1.0, "how often worker states are read")
     index_blocks_max: int = setting(200_000, "blocks remembered per worker")

@@ -40,6 +40,12 @@ class Candidate:
     """0 for these three: not measured yet."""
     free_tokens: int | None = None
     """Tokens it has room for beside what it is running; None: not told."""
+    held_tokens: int = 0
+    """Prompt tokens of all requests that this node has sent it and that have not ended."""
+    last_turn: int = 0
+    """Which of all requests it was sent last; 0: none yet."""
+    sent_tokens_mean: float = 0.0
+    """Tokens it had to compute for one request, on average."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +111,18 @@ def whole_cost(candidate: Candidate, work: Work, preferred: frozenset[WorkerRole
     return Cost(
         cost.queue_ms, cost.load_ms, cost.prefill_ms, cost.decode_ms + _step_ms(candidate) * steps, cost.role_ms
     )
+
+
+def first_token_ms(candidate: Candidate, work: Work) -> float:
+    """How long the prompt's first token takes there."""
+    cost = prefill_cost(candidate, work, frozenset(WorkerRole))
+    return cost.queue_ms + cost.load_ms + cost.prefill_ms
+
+
+def backlog_ms(candidate: Candidate) -> float:
+    """What it has to do already: prompts to compute, sequences to decode."""
+    tokens_per_ms = (candidate.prefill_tokens_per_s or PREFILL_TOKENS_PER_S_DEFAULT) / 1000
+    return candidate.queued_tokens / tokens_per_ms + _step_ms(candidate) * candidate.running
 
 
 def forecast_s(candidates: Sequence[Candidate], computed_tokens: int, decode_steps: int, num_at_once: int) -> float:

@@ -17,6 +17,7 @@ from stratakv.cli import (
     migrate,
     model,
     serve,
+    sim,
     sql,
     status,
     up,
@@ -49,6 +50,7 @@ app.add_typer(meta.app, name="meta")
 app.command("status")(status.status)
 app.add_typer(config.app, name="config")
 app.command("bench", context_settings=serve.PASS_ON)(bench.bench)
+app.command("sim", context_settings=serve.PASS_ON)(sim.sim)
 app.command("version")(version.version)
 
 
