@@ -43,8 +43,9 @@ class Node:
         model_dir = resolve(settings.model.name, settings.model.cache_dir.expanduser())
         tokenizer = load_tokenizer(model_dir)
         pool = PoolView(meta)
+        credentials = PoolCredentials.from_settings(settings.pool)
         self.client = AllWorkers(
-            WorkerClient(PoolCredentials.from_settings(settings.pool)),
+            WorkerClient(credentials),
             VllmClient(
                 vllm_addresses(settings.router.workers).values(),
                 self.model,
@@ -57,7 +58,9 @@ class Node:
         self._pool = pool
         self.usage = UsageWriter(settings.database, self.metrics.usage_dropped.inc)
         self.statements = StatementStats(settings.database, self.metrics.statements_dropped.inc)
-        self.directory = WorkerDirectory(settings.router, self.client, pool, self._on_workers_changed)
+        self.directory = WorkerDirectory(
+            settings.router, self.client, pool, self._on_workers_changed, credentials=credentials
+        )
         self.metrics.registry.register(RouterMetrics(self.directory))
         scheduler = Scheduler(settings.router, self.directory, pool, kv_bytes_per_token(model_dir))
         self.inference = InferenceService(

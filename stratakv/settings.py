@@ -192,6 +192,9 @@ class WorkerSettings:
     host: str = setting("127.0.0.1", "address to listen on")
     public_host: str = setting("", "where DB nodes reach it; by default `host`, which must be given for all addresses")
     port: int = setting(8100, "HTTP port")
+    events_port: int = setting(
+        0, "ZeroMQ port on which it tells which blocks it holds, and the next one for replays; 0 takes free ones"
+    )
     dtype: str = setting("bf16", "bf16 or fp32")
     device: str = setting("auto", "auto, cpu or cuda")
     threads: int = setting(0, "CPU threads of the engine; 0 takes all cores")

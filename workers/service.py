@@ -29,6 +29,7 @@ from workers.handover.client import HandoverClient
 from workers.handover.incoming import HandoverTaker
 from workers.handover.outgoing import HandoverBook
 from workers.http import create_app
+from workers.kv_events import KvEventPublisher
 from workers.metrics import WorkerMetrics
 from workers.rates import Rates
 from workers.registration import stay_registered
@@ -49,6 +50,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     server = HttpServer(worker.host, worker.port, "worker")
     loop = asyncio.get_running_loop()
     runtime, meta, engine, tiers, taker, rates = await asyncio.to_thread(_build, settings, credentials, loop)
+    events = KvEventPublisher(engine.kv_cache, worker.host, worker.events_port, credentials)
+    runtime.publishes(events.events_port, events.replay_port)
     engine.start()
     try:
         async with asyncio.TaskGroup() as tasks:
@@ -56,6 +59,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             await warm_up(engine, rates)
             started()
             runtime.open()
+            telling = tasks.create_task(events.run(), name="kv-events")
             log.info(
                 "ready", worker=runtime.info.worker, url=runtime.info.url, model=runtime.info.model, role=worker.role
             )
@@ -63,10 +67,12 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             await stop.wait()
             await _drain(runtime)
             registration.cancel()
+            telling.cancel()
             server.stop()
             await http
     finally:
         await asyncio.to_thread(engine.shutdown)
+        events.close()
         if taker is not None:
             await taker.close()
         if tiers is not None:

@@ -17,8 +17,9 @@ from dbnode.kv_events.subscriber import KvSubscriber
 from dbnode.scheduler.fleet import Fleet, WorkerRecord
 from dbnode.scheduler.pool_view import PoolView
 from dbnode.worker_base import WorkerDoor
-from dbnode.worker_messages import WorkerFacts
+from dbnode.worker_messages import Engine, WorkerFacts
 from stratakv.log import EventLogger
+from stratakv.pool.auth import PoolCredentials
 from stratakv.settings import RouterSettings
 from stratakv.wire import WorkerLoad
 from stratakv.worker_address import worker_url
@@ -45,11 +46,13 @@ class WorkerDirectory(Fleet):
         pool: PoolView,
         on_change: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
+        credentials: PoolCredentials | None = None,
     ) -> None:
         super().__init__(settings, clock)
         self._client = client
         self._pool = pool
         self._on_change = on_change
+        self._credentials = credentials
         self._watchers: dict[str, asyncio.Task[None]] = {}
         self._listed: set[str] = set()
 
@@ -121,8 +124,10 @@ class WorkerDirectory(Fleet):
             self._alive_changed(record)
 
     def _listen(self, record: WorkerRecord, facts: WorkerFacts) -> None:
-        feed = KvFeed(record.index, facts.block_size, facts.hash_algorithm)
-        subscriber = KvSubscriber(facts.worker, facts.events, facts.replay, feed)
+        is_ours = facts.engine is Engine.STRATAKV
+        feed = KvFeed(record.index, facts.block_size, facts.hash_algorithm, has_our_keys=is_ours)
+        credentials = self._credentials if is_ours else None
+        subscriber = KvSubscriber(facts.worker, facts.events, facts.replay, feed, credentials=credentials)
         record.events = feed.status
         record.listener = asyncio.create_task(subscriber.run(), name=f"kv-events-{facts.worker}")
 
