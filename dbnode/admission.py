@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from dbnode.generate import Source
+from dbnode.scheduler.overload import retry_after_s, retry_hint
 from stratakv.errors import DeadlineExceeded, Overloaded
 
 
@@ -29,7 +30,14 @@ class _Waiter:
 class Admission:
     """Slots for requests that workers have in hand, and the queue of those that wait for one."""
 
-    def __init__(self, running_max: Callable[[], int], waiting_max: dict[Source, int]) -> None:
+    def __init__(
+        self,
+        running_max: Callable[[], int],
+        waiting_max: dict[Source, int],
+        forecast_s: Callable[[], float | None] = lambda: None,
+    ) -> None:
+        """`forecast_s`: how long the shortest queue of a worker is, if that is known."""
+        self._forecast_s = forecast_s
         self._running_max = running_max
         self._waiting_max = waiting_max
         self._waiting: dict[Source, list[_Waiter]] = {source: [] for source in Source}
@@ -37,6 +45,8 @@ class Admission:
         self._numbers = count()
         self._turn = list(Source)
         self.running = 0
+        self.waiting_tokens = 0
+        """Prompt tokens of those that wait."""
 
     @property
     def waiting(self) -> int:
@@ -44,12 +54,18 @@ class Admission:
         return sum(len(queue) for queue in self._waiting.values())
 
     @contextlib.asynccontextmanager
-    async def slot(self, source: Source, deadline_s: float, priority: int = 0) -> AsyncIterator[None]:
+    async def slot(
+        self, source: Source, deadline_s: float, priority: int = 0, num_tokens: int = 0
+    ) -> AsyncIterator[None]:
         """Hold a slot; lower priorities get theirs first.
 
         Raises Overloaded when too many wait already, DeadlineExceeded when its turn comes too late.
         """
-        await self._acquire(source, deadline_s, priority)
+        self.waiting_tokens += num_tokens
+        try:
+            await self._acquire(source, deadline_s, priority)
+        finally:
+            self.waiting_tokens -= num_tokens
         try:
             yield
         finally:
@@ -68,7 +84,10 @@ class Admission:
             return
         queue = self._waiting[source]
         if len(queue) >= self._waiting_max[source]:
-            raise Overloaded(f"{len(queue)} requests are waiting already")
+            retry_s = retry_after_s(self._forecast_s() or 0.0)
+            raise Overloaded(
+                f"{len(queue)} requests are waiting already", hint=retry_hint(retry_s), retry_after_s=retry_s
+            )
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         waiter = _Waiter(priority, next(self._numbers), future)
         heapq.heappush(queue, waiter)

@@ -46,6 +46,8 @@ class Job:
     sampling: Sampling
     max_tokens: int
     deadline_s: float
+    tpot_max_s: float = 0.0
+    """What a token should take at most; 0: no matter."""
 
 
 class Dispatch:
@@ -89,7 +91,9 @@ class Dispatch:
             raise WorkersExhausted(f"the request failed on {self._attempt} workers") from last_error
         avoid = frozenset(self._avoid)
         try:
-            return await self._scheduler.plan(job.request_id, job.model, job.keys, job.max_tokens, avoid, self._attempt)
+            return await self._scheduler.plan(
+                job.request_id, job.model, job.keys, job.max_tokens, avoid, self._attempt, job.tpot_max_s
+            )
         except NoWorker:
             if last_error is None:
                 raise

@@ -3,6 +3,8 @@
 StrataError
 ├── InvalidRequest
 │   └── Unauthenticated
+├── Overloaded
+│   └── ExpectedTooLate      its first token would come too late
 ├── Unavailable
 │   ├── NoWorker
 │   ├── WorkerUnreachable    the request did not reach the worker
@@ -16,7 +18,7 @@ StrataError
 
 from __future__ import annotations
 
-from stratakv.errors import InvalidRequest, StrataError, Unavailable
+from stratakv.errors import InvalidRequest, Overloaded, StrataError, Unavailable
 
 
 class Unauthenticated(InvalidRequest):
@@ -66,6 +68,12 @@ class WorkersExhausted(StrataError):
     code = "workers_exhausted"
     http_status = 502
     sqlstate = "XX000"
+
+
+class ExpectedTooLate(Overloaded):
+    """The load would make the first token come after the request's deadline or its class's target; nothing was done."""
+
+    code = "expected_too_late"
 
 
 class AnswerCut(StrataError):

@@ -19,6 +19,14 @@ class Source(enum.StrEnum):
     SQL = "sql"
 
 
+class SloClass(enum.StrEnum):
+    """What a request is for (`dbnode.slo`)."""
+
+    INTERACTIVE = "interactive"
+    """Somebody waits for it."""
+    BATCH = "batch"
+
+
 class FinishReason(enum.StrEnum):
     """OpenAI's reasons for the end of an answer."""
 
@@ -77,6 +85,8 @@ class GenerateRequest:
     sampling: Sampling = Sampling()
     priority: int = 0
     """Requests with a lower one are let in first, as in vLLM."""
+    slo_class: SloClass | None = None
+    """None: that of its face."""
     cache_salt: str | None = None
     """KV is shared only between requests with the same salt."""
     deadline_s: float | None = None

@@ -30,9 +30,11 @@ from dbnode.generate import (
 )
 from dbnode.scheduler.planner import PromptKeys
 from dbnode.scheduler.scheduler import Scheduler
+from dbnode.slo import SloTargets, targets_of
 from dbnode.worker_base import WorkerDoor
 from stratakv.errors import Cancelled, ContextTooLong, InvalidRequest, ModelNotFound, StrataError, Unavailable
 from stratakv.log import EventLogger
+from stratakv.settings import RouterSettings
 from stratakv.text import Detokenizer, chat_text, encode
 from stratakv.text_cache import CachingEncoder
 
@@ -96,7 +98,7 @@ class InferenceService:
         scheduler: Scheduler,
         observers: tuple[Observer, ...],
         waiting_max: dict[Source, int],
-        request_timeout_s: float,
+        router: RouterSettings,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model = model
@@ -107,13 +109,13 @@ class InferenceService:
         self._vocab_size: int = tokenizer.backend_tokenizer.get_vocab_size()
         self._client = client
         self._observers = observers
-        self._request_timeout_s = request_timeout_s
+        self._router = router
         self._clock = clock
         self._tokenize = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self.admission = Admission(self._running_max, waiting_max)
+        self.admission = Admission(self._running_max, waiting_max, self._wait_s)
 
     @property
     def in_flight(self) -> int:
@@ -137,7 +139,9 @@ class InferenceService:
         self._idle.clear()
         try:
             job = await self._prepare(request, progress)
-            async with self.admission.slot(request.source, job.deadline_s, request.priority):
+            await self._check_time(job, request)
+            num_tokens = len(job.keys.token_ids)
+            async with self.admission.slot(request.source, job.deadline_s, request.priority, num_tokens):
                 progress.started_s = self._clock()
                 async with aclosing(self._answer(job, progress)) as chunks:
                     async for chunk in chunks:
@@ -222,7 +226,7 @@ class InferenceService:
                 f" the context of {context} tokens",
                 param="messages" if request.messages is not None else "prompt",
             )
-        deadline_s = request.arrived_s + self._request_timeout_s
+        deadline_s = request.arrived_s + self._router.request_timeout_s
         if request.deadline_s is not None:
             deadline_s = min(deadline_s, request.deadline_s)
         keys = await self._keys(token_ids, request)
@@ -233,7 +237,22 @@ class InferenceService:
             sampling=request.sampling,
             max_tokens=max_tokens,
             deadline_s=deadline_s,
+            tpot_max_s=self._targets(request).tpot_s,
         )
+
+    async def _check_time(self, job: Job, request: GenerateRequest) -> None:
+        """Raises ExpectedTooLate."""
+        wanted_s = job.deadline_s
+        ttft_s = self._targets(request).ttft_s
+        if ttft_s:
+            wanted_s = min(wanted_s, request.arrived_s + ttft_s)
+        await self.scheduler.check_time(self.model, job.keys, wanted_s - self._clock(), self.admission.waiting_tokens)
+
+    def _targets(self, request: GenerateRequest) -> SloTargets:
+        return targets_of(self._router, request.slo_class, request.source)
+
+    def _wait_s(self) -> float | None:
+        return self.scheduler.least_wait_s(self.scheduler.able(self.model, 0))
 
     def check_model(self, name: str | None) -> None:
         """Raises ModelNotFound."""

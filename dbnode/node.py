@@ -70,7 +70,7 @@ class Node:
             scheduler,
             observers=(self.metrics, self.usage),
             waiting_max={Source.REST: settings.rest.requests_max, Source.SQL: settings.sql.calls_waiting_max},
-            request_timeout_s=settings.router.request_timeout_s,
+            router=settings.router,
         )
         self.metrics.watch_admission(lambda: self.inference.admission.running, lambda: self.inference.admission.waiting)
         self._rest = settings.rest

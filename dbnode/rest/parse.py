@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from dbnode.generate import GenerateRequest, Sampling, Source, StructuredOutputs
+from dbnode.generate import GenerateRequest, Sampling, SloClass, Source, StructuredOutputs
 from stratakv.errors import InvalidRequest
 
 STOPS_MAX = 16
@@ -61,6 +61,7 @@ _SHARED = frozenset(
         "stream_options",
         "user",
         "priority",
+        "slo_class",
         "cache_salt",
     )
 )
@@ -139,6 +140,7 @@ def _parsed(fields: _Fields, request_id: str, trace_id: str, max_tokens: int | N
         model=_string(fields, "model", USER_CHARS_MAX),
         sampling=sampling,
         priority=_integer(fields, "priority", 0, -PRIORITY_MAX, PRIORITY_MAX) or 0,
+        slo_class=_slo_class(fields),
         cache_salt=_salt(fields),
         trace_id=trace_id,
         **content,
@@ -268,3 +270,12 @@ def _string(fields: _Fields, name: str, chars_max: int) -> str | None:
     if value is not None and (not isinstance(value, str) or len(value) > chars_max):
         raise InvalidRequest(f"{name}: expected a string of at most {chars_max} characters", param=name)
     return value
+
+
+def _slo_class(fields: _Fields) -> SloClass | None:
+    value = fields.get("slo_class")
+    if value is None:
+        return None
+    if not isinstance(value, str) or value not in frozenset(SloClass):
+        raise InvalidRequest(f"slo_class: expected one of {', '.join(SloClass)}", param="slo_class")
+    return SloClass(value)

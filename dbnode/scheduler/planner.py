@@ -14,14 +14,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from dbnode.errors import NoWorker
-from dbnode.scheduler.cost import Candidate, Work, first_token_ms, forecast_s
+from dbnode.scheduler.cost import Candidate, Work, forecast_s, prefill_cost
 from dbnode.scheduler.fleet import MEAN_WEIGHT, Fleet, Sent, WorkerRecord
+from dbnode.scheduler.overload import Forecast
 from dbnode.scheduler.policies import make_policy
 from dbnode.scheduler.policies.base import Stage
 from dbnode.scheduler.router import Decision, route
 from stratakv.keys import BlockKey, block_keys, salt_extra
 from stratakv.log import EventLogger
 from stratakv.settings import RouterPolicy, RouterSettings
+from stratakv.wire import WorkerRole
 
 log = EventLogger("dbnode.router")
 
@@ -123,9 +125,10 @@ class Planner:
         *,
         attempt: int = 0,
         may_split: bool = True,
+        tpot_max_s: float = 0.0,
     ) -> Plan:
         """One of `records`, or two, given how many tokens each holds itself (by URL) and are in the pool. Raises NoWorker."""
-        work = Work(len(keys.token_ids), max_tokens, self._kv_bytes_per_token)
+        work = Work(len(keys.token_ids), max_tokens, self._kv_bytes_per_token, tpot_max_s)
         by_url = {record.url: record for record in records if record.usable}
         candidates = [self._candidate(record, keys, held, pool_tokens) for record in by_url.values()]
         split_min = self._settings.split_tokens_min
@@ -136,19 +139,29 @@ class Planner:
         prefill = by_url[decision.prefill.url] if decision.prefill else None
         return Plan(by_url[decision.worker.url], prefill, decision.uncached_tokens)
 
-    def first_token_s(
+    def least_wait_s(self, records: Sequence[WorkerRecord]) -> float | None:
+        """The shortest queue; None without workers, or while rates are not measured."""
+        now_s = self._clock()
+        candidates = [record.candidate(0, 0, now_s) for record in records if record.usable]
+        if not candidates or not all(candidate.prefill_tokens_per_s for candidate in candidates):
+            return None
+        return min(candidate.queued_tokens / candidate.prefill_tokens_per_s for candidate in candidates)
+
+    def forecast(
         self,
         records: Sequence[WorkerRecord],
         keys: PromptKeys,
         held: Mapping[str, int],
         pool_tokens: Mapping[Scope, int],
-    ) -> float | None:
-        """After how long a prompt sent now would probably have its first token; None while rates are not measured."""
+    ) -> Forecast | None:
+        """Of a prompt sent now, on the worker that is quickest with it; None as in `least_wait_s`."""
         work = Work(len(keys.token_ids), 1, self._kv_bytes_per_token)
         candidates = [self._candidate(record, keys, held, pool_tokens) for record in records if record.usable]
         if not candidates or not all(candidate.prefill_tokens_per_s for candidate in candidates):
             return None
-        return min(first_token_ms(candidate, work) for candidate in candidates) / 1000
+        costs = [prefill_cost(candidate, work, frozenset(WorkerRole)) for candidate in candidates]
+        wait_ms, work_ms = min(((cost.queue_ms, cost.load_ms + cost.prefill_ms) for cost in costs), key=sum)
+        return Forecast(wait_ms / 1000, (wait_ms + work_ms) / 1000)
 
     def forecast_s(self, model: str, computed_tokens: int, decode_steps: int, num_at_once: int) -> float | None:
         """How long so much work would take on all workers; None without any."""

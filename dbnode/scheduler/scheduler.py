@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from dbnode.errors import NoWorker
 from dbnode.scheduler.fleet import WorkerRecord
+from dbnode.scheduler.overload import Forecast, is_late, may_be_late, too_late
 from dbnode.scheduler.planner import Plan, Planner, PromptKeys, Scope, scope
 from dbnode.scheduler.pool_view import PoolView
 from dbnode.scheduler.workers import WorkerDirectory
@@ -38,7 +39,14 @@ class Scheduler(Planner):
         self._pool = pool
 
     async def plan(
-        self, request_id: str, model: str, keys: PromptKeys, max_tokens: int, avoid: frozenset[str], attempt: int
+        self,
+        request_id: str,
+        model: str,
+        keys: PromptKeys,
+        max_tokens: int,
+        avoid: frozenset[str],
+        attempt: int,
+        tpot_max_s: float = 0.0,
     ) -> Plan:
         """Choose for one attempt; `avoid` are URLs that failed this request. Raises NoWorker."""
         records = self.able(model, len(keys.token_ids) + max_tokens, avoid)
@@ -48,8 +56,37 @@ class Scheduler(Planner):
         pool_tokens = await self._pool_tokens(records, keys, max(held.values()))
         may_split = attempt == 0 and self._pool.available
         return self.choose(
-            request_id, records, keys, max_tokens, held, pool_tokens, attempt=attempt, may_split=may_split
+            request_id,
+            records,
+            keys,
+            max_tokens,
+            held,
+            pool_tokens,
+            attempt=attempt,
+            may_split=may_split,
+            tpot_max_s=tpot_max_s,
         )
+
+    async def check_time(self, model: str, keys: PromptKeys, limit_s: float, waiting_tokens: int) -> None:
+        """Raises ExpectedTooLate if the load makes the first token come after `limit_s`.
+
+        `waiting_tokens` are prompts that no worker has been sent yet. Costs next to nothing while there is no such load.
+        """
+        records = self.able(model, len(keys.token_ids))
+        wait_s = self.least_wait_s(records)
+        if wait_s is None:
+            return
+        before_s = waiting_tokens / sum(record.load.prefill_tokens_per_s for record in records)
+        if not may_be_late(before_s + wait_s, limit_s):
+            return
+        held = self.held_tokens(records, keys)
+        pool_tokens = await self._pool_tokens(records, keys, max(held.values()))
+        found = self.forecast(records, keys, held, pool_tokens)
+        if found is None:
+            return
+        forecast = Forecast(before_s + found.wait_s, before_s + found.first_token_s)
+        if is_late(forecast, limit_s):
+            raise too_late(forecast, limit_s)
 
     async def cached_tokens(self, model: str, keys: PromptKeys, *, ask_pool: bool) -> int:
         """Leading prompt tokens that a worker or the pool holds now, as far as is known."""

@@ -15,6 +15,7 @@ from itertools import count
 
 from dbnode.scheduler.fleet import Fleet, WorkerRecord
 from dbnode.scheduler.index import Medium, tails
+from dbnode.scheduler.overload import is_late
 from dbnode.scheduler.planner import Planner, PromptKeys, scope
 from dbnode.simulation.caches import LruBlocks
 from dbnode.simulation.report import SimReport
@@ -45,7 +46,7 @@ class SimSettings:
     pool_blocks: int = 0
     """0: without bounds."""
     ttft_max_s: float = 0.0
-    """Requests whose first token is expected later are refused; 0: none is."""
+    """Requests whose first token the load would make come later are refused; 0: none is."""
     events_lag_s: float = 0.05
     """After so long the router knows of what a worker's L1 got and lost."""
     seed: int = 0
@@ -134,10 +135,11 @@ class Simulation:
         records = self._planner.able(MODEL, request.prompt_tokens + request.output_tokens)
         pool_tokens = {scope(records[0]): self._pool.match(request.keys) * size} if self._pool is not None else {}
         held = self._planner.held_tokens(records, keys)
-        expected_s = self._planner.first_token_s(records, keys, held, pool_tokens) if self._settings.ttft_max_s else 0.0
-        if expected_s is not None and expected_s > self._settings.ttft_max_s:
-            self._pending -= 1
-            return
+        if self._settings.ttft_max_s:
+            forecast = self._planner.forecast(records, keys, held, pool_tokens)
+            if forecast is not None and is_late(forecast, self._settings.ttft_max_s):
+                self._pending -= 1
+                return
         plan = self._planner.choose(
             str(number), records, keys, max(1, request.output_tokens), held, pool_tokens, may_split=False
         )
