@@ -293,9 +293,12 @@ class RouterSettings:
     index_blocks_max: int = setting(200_000, "blocks remembered per worker")
     request_timeout_s: float = setting(600.0, "deadline of every request; infer() may ask for a shorter one")
     interactive_ttft_s: float = setting(
-        0.0, "refuse interactive requests whose first token is expected later because of the load; 0: only at the deadline"
+        0.0,
+        "refuse interactive requests whose first token is expected later because of the load; 0: only at the deadline",
     )
-    interactive_tpot_s: float = setting(0.0, "avoid workers that take longer per token for interactive requests; 0: do not")
+    interactive_tpot_s: float = setting(
+        0.0, "avoid workers that take longer per token for interactive requests; 0: do not"
+    )
     batch_ttft_s: float = setting(0.0, "as interactive_ttft_s, of batch requests")
     batch_tpot_s: float = setting(0.0, "as interactive_tpot_s, of batch requests")
 

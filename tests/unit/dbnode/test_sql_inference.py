@@ -35,6 +35,8 @@ from stratakv.errors import InvalidRequest
         ("cache_salt", "s" * 513),
         ("on_error", "ignore"),
         ("dedupe", 1),
+        ("slo_class", "fast"),
+        ("slo_class", 1),
         ("on_error", True),
         ("on_error", "detail"),
         ("made_up", None),
