@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import msgspec
 
 from dbnode.errors import HandoverFailed, NoWorker, WorkerLost, WorkerRefused, WorkersExhausted, WorkerUnreachable
-from dbnode.generate import FinishReason, PromptTiers, Sampling
+from dbnode.generate import FinishReason, PromptTiers, Sampling, TokenScore
 from dbnode.scheduler.fleet import Sent, WorkerRecord
 from dbnode.scheduler.planner import Plan, PromptKeys
 from dbnode.scheduler.scheduler import Scheduler
@@ -48,6 +48,7 @@ class Job:
     deadline_s: float
     tpot_max_s: float = 0.0
     """What a token should take at most; 0: no matter."""
+    traceparent: str | None = None
 
 
 class Dispatch:
@@ -63,6 +64,8 @@ class Dispatch:
         self._deaths = 0
         self.output: list[int] = []
         """All tokens handed on so far."""
+        self.scores: list[TokenScore] = []
+        """Theirs, if the request asks for them."""
         self.finish_reason: FinishReason | None = None
         self.tiers: PromptTiers | None = None
         """Where the prompt's KV came from, as the first worker that had it says."""
@@ -215,6 +218,7 @@ class Dispatch:
                     async for chunk in chunks:
                         if chunk.token_ids:
                             self._scheduler.prefilled(record, sent)
+                            self._take_scores(record, chunk)
                             self.output.extend(chunk.token_ids)
                         self._take_usage(chunk.usage)
                         yield chunk
@@ -239,7 +243,25 @@ class Dispatch:
             kv_transfer_params=transfer if transfer != KVTransfer() else None,
             structured_outputs=sampling.structured_outputs,
             cache_salt=job.keys.cache_salt,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            repetition_penalty=sampling.repetition_penalty,
+            logit_bias=dict(sampling.logit_bias),
+            logprobs=sampling.logprobs,
+            return_tokens_as_token_ids=sampling.logprobs is not None,
+            traceparent=job.traceparent,
         )
+
+    def _take_scores(self, record: WorkerRecord, chunk: WorkerChunk) -> None:
+        if self._job.sampling.logprobs is None:
+            return
+        try:
+            scores = chunk.scores
+        except ValueError as error:
+            raise WorkerRefused(f"{record.url} sends log-probabilities that cannot be read: {error}") from None
+        if len(scores) != len(chunk.token_ids):
+            raise WorkerRefused(f"{record.url} does not send the log-probabilities that it was asked for")
+        self.scores.extend(scores)
 
     def _request_id(self, transfer: KVTransfer) -> str:
         """What a worker calls the request."""

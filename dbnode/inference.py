@@ -32,11 +32,20 @@ from dbnode.scheduler.planner import PromptKeys
 from dbnode.scheduler.scheduler import Scheduler
 from dbnode.slo import SloTargets, targets_of
 from dbnode.worker_base import WorkerDoor
-from stratakv.errors import Cancelled, ContextTooLong, InvalidRequest, ModelNotFound, StrataError, Unavailable
+from stratakv.errors import (
+    Cancelled,
+    ContextTooLong,
+    InvalidRequest,
+    ModelNotFound,
+    PermissionDenied,
+    StrataError,
+    Unavailable,
+)
 from stratakv.log import EventLogger
 from stratakv.settings import RouterSettings
 from stratakv.text import Detokenizer, chat_text, encode
 from stratakv.text_cache import CachingEncoder
+from stratakv.token_text import TokenTexts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -75,8 +84,10 @@ class _Progress:
         dispatch = self.dispatch
         tiers = dispatch.tiers if dispatch else None
         waited_ms = (self.started_s or now_s) - arrived_s
+        if self.request.is_sibling:
+            tiers = None
         return Usage(
-            prompt_tokens=self.prompt_tokens,
+            prompt_tokens=0 if self.request.is_sibling else self.prompt_tokens,
             completion_tokens=len(dispatch.output) if dispatch else 0,
             tiers=tiers or PromptTiers(),
             timings=Timings(
@@ -104,6 +115,7 @@ class InferenceService:
         self.model = model
         self.scheduler = scheduler
         self.draining = False
+        self.texts = TokenTexts(tokenizer)
         self._tokenizer = tokenizer
         self._encoder = CachingEncoder(tokenizer)
         self._vocab_size: int = tokenizer.backend_tokenizer.get_vocab_size()
@@ -174,14 +186,17 @@ class InferenceService:
         return await asyncio.get_running_loop().run_in_executor(self._tokenize, count)
 
     async def prompt_keys(self, requests: Sequence[GenerateRequest]) -> list[PromptKeys]:
-        """Of requests that are not made; computed off the event loop. Raises ModelNotFound, InvalidRequest."""
+        """Of requests that are not made; computed off the event loop. Raises ModelNotFound, PermissionDenied, InvalidRequest."""
         for request in requests:
-            self.check_model(request.model)
+            self.check_allowed(request)
         sizes = {r.facts.block_size for r in self.scheduler.directory.usable(self.model) if r.facts}
 
         def make() -> list[PromptKeys]:
             texts = (chat_text(self._tokenizer, request.messages or ()) for request in requests)
-            found = [PromptKeys(self._encoder.encode(t), r.cache_salt) for t, r in zip(texts, requests, strict=True)]
+            found = [
+                PromptKeys(self._encoder.encode(t, r.caller.tenant.salt), r.kv_salt)
+                for t, r in zip(texts, requests, strict=True)
+            ]
             for keys in found:
                 for size in sizes:
                     keys.of_size(size)
@@ -190,8 +205,8 @@ class InferenceService:
         return await asyncio.get_running_loop().run_in_executor(self._tokenize, make)
 
     async def keys_of(self, request: GenerateRequest) -> PromptKeys:
-        """Of a request that is not made. Raises ModelNotFound, InvalidRequest."""
-        self.check_model(request.model)
+        """Of a request that is not made. Raises ModelNotFound, PermissionDenied, InvalidRequest."""
+        self.check_allowed(request)
         return await self._keys(await self._token_ids(request), request)
 
     async def drained(self, timeout_s: float) -> bool:
@@ -211,7 +226,7 @@ class InferenceService:
         """All that can refuse a request before it costs a worker anything."""
         if self.draining and request.source is Source.REST:  # statements that run may still ask for rows
             raise Unavailable("this DB node is shutting down")
-        self.check_model(request.model)
+        self.check_allowed(request)
         token_ids = await self._token_ids(request)
         progress.prompt_tokens = len(token_ids)
         context = self.max_model_len()
@@ -238,6 +253,7 @@ class InferenceService:
             max_tokens=max_tokens,
             deadline_s=deadline_s,
             tpot_max_s=self._targets(request).tpot_s,
+            traceparent=request.traceparent,
         )
 
     async def _check_time(self, job: Job, request: GenerateRequest) -> None:
@@ -259,13 +275,23 @@ class InferenceService:
         if name is not None and name != self.model:
             raise ModelNotFound(f"model {name!r} is not served here; {self.model!r} is", param="model")
 
+    def check_allowed(self, request: GenerateRequest) -> None:
+        """Raises ModelNotFound, PermissionDenied."""
+        self.check_model(request.model)
+        models = request.caller.models
+        if models is not None and self.model not in models:
+            raise PermissionDenied(
+                f"model {self.model!r} is not among those that this tenant or key may use", param="model"
+            )
+
     async def _token_ids(self, request: GenerateRequest) -> list[int]:
         if isinstance(request.prompt, tuple):
             return self._checked_ids(request.prompt)
         if request.messages is not None:
-            text = chat_text(self._tokenizer, request.messages)
-            make = partial(self._encoder.encode, text)
-            inline = self._encoder.is_mostly_known(text, TOKENIZE_INLINE_CHARS_MAX)
+            text = chat_text(self._tokenizer, request.messages, request.tools)
+            owner = request.caller.tenant.salt
+            make = partial(self._encoder.encode, text, owner)
+            inline = self._encoder.is_mostly_known(text, TOKENIZE_INLINE_CHARS_MAX, owner)
         else:
             text = request.prompt or ""
             make = partial(encode, self._tokenizer, text)
@@ -287,7 +313,7 @@ class InferenceService:
 
     async def _keys(self, token_ids: list[int], request: GenerateRequest) -> PromptKeys:
         """Those of long prompts are computed where they do not hold up other requests."""
-        keys = PromptKeys(token_ids, request.cache_salt)
+        keys = PromptKeys(token_ids, request.kv_salt)
         sizes = {r.facts.block_size for r in self.scheduler.directory.usable(self.model) if r.facts}
         if len(keys.token_ids) > HASH_INLINE_TOKENS_MAX:
             for size in sizes:
@@ -303,7 +329,8 @@ class InferenceService:
                 if not progress.first_token_s:
                     self._first_token(progress)
                 text = detokenizer.push(token_ids)
-                yield Chunk(text, tuple(token_ids))
+                scores = tuple(dispatch.scores[-len(token_ids) :]) if job.sampling.logprobs is not None else ()
+                yield Chunk(text, tuple(token_ids), scores=scores)
                 if detokenizer.stopped:
                     await _let_settle(dispatch, tokens)
                     break

@@ -20,7 +20,9 @@ from dbnode.scheduler.pool_view import MetaCalls, PoolView
 from dbnode.scheduler.scheduler import Scheduler
 from dbnode.scheduler.workers import WorkerDirectory
 from dbnode.statement_stats import StatementStats
+from dbnode.tenants.directory import Directory
 from dbnode.usage import UsageWriter
+from dbnode.usage_upkeep import UsageUpkeep
 from dbnode.vllm.client import GoldenText, VllmClient
 from dbnode.worker_client import WorkerClient
 from stratakv.models import resolve, served_name
@@ -56,7 +58,9 @@ class Node:
         )
         self.metrics = NodeMetrics(self.model)
         self._pool = pool
+        self.tenants = Directory(settings.database)
         self.usage = UsageWriter(settings.database, self.metrics.usage_dropped.inc)
+        self.upkeep = UsageUpkeep(settings.database, settings.usage)
         self.statements = StatementStats(settings.database, self.metrics.statements_dropped.inc)
         self.directory = WorkerDirectory(
             settings.router, self.client, pool, self._on_workers_changed, credentials=credentials
@@ -78,7 +82,7 @@ class Node:
     def rest_app(self) -> Guard:
         """The REST face over this node."""
         return RestFace(
-            self._rest, self.inference, self.client, self.metrics.registry, self.not_ready, self._pool
+            self._rest, self.inference, self.client, self.metrics.registry, self.not_ready, self._pool, self.tenants
         ).app()
 
     def not_ready(self) -> list[str]:
@@ -91,11 +95,13 @@ class Node:
         return reasons
 
     async def run(self) -> None:
-        """Watch workers and write usage until cancelled."""
+        """Watch workers and tenants, and write usage, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.directory.run(), name="workers")
+            tasks.create_task(self.tenants.run(), name="tenants")
             tasks.create_task(self.usage.run(), name="usage")
             tasks.create_task(self.statements.run(), name="statements")
+            tasks.create_task(self.upkeep.run(), name="usage-upkeep")
 
     async def close(self) -> None:
         await self.usage.close()

@@ -1,22 +1,39 @@
 -- name: insert_usage_events
--- One row per ended request, by columns as arrays; a request id that is there already is left alone.
+-- One row per ended request, by columns as arrays; a request id that is there already is left alone. What was written a week
+-- late or later is booked to the day a week ago: partitions are there for so long.
 INSERT INTO stratakv.usage_events (
     request_id, tenant_id, model, source, prompt_tokens, cached_l1_tokens, cached_l2_tokens, cached_pool_tokens,
-    cached_disk_tokens, generated_tokens, outcome, queue_ms, ttft_ms, generation_ms, mean_itl_ms
+    cached_disk_tokens, generated_tokens, outcome, queue_ms, ttft_ms, generation_ms, mean_itl_ms, created_at
 )
 SELECT
     event.request_id, tenant.id, event.model, event.source, event.prompt_tokens, event.l1, event.l2, event.pool,
-    event.disk, event.generated_tokens, event.outcome, event.queue_ms, event.ttft_ms, event.generation_ms, event.mean_itl_ms
+    event.disk, event.generated_tokens, event.outcome, event.queue_ms, event.ttft_ms, event.generation_ms, event.mean_itl_ms,
+    now() - least(event.age_s, 604800) * interval '1 second'
 FROM unnest(
     $1::text[], $2::text[], $3::text[], $4::text[], $5::integer[], $6::integer[], $7::integer[], $8::integer[],
     $9::integer[], $10::integer[], $11::text[], $12::double precision[], $13::double precision[],
-    $14::double precision[], $15::double precision[]
+    $14::double precision[], $15::double precision[], $16::double precision[]
 ) AS event (
     request_id, tenant, model, source, prompt_tokens, l1, l2, pool, disk, generated_tokens, outcome, queue_ms, ttft_ms,
-    generation_ms, mean_itl_ms
+    generation_ms, mean_itl_ms, age_s
 )
 JOIN stratakv.tenants AS tenant ON tenant.name = event.tenant
 ON CONFLICT (request_id) DO NOTHING
+
+-- name: make_usage_partitions
+-- From a week ago, for what is written late, to so many months ahead.
+SELECT stratakv.make_usage_partitions(now() - interval '7 days', $1)
+
+-- name: drop_usage_partitions
+-- Months that are over for longer than so many months.
+SELECT stratakv.drop_usage_partitions($1)
+
+-- name: clear_settled
+-- Some of the settled requests that nobody settles again; usage_history has them.
+DELETE FROM stratakv.usage_events WHERE id IN (
+    SELECT id FROM stratakv.usage_events WHERE created_at < now() - $1::double precision * interval '1 day'
+    ORDER BY created_at LIMIT $2
+)
 
 -- name: add_statements
 -- Sums of statements, by columns as arrays, added to what is there.

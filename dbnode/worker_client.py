@@ -46,8 +46,11 @@ class WorkerClient(HttpDoor):
 
     async def stream(self, url: str, request: WorkerRequest, deadline_s: float) -> OwnStream:
         """Start a streamed completion. Raises before the first event what `dbnode.worker_base` says."""
-        request = msgspec.structs.replace(request, stream=True, stream_options=UsageOptions(), return_token_ids=True)
-        response = await self._complete(url, _encode(request), request.request_id, deadline_s)
+        headers = request.headers
+        request = msgspec.structs.replace(
+            request, stream=True, stream_options=UsageOptions(), return_token_ids=True, traceparent=None
+        )
+        response = await self._complete(url, _encode(request), headers, deadline_s)
         return OwnStream(url, response, deadline_s)
 
     async def info(self, url: str, timeout_s: float) -> WorkerFacts:

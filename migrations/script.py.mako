@@ -11,6 +11,8 @@ revision = ${repr(up_revision)}
 down_revision = ${repr(down_revision)}
 branch_labels = ${repr(branch_labels)}
 depends_on = ${repr(depends_on)}
+# the oldest revision whose services may work on the schema after this one
+compatible = ${repr(down_revision)}
 
 
 def upgrade() -> None:

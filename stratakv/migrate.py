@@ -1,5 +1,8 @@
 """Migrations of the metadata schema: what `stratakv migrate` calls, and the check every service makes at its start.
 
+A schema that is newer than this release is usable as long as it says so: each revision names the oldest revision whose
+services may work on it (`compatible`), so that services of the release before go on while others are replaced.
+
 Works from an installed wheel: alembic's configuration and the revisions are in the package `migrations`.
 All functions are synchronous; services call `check` in a thread.
 """
@@ -17,9 +20,9 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.script.revision import ResolutionError
 from alembic.util.exc import CommandError
-from sqlalchemy import create_engine, pool
+from sqlalchemy import create_engine, inspect, pool, text
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 
 import migrations
 from stratakv.errors import SetupError
@@ -45,6 +48,26 @@ class Revision:
     is_head: bool
 
 
+@dataclass(frozen=True, slots=True)
+class SchemaState:
+    """Where a database is, and whether this release may work on it."""
+
+    current: str | None
+    """None if it was never migrated."""
+    head: str
+    """What this release needs."""
+    compatible: str | None
+    """The oldest revision whose services may work on it; None before 0009."""
+    is_known: bool
+    """Whether this release knows the database's revision; it is newer if not."""
+    is_newer: bool
+    """The database is ahead of this release, which may work on it all the same."""
+
+    @property
+    def is_usable(self) -> bool:
+        return self.current == self.head or self.is_newer
+
+
 def sqlalchemy_url(url: str) -> str:
     """A PostgreSQL URL in any usual spelling, for SQLAlchemy with psycopg. Raises SetupError."""
     return _parse(url).render_as_string(hide_password=False)
@@ -65,12 +88,17 @@ def masked_url(url: str) -> str:
 
 
 def upgrade(url: str, revision: str = "head") -> None:
-    """Bring the database to `revision`; does nothing if it is there. Raises SetupError."""
+    """Bring the database to `revision`; does nothing if it is there, or newer and usable. Raises SetupError."""
+    found = state(url)
+    if revision == "head" and found.is_newer:
+        return
+    _require_known(url, found)
     _run(url, lambda config: command.upgrade(config, revision))
 
 
 def downgrade(url: str, revision: str) -> None:
     """Take the database back to `revision` (`base`: before the first). Raises SetupError."""
+    _require_known(url, state(url))
     _run(url, lambda config: command.downgrade(config, revision))
 
 
@@ -95,12 +123,26 @@ def _offline(step: Callable[[Config], None]) -> str:
 
 def current(url: str) -> str | None:
     """The database's revision; None if it was never migrated. Raises SetupError if it cannot be reached."""
+    return state(url).current
+
+
+def state(url: str) -> SchemaState:
+    """Where the database is. Raises SetupError if it cannot be read."""
     try:
         with create_engine(_parse(url), poolclass=pool.NullPool).connect() as connection:
             options = {"version_table": VERSION_TABLE, "version_table_schema": SCHEMA}
-            return MigrationContext.configure(connection, opts=options).get_current_revision()
+            at = MigrationContext.configure(connection, opts=options).get_current_revision()
+            floor = None
+            columns = inspect(connection).get_columns(VERSION_TABLE, SCHEMA) if at is not None else []
+            if any(column["name"] == "compatible" for column in columns):
+                floor = connection.execute(text(f"SELECT compatible FROM {SCHEMA}.{VERSION_TABLE}")).scalar()
     except OperationalError as error:
         raise _unreachable(url, error) from error
+    except DBAPIError as error:
+        raise SetupError(f"database {masked_url(url)}: {error.orig}") from error
+    known = {script.revision for script in _scripts().walk_revisions()}
+    is_known = at is None or at in known
+    return SchemaState(at, head(), floor, is_known, is_newer=not is_known and floor in known)
 
 
 def head() -> str:
@@ -117,19 +159,28 @@ def history(url: str | None = None) -> list[Revision]:
     return [Revision(s.revision, s.doc or "", s.revision == at, s.revision == newest) for s in scripts]
 
 
-def check(url: str) -> None:
-    """Return if the database is at this release's revision. Raises SetupError that says what to run."""
-    at, needed = current(url), head()
-    if at == needed:
-        return
-    known = {revision.revision for revision in history()}
-    where = f"database {masked_url(url)} is at revision {at or 'none'}, this release needs {needed}"
-    if at is None or at in known:
+def check(url: str) -> SchemaState:
+    """Return if services of this release may work on the database. Raises SetupError that says what to run."""
+    found = state(url)
+    if found.is_usable:
+        return found
+    where = f"database {masked_url(url)} is at revision {found.current or 'none'}, this release needs {found.head}"
+    if found.is_known:
         raise SetupError(f"{where}: run `stratakv migrate upgrade`")
+    least = f"; services that work on it need {found.compatible} or later" if found.compatible else ""
     raise SetupError(
-        f"{where}: run `stratakv migrate upgrade` with the release that knows {at}, or `stratakv migrate downgrade` with it",
-        hint=f"revision {at} is unknown to this release, which is older than the database",
+        f"{where}{least}: install the release that knows {found.current},"
+        " or go back with that release's `stratakv migrate downgrade`",
+        hint=f"revision {found.current} is unknown to this release, which is older than the database",
     )
+
+
+def _require_known(url: str, found: SchemaState) -> None:
+    if not found.is_known:
+        raise SetupError(
+            f"database {masked_url(url)} is at revision {found.current}, which this release does not know",
+            hint="use the release that made it: a newer one than this",
+        )
 
 
 def _run(url: str, step: Callable[[Config], None]) -> None:
@@ -142,6 +193,9 @@ def _run(url: str, step: Callable[[Config], None]) -> None:
                 hint="end long transactions on the schema stratakv and run the migration again",
             ) from error
         raise _unreachable(url, error) from error
+    except DBAPIError as error:
+        reason = str(error.orig).strip().splitlines()[0]
+        raise SetupError(f"database {masked_url(url)}: {reason}; nothing was changed") from error
     except (CommandError, ResolutionError) as error:
         raise SetupError(f"database {masked_url(url)}: {error}") from error
 

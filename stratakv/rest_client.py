@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import select
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -109,6 +110,7 @@ class RestClient:
 
     def _request(self, method: str, path: str, body: object) -> http.client.HTTPResponse:
         payload = None if body is None else json.dumps(body).encode()
+        self._leave_if_closed()
         try:
             self._connection.request(method, path, payload, self._headers)
             response = self._connection.getresponse()
@@ -118,6 +120,11 @@ class RestClient:
         if response.status >= 400:
             raise RequestFailed(_error_message(response.status, response.read()))
         return response
+
+    def _leave_if_closed(self) -> None:
+        """A server closes connections that are idle for long; then the next request takes a new one."""
+        if self._connection.sock is not None and select.select([self._connection.sock], [], [], 0)[0]:
+            self._connection.close()
 
 
 def _error_message(status: int, body: bytes) -> str:

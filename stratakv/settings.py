@@ -157,6 +157,7 @@ class PoolSettings:
     secret: Secret | None = setting(
         None, "shows meta server, daemons, workers and DB nodes that they belong together; needed beyond this machine"
     )
+    shared_memory: bool = setting(True, "let workers reach the daemons of their own host through shared memory")
     transfer_engine: TransferProtocol = setting(
         TransferProtocol.OFF, "let Mooncake's Transfer Engine move pages between hosts: off, tcp or rdma"
     )
@@ -304,6 +305,13 @@ class RouterSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class UsageSettings:
+    """[usage] how long usage is kept."""
+
+    months_kept: int = setting(24, "whole months of single requests that are kept; sums by day stay; 0: all of them")
+
+
+@dataclass(frozen=True, slots=True)
 class LogSettings:
     """[log] what is logged, and how."""
 
@@ -337,5 +345,6 @@ class Settings:
     sql: SqlSettings = SqlSettings()
     rest: RestSettings = RestSettings()
     router: RouterSettings = RouterSettings()
+    usage: UsageSettings = UsageSettings()
     log: LogSettings = LogSettings()
     up: UpSettings = UpSettings()

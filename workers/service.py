@@ -127,7 +127,9 @@ def _build(
     tiers, taker = None, None
     if worker.pool_enabled:
         transfers = transfer_engine(public_host, settings.pool.transfer_engine)
-        connections = ConnectionCache(credentials=credentials, engine=transfers)
+        connections = ConnectionCache(
+            shared_memory=settings.pool.shared_memory, credentials=credentials, engine=transfers
+        )
         listen = handovers.listener
         tiers = Tiers(info, layout, worker, meta, connections, engine.kv_cache, rates, metrics, loop, listen)
         client = HandoverClient(credentials)

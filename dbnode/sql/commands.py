@@ -10,7 +10,9 @@
     explained PID TOKEN ROWS                        it has ended: what it would cost; polled like a call
     set client_encoding to '…'                      what libpq sends for dblink; all our text is ASCII
 
-ROLE, DATABASE and NONCE are hexadecimal UTF-8; MODEL and OPTIONS too, after `=`, or `-` for NULL, as is the ROLE of `statements`,
+ROLE, DATABASE and NONCE are hexadecimal UTF-8; behind the ROLE of `infer` and `probe` come, each after a colon, the OID and the
+name of the role that has logged in, which functions of former releases leave out. The cluster is told by the connection's
+application_name; MODEL and OPTIONS too, after `=`, or `-` for NULL, as is the ROLE of `statements`,
 where NULL means all. PROMPT is base64 after `=`, or `-` for NULL in `probe`; QUERY is base64 after `=`, and NAMES are
 separated by commas.
 """
@@ -27,7 +29,7 @@ from typing import Any
 from dbnode.sql.errors import ProtocolViolation
 from dbnode.sql.messages import text_row
 from dbnode.sql.row_prompt import ROW, RowPrompt, parse_row
-from dbnode.sql.service import InferCall, NullAnswer
+from dbnode.sql.service import InferCall, Login, NullAnswer
 from stratakv.errors import InvalidRequest, StrataError
 
 _INFER_WORDS = 6
@@ -63,6 +65,8 @@ class Infer:
     """What the prompt was made of, if its fields may stand in another order."""
     is_within: bool = False
     """Called by another function, not by the statement itself."""
+    login: Login | None = None
+    """None if the functions do not tell it."""
 
     def call(self, session: str) -> InferCall:
         """What the model is asked, on behalf of this session."""
@@ -73,6 +77,7 @@ class Infer:
             role=self.role,
             database=self.database,
             session=session,
+            login=self.login,
         )
 
 
@@ -136,11 +141,20 @@ class Explained:
 Command = Infer | Poll | Bind | SetEncoding | Statements | Explain | Probe | Explained
 
 
-def parse_command(text: bytes) -> Command:
-    """A simple query's text without its NUL. Raises ProtocolViolation, or InvalidRequest for what the caller wrote."""
+def cluster_of(application_name: str) -> str:
+    """System identifier of the cluster whose functions have opened a connection; empty if they do not tell."""
+    mark, _, cluster = application_name.partition(":")
+    return cluster if mark == "stratakv" and cluster.isascii() and cluster.isdigit() else ""
+
+
+def parse_command(text: bytes, cluster: str = "") -> Command:
+    """A simple query's text without its NUL, from a connection of this cluster.
+
+    Raises ProtocolViolation, or InvalidRequest for what the caller wrote.
+    """
     name, _, rest = text.partition(b" ")
     if name in (b"infer", b"infer_within"):
-        return _parse_infer(rest, is_within=name != b"infer")
+        return _parse_infer(rest, cluster, is_within=name != b"infer")
     if name == b"poll" and not rest:
         return Poll()
     if name == b"bind":
@@ -152,17 +166,18 @@ def parse_command(text: bytes) -> Command:
         if len(words) == _STATEMENTS_WORDS:
             return Statements(_number(words[0]), _optional(words[1], "the role's name"))
     if name in _EXPLAINING:
-        return _parse_explaining(name, rest)
+        return _parse_explaining(name, rest, cluster)
     if name.lower() == b"set" and rest.lower().startswith(b"client_encoding to "):
         return SetEncoding()
     raise ProtocolViolation("unknown command")
 
 
-def _parse_infer(rest: bytes, *, is_within: bool) -> Infer:
+def _parse_infer(rest: bytes, cluster: str, *, is_within: bool) -> Infer:
     words = rest.split(b" ", _INFER_WORDS - 1)
     if len(words) != _INFER_WORDS:
         raise ProtocolViolation("malformed command")
     pid, role, database, model, options, prompt = words
+    role_word, _, login = role.partition(b":")
     prompt_text = _base64(prompt, "the prompt")
     given = _parse_options(_optional(options, "infer() options"))
     row = None
@@ -172,17 +187,26 @@ def _parse_infer(rest: bytes, *, is_within: bool) -> Infer:
         del given[ROW]
     return Infer(
         pid=_number(pid),
-        role=_unhex(role, "the role's name"),
+        role=_unhex(role_word, "the role's name"),
         database=_unhex(database, "the database's name"),
         model=_optional(model, "the model's name"),
         options=given,
         prompt=prompt_text,
         row=row,
         is_within=is_within,
+        login=_parse_login(login, cluster),
     )
 
 
-def _parse_explaining(name: bytes, rest: bytes) -> Explain | Probe | Explained:
+def _parse_login(word: bytes, cluster: str) -> Login | None:
+    """OID and name."""
+    if not word:
+        return None
+    oid, _, role = word.partition(b":")
+    return Login(_unhex(role, "the name of the login role"), _number(oid), cluster)
+
+
+def _parse_explaining(name: bytes, rest: bytes, cluster: str) -> Explain | Probe | Explained:
     words = rest.split(b" ", _EXPLAINING[name] - 1)
     if len(words) != _EXPLAINING[name]:
         raise ProtocolViolation("malformed command")
@@ -192,7 +216,7 @@ def _parse_explaining(name: bytes, rest: bytes) -> Explain | Probe | Explained:
         query = _base64(words[4], "the query")
         return Explain(pid, _unhex(words[1], "the role's name"), _unhex(words[2], "the database's name"), names, query)
     if name == b"probe":
-        return Probe(pid, None if words[5] == _NULL else _parse_infer(rest, is_within=False))
+        return Probe(pid, None if words[5] == _NULL else _parse_infer(rest, cluster, is_within=False))
     return Explained(pid, _unhex(words[1], "the token"), _number(words[2]))
 
 

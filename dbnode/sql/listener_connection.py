@@ -27,6 +27,7 @@ from dbnode.sql.commands import (
     Statements,
     Status,
     answer_reply,
+    cluster_of,
     parse_command,
     reply,
 )
@@ -91,6 +92,8 @@ class ListenerConnection(asyncio.Protocol):
         self._phase = _Phase.STARTUP
         self._startup = StartupReader()
         self._declined: set[StartupKind] = set()
+        self._cluster = ""
+        """Of PostgreSQL that calls; empty if its functions do not tell."""
         self._messages = MessageReader(_LOGIN_MESSAGE_BYTES_MAX)
         self._mechanism = MECHANISM if listener.tls is None else MECHANISM_PLUS
         digest = None if listener.tls is None else listener.tls.end_point.digest
@@ -170,6 +173,7 @@ class ListenerConnection(asyncio.Protocol):
     def _read_startup(self) -> None:
         while self._phase is _Phase.STARTUP and (packet := self._startup.next_packet()) is not None:
             if packet.kind is StartupKind.SESSION:
+                self._cluster = cluster_of(packet.parameters.get("application_name", ""))
                 self._ask_for_key()
             elif packet.kind is StartupKind.CANCEL:
                 raise ProtocolViolation("nothing can be cancelled here")
@@ -255,7 +259,7 @@ class ListenerConnection(asyncio.Protocol):
         if kind != Kind.QUERY or not payload.endswith(b"\0"):
             raise ProtocolViolation("only simple queries are known here")
         try:
-            command = parse_command(payload[:-1])
+            command = parse_command(payload[:-1], self._cluster)
             match command:
                 case Infer():
                     self._start_call(command)

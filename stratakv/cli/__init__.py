@@ -20,7 +20,9 @@ from stratakv.cli import (
     sim,
     sql,
     status,
+    tenancy,
     up,
+    usage,
     version,
 )
 from stratakv.errors import SetupError, StrataError
@@ -47,6 +49,10 @@ app.add_typer(model.app, name="model")
 app.add_typer(cache.app, name="cache")
 app.add_typer(drain.app, name="drain")
 app.add_typer(meta.app, name="meta")
+app.add_typer(tenancy.tenant, name="tenant")
+app.add_typer(tenancy.key, name="key")
+app.add_typer(tenancy.quota, name="quota")
+app.command("usage")(usage.usage)
 app.command("status")(status.status)
 app.add_typer(config.app, name="config")
 app.command("bench", context_settings=serve.PASS_ON)(bench.bench)

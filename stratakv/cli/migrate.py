@@ -5,7 +5,7 @@ alembic takes a third of a second to import, so only the commands that run do it
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -21,9 +21,18 @@ from stratakv.cli.options import (
     table_console,
 )
 
+if TYPE_CHECKING:
+    from stratakv.migrate import SchemaState
+
 app = typer.Typer(help="The metadata's schema: upgrade, downgrade, current, history, check.", no_args_is_help=True)
 
-SqlOption = Annotated[bool, typer.Option("--sql", help="Print the SQL instead of running it.")]
+SqlOption = Annotated[
+    bool,
+    typer.Option(
+        "--sql",
+        help="Print the SQL instead of running it; with --database that from where the database is, else all of it.",
+    ),
+]
 
 
 @app.command()
@@ -38,11 +47,11 @@ def upgrade(
     from stratakv import migrate as migrations
 
     if sql:
-        print(migrations.upgrade_sql(revision))
+        print(migrations.upgrade_sql(_from_database(database, revision)))
         return
     url = database_url(database, read_settings(config, sets))
     migrations.upgrade(url, revision)
-    print(f"{migrations.masked_url(url)} is at revision {migrations.current(url)}")
+    print(_where(url))
 
 
 @app.command()
@@ -57,11 +66,11 @@ def downgrade(
     from stratakv import migrate as migrations
 
     if sql:
-        print(migrations.downgrade_sql(revision))
+        print(migrations.downgrade_sql(_from_database(database, revision)))
         return
     url = database_url(database, read_settings(config, sets))
     migrations.downgrade(url, revision)
-    print(f"{migrations.masked_url(url)} is at revision {migrations.current(url) or 'none'}")
+    print(_where(url))
 
 
 @app.command()
@@ -71,11 +80,13 @@ def current(
     """The database's revision and the one this release needs."""
     from stratakv import migrate as migrations
 
-    at, needed = migrations.current(database_url(database, read_settings(config, sets))), migrations.head()
+    found = migrations.state(database_url(database, read_settings(config, sets)))
     if as_json:
-        print_json({"current": at, "head": needed})
+        print_json(
+            {"current": found.current, "head": found.head, "compatible": found.compatible, "usable": found.is_usable}
+        )
     else:
-        print(f"{at or 'none'} (this release needs {needed})")
+        print(f"{found.current or 'none'} (this release needs {found.head}{_newer(found)})")
 
 
 @app.command()
@@ -104,8 +115,28 @@ def history(
 
 @app.command()
 def check(database: DatabaseOption = None, config: ConfigOption = None, sets: SetOption = None) -> None:
-    """Exit 0 if the database is at the revision that this release needs, else 2."""
+    """Exit 0 if services of this release may work on the database, else 2."""
     from stratakv import migrate as migrations
 
-    migrations.check(database_url(database, read_settings(config, sets)))
-    print(f"the database is at revision {migrations.head()}")
+    found = migrations.check(database_url(database, read_settings(config, sets)))
+    print(f"the database is at revision {found.current}{_newer(found)}")
+
+
+def _where(url: str) -> str:
+    from stratakv import migrate as migrations
+
+    found = migrations.state(url)
+    return f"{migrations.masked_url(url)} is at revision {found.current or 'none'}{_newer(found)}"
+
+
+def _newer(found: SchemaState) -> str:
+    return f", newer than this release, whose {found.head} may work on it" if found.is_newer else ""
+
+
+def _from_database(database: str | None, revision: str) -> str:
+    """`revision`, from where the database is, if one was named and the revision does not say itself."""
+    from stratakv import migrate as migrations
+
+    if database is None or ":" in revision:
+        return revision
+    return f"{migrations.current(database) or 'base'}:{revision}"

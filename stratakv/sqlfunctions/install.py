@@ -15,7 +15,7 @@ from stratakv.errors import SetupError
 from stratakv.sqlfunctions.address import ListenerAddress
 from stratakv.sqlfunctions.aggregate import AGGREGATE, drop_aggregate, make_public_aggregate
 
-VERSION = 3
+VERSION = 4
 DBLINK_SCHEMA = "stratakv_dblink"
 PROBE_SCHEMA = "stratakv_probe"
 """Of what stands in for infer() and its kin while a query is explained."""
@@ -45,6 +45,7 @@ _FUNCTIONS = (
     "sql_explain_end(text, bigint)",
     "sql_statement_stats()",
     "sql_call(text)",
+    "sql_caller_word(text)",
     "sql_caller()",
     "sql_fill_template(text, jsonb)",
     "bind(text, text)",

@@ -191,6 +191,8 @@ class Engine:
             raise InvalidRequest(f"{len(request.keys)} block keys do not cover {num_known} tokens.", param="keys")
         if not all(0 <= token < facts.vocab_size for token in (*request.token_ids, *request.resume_token_ids)):
             raise InvalidRequest(f"Token ids must be below {facts.vocab_size}.", param="prompt")
+        if not all(0 <= token < facts.vocab_size for token, _ in request.sampling.logit_bias):
+            raise InvalidRequest(f"Token ids must be below {facts.vocab_size}.", param="logit_bias")
 
     # --- engine thread ------------------------------------------------------------------------------------------------
 

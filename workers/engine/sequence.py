@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from stratakv.keys import NONE_HASH, BlockKey, block_keys, salt_extra
 from workers.engine.block_table import BlockTable
 from workers.engine.connector import ExternalHit, Tier
+from workers.engine.penalties import Penalties
 from workers.engine.requests import EngineRequest, OnEvent, RequestUsage
 from workers.engine.reservations import HeldBlocks
 
@@ -28,6 +29,7 @@ class Sequence:
     external: ExternalHit | None = field(init=False)
     held: HeldBlocks = field(init=False)
     table: BlockTable = field(init=False)
+    penalties: Penalties | None = field(init=False)
     num_computed: int = 0
     """Leading tokens whose KV is in L1."""
     num_registered: int = 0
@@ -44,6 +46,8 @@ class Sequence:
         self.external = self.request.external
         self.held = self.request.held
         self.table = BlockTable(self.block_size)
+        request = self.request
+        self.penalties = Penalties.of(request.sampling, request.token_ids, request.resume_token_ids)
 
     @property
     def request_id(self) -> str:
@@ -78,6 +82,8 @@ class Sequence:
         """Take a generated token."""
         self.token_ids.append(token_id)
         self.num_generated += 1
+        if self.penalties is not None:
+            self.penalties.count(token_id)
         if len(self.token_ids) // self.block_size > len(self.keys):
             parent = self.keys[-1] if self.keys else NONE_HASH
             tail = self.token_ids[len(self.keys) * self.block_size :]

@@ -203,7 +203,7 @@ def _sample_row(part: StepPart, allowed: _Allowed) -> SampleRow:
     if not part.samples or isinstance(allowed, StrataError):
         return _CHECK_ONLY
     sequence = part.sequence
-    return SampleRow(sequence.request.sampling, sequence.seed, sequence.output_index, allowed)
+    return SampleRow(sequence.request.sampling, sequence.seed, sequence.output_index, allowed, sequence.penalties)
 
 
 def _allowed(structure: Structure) -> _Allowed:

@@ -38,7 +38,9 @@ async def node(worker: StandInWorker) -> AsyncIterator[RunningNode]:
 
 async def infer(node: RunningNode, prompt: str = "Hello", model: str | None = None, **options: Any) -> str:
     named = {name.replace("at_", "@"): value for name, value in options.items()}
-    return await SqlInference(node.node.inference).infer_text(InferCall(prompt, model, named, "role", "db", "s"))
+    return await SqlInference(node.node.inference, node.node.tenants).infer_text(
+        InferCall(prompt, model, named, "role", "db", "s")
+    )
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,7 @@ def test_right_options_pass_and_nulls_are_defaults() -> None:
         "dedupe": False,
         "priority": -3,
         "cache_salt": "s",
+        "slo_class": "interactive",
     }
     assert checked_options({**right, "system": None}) == right
     assert set(right) | {"system"} == OPTIONS

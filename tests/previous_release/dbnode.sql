@@ -1,0 +1,66 @@
+-- name: insert_usage_events
+-- One row per ended request, by columns as arrays; a request id that is there already is left alone.
+INSERT INTO stratakv.usage_events (
+    request_id, tenant_id, model, source, prompt_tokens, cached_l1_tokens, cached_l2_tokens, cached_pool_tokens,
+    cached_disk_tokens, generated_tokens, outcome, queue_ms, ttft_ms, generation_ms, mean_itl_ms
+)
+SELECT
+    event.request_id, tenant.id, event.model, event.source, event.prompt_tokens, event.l1, event.l2, event.pool,
+    event.disk, event.generated_tokens, event.outcome, event.queue_ms, event.ttft_ms, event.generation_ms, event.mean_itl_ms
+FROM unnest(
+    $1::text[], $2::text[], $3::text[], $4::text[], $5::integer[], $6::integer[], $7::integer[], $8::integer[],
+    $9::integer[], $10::integer[], $11::text[], $12::double precision[], $13::double precision[],
+    $14::double precision[], $15::double precision[]
+) AS event (
+    request_id, tenant, model, source, prompt_tokens, l1, l2, pool, disk, generated_tokens, outcome, queue_ms, ttft_ms,
+    generation_ms, mean_itl_ms
+)
+JOIN stratakv.tenants AS tenant ON tenant.name = event.tenant
+ON CONFLICT (request_id) DO NOTHING
+
+-- name: add_statements
+-- Sums of statements, by columns as arrays, added to what is there.
+INSERT INTO stratakv.sql_statements AS known (
+    role, database, fingerprint, query, calls, infer_calls, distinct_prompts, memo_hits, prompt_tokens, cached_l1_tokens,
+    cached_l2_tokens, cached_pool_tokens, generated_tokens, wait_ms, errors, first_seen, last_seen
+)
+SELECT
+    role, database, fingerprint, query, calls, infer_calls, distinct_prompts, memo_hits, prompt_tokens, cached_l1_tokens,
+    cached_l2_tokens, cached_pool_tokens, generated_tokens, wait_ms, errors, to_timestamp(seen), to_timestamp(seen)
+FROM unnest(
+    $1::text[], $2::text[], $3::bytea[], $4::text[], $5::bigint[], $6::bigint[], $7::bigint[], $8::bigint[], $9::bigint[],
+    $10::bigint[], $11::bigint[], $12::bigint[], $13::bigint[], $14::double precision[], $15::bigint[],
+    $16::double precision[]
+) AS new (
+    role, database, fingerprint, query, calls, infer_calls, distinct_prompts, memo_hits, prompt_tokens, cached_l1_tokens,
+    cached_l2_tokens, cached_pool_tokens, generated_tokens, wait_ms, errors, seen
+)
+ON CONFLICT (role, database, fingerprint) DO UPDATE SET
+    calls = known.calls + excluded.calls,
+    infer_calls = known.infer_calls + excluded.infer_calls,
+    distinct_prompts = known.distinct_prompts + excluded.distinct_prompts,
+    memo_hits = known.memo_hits + excluded.memo_hits,
+    prompt_tokens = known.prompt_tokens + excluded.prompt_tokens,
+    cached_l1_tokens = known.cached_l1_tokens + excluded.cached_l1_tokens,
+    cached_l2_tokens = known.cached_l2_tokens + excluded.cached_l2_tokens,
+    cached_pool_tokens = known.cached_pool_tokens + excluded.cached_pool_tokens,
+    generated_tokens = known.generated_tokens + excluded.generated_tokens,
+    wait_ms = known.wait_ms + excluded.wait_ms,
+    errors = known.errors + excluded.errors,
+    last_seen = greatest(known.last_seen, excluded.last_seen)
+
+-- name: prune_statements
+-- Keep so many statements, those seen last.
+DELETE FROM stratakv.sql_statements
+WHERE (role, database, fingerprint) IN (
+    SELECT role, database, fingerprint FROM stratakv.sql_statements ORDER BY last_seen DESC OFFSET $1
+)
+
+-- name: select_statements
+-- Statistics of one role, or of all.
+SELECT
+    role, database, query, calls, infer_calls, distinct_prompts, memo_hits, prompt_tokens, cached_l1_tokens,
+    cached_l2_tokens, cached_pool_tokens, generated_tokens, wait_ms, errors, first_seen, last_seen
+FROM stratakv.sql_statements
+WHERE $1::text IS NULL OR role = $1
+ORDER BY wait_ms DESC
