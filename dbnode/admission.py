@@ -53,6 +53,11 @@ class Admission:
         """Requests that wait for a slot."""
         return sum(len(queue) for queue in self._waiting.values())
 
+    @property
+    def is_full(self) -> bool:
+        """Whether who comes now has to wait."""
+        return bool(self.waiting) or self.running >= self._running_max()
+
     @contextlib.asynccontextmanager
     async def slot(
         self, source: Source, deadline_s: float, priority: int = 0, num_tokens: int = 0
@@ -79,7 +84,7 @@ class Admission:
             waiter.future.set_result(None)
 
     async def _acquire(self, source: Source, deadline_s: float, priority: int) -> None:
-        if not self.waiting and self.running < self._running_max():
+        if not self.is_full:
             self.running += 1
             return
         queue = self._waiting[source]

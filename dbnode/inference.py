@@ -152,6 +152,8 @@ class InferenceService:
         try:
             job = await self._prepare(request, progress)
             await self._check_time(job, request)
+            if self.admission.is_full:
+                self.scheduler.fetch_ahead(self.model, job.keys)
             num_tokens = len(job.keys.token_ids)
             async with self.admission.slot(request.source, job.deadline_s, request.priority, num_tokens):
                 progress.started_s = self._clock()

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from dbnode.errors import NoWorker
-from dbnode.scheduler.cost import Candidate, Work, forecast_s, prefill_cost
+from dbnode.scheduler.cost import PREFILL_TOKENS_PER_S_DEFAULT, Candidate, Work, forecast_s, prefill_cost
 from dbnode.scheduler.fleet import MEAN_WEIGHT, Fleet, Sent, WorkerRecord
 from dbnode.scheduler.overload import Forecast
 from dbnode.scheduler.policies import make_policy
@@ -62,6 +62,13 @@ class Plan:
     worker: WorkerRecord
     prefill: WorkerRecord | None
     uncached_tokens: int
+    wait_s: float = 0.0
+    """Until the prompt's turn comes, as expected."""
+
+    @property
+    def first(self) -> WorkerRecord:
+        """Whose turn comes first."""
+        return self.prefill or self.worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +144,9 @@ class Planner:
             raise NoWorker("no worker is there for this request")
         self._record(request_id, work, decision, attempt)
         prefill = by_url[decision.prefill.url] if decision.prefill else None
-        return Plan(by_url[decision.worker.url], prefill, decision.uncached_tokens)
+        first = decision.prefill or decision.worker
+        rate = first.prefill_tokens_per_s or PREFILL_TOKENS_PER_S_DEFAULT
+        return Plan(by_url[decision.worker.url], prefill, decision.uncached_tokens, first.queued_tokens / rate)
 
     def least_wait_s(self, records: Sequence[WorkerRecord]) -> float | None:
         """The shortest queue; None without workers, or while rates are not measured."""

@@ -20,6 +20,8 @@ from stratakv.settings import RouterSettings
 
 PEEK_TOKENS_MIN = 128
 """The pool is not asked about a prompt of which some worker lacks fewer tokens."""
+FETCH_AHEAD_WAIT_S_MIN = 0.5
+"""A request that waits for less has nothing fetched ahead."""
 
 
 class Scheduler(Planner):
@@ -55,7 +57,7 @@ class Scheduler(Planner):
         held = self.held_tokens(records, keys)
         pool_tokens = await self._pool_tokens(records, keys, max(held.values()))
         may_split = attempt == 0 and self._pool.available
-        return self.choose(
+        plan = self.choose(
             request_id,
             records,
             keys,
@@ -66,6 +68,15 @@ class Scheduler(Planner):
             may_split=may_split,
             tpot_max_s=tpot_max_s,
         )
+        if plan.wait_s >= FETCH_AHEAD_WAIT_S_MIN and max(pool_tokens.values(), default=0) > held[plan.first.url]:
+            self.fetch_ahead(model, keys)
+        return plan
+
+    def fetch_ahead(self, model: str, keys: PromptKeys) -> None:
+        """The request has to wait: have what the pool holds of it brought to memory meanwhile."""
+        records = self.directory.usable(model)
+        for namespace, size in {scope(r) for r in records if r.facts is not None and r.facts.is_pooled}:
+            self._pool.fetch_ahead(bytes.fromhex(namespace), keys.of_size(size))
 
     async def check_time(self, model: str, keys: PromptKeys, limit_s: float, waiting_tokens: int) -> None:
         """Raises ExpectedTooLate if the load makes the first token come after `limit_s`.

@@ -6,6 +6,7 @@ Used by the meta server and by workers, which listen, and by whoever connects to
 from __future__ import annotations
 
 import hmac
+from typing import Any
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
@@ -40,7 +41,7 @@ def serve_members(socket: zmq.Socket[bytes], credentials: PoolCredentials) -> No
     socket.curve_publickey, socket.curve_secretkey = keys.public, keys.secret
 
 
-def as_member(socket: zmq.Socket[bytes], credentials: PoolCredentials) -> None:
+def as_member(socket: zmq.Socket[Any], credentials: PoolCredentials) -> None:
     """Before it is connected to a socket of `serve_members`."""
     keys = credentials.curve_keys("client")
     socket.curve_publickey, socket.curve_secretkey = keys.public, keys.secret
