@@ -13,7 +13,7 @@ from typing import Protocol
 from stratakv.errors import StrataError, Unavailable
 from stratakv.keys import BlockKey, pack_keys
 from stratakv.log import EventLogger
-from stratakv.wire import Done, FetchAhead, ListWorkers, Match, MatchPrefix, Message, PinPrefix, Pinned, ReplyT, Workers
+from stratakv.wire import Done, FetchAhead, ListWorkers, Match, MatchPrefix, Message, Pinned, PinPrefix, ReplyT, Workers
 
 log = EventLogger("dbnode.pool_view")
 
