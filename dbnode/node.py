@@ -12,6 +12,7 @@ from pathlib import Path
 from dbnode.all_workers import AllWorkers
 from dbnode.generate import Source
 from dbnode.inference import InferenceService
+from dbnode.metadata import Metadata
 from dbnode.metrics import NodeMetrics
 from dbnode.rest.app import RestFace
 from dbnode.rest.http import Guard
@@ -58,6 +59,7 @@ class Node:
         )
         self.metrics = NodeMetrics(self.model)
         self._pool = pool
+        self.metadata = Metadata(settings.database)
         self.tenants = Directory(settings.database)
         self.usage = UsageWriter(settings.database, self.metrics.usage_dropped.inc)
         self.upkeep = UsageUpkeep(settings.database, settings.usage)
@@ -106,6 +108,7 @@ class Node:
     async def close(self) -> None:
         await self.usage.close()
         await self.statements.close()
+        await self.metadata.close()
         await self.client.close()
         self.inference.close()
 

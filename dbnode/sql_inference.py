@@ -90,7 +90,7 @@ class SqlInference:
             instruction=asked.instruction,
             room_tokens=context - answer_tokens_max,
             answer_tokens_max=answer_tokens_max,
-            count=service.count_each,
+            count=service.tokens.count_each,
             count_prompt=count_prompt,
             answer=answer,
         )
