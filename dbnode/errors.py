@@ -13,7 +13,8 @@ StrataError
 ├── AnswerCut                a typed answer does not fit max_tokens
 ├── AnswerUnfit              a worker's answer is not of its type
 ├── WorkerLost               the worker went away with the request in hand
-└── WorkersExhausted         what was tried on several workers failed on all
+├── WorkersExhausted         what was tried on several workers failed on all
+└── PoisonPrompt             workers died of the same prompt not long ago
 """
 
 from __future__ import annotations
@@ -74,6 +75,15 @@ class ExpectedTooLate(Overloaded):
     """The load would make the first token come after the request's deadline or its class's target; nothing was done."""
 
     code = "expected_too_late"
+
+
+class PoisonPrompt(StrataError):
+    """Workers died of this prompt; it is given to none for a while."""
+
+    openai_type = "invalid_request_error"
+    code = "poison_prompt"
+    http_status = 422
+    sqlstate = "XX000"
 
 
 class AnswerCut(StrataError):

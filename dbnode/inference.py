@@ -31,6 +31,7 @@ from dbnode.prompt_tokens import PromptTokens
 from dbnode.scheduler.planner import PromptKeys
 from dbnode.scheduler.scheduler import Scheduler
 from dbnode.slo import SloTargets, targets_of
+from dbnode.suspects import Suspects
 from dbnode.worker_base import WorkerDoor
 from stratakv.errors import (
     Cancelled,
@@ -107,6 +108,7 @@ class InferenceService:
         tokenizer: PreTrainedTokenizerFast,
         client: WorkerDoor,
         scheduler: Scheduler,
+        suspects: Suspects,
         observers: tuple[Observer, ...],
         waiting_max: dict[Source, int],
         router: RouterSettings,
@@ -114,6 +116,7 @@ class InferenceService:
     ) -> None:
         self.model = model
         self.scheduler = scheduler
+        self.suspects = suspects
         self.draining = False
         self.tokens = PromptTokens(tokenizer)
         self._client = client
@@ -288,7 +291,7 @@ class InferenceService:
 
     async def _answer(self, job: Job, progress: _Progress) -> AsyncGenerator[Chunk, None]:
         """Tokens to text; ends at a stop string or when the worker ends."""
-        dispatch = progress.dispatch = Dispatch(self._client, self.scheduler, job)
+        dispatch = progress.dispatch = Dispatch(self._client, self.scheduler, self.suspects, job)
         detokenizer = Detokenizer(self.tokens.tokenizer, job.sampling.stop)
         async with aclosing(dispatch.tokens()) as tokens:
             async for token_ids in tokens:

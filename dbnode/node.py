@@ -21,6 +21,7 @@ from dbnode.scheduler.pool_view import MetaCalls, PoolView
 from dbnode.scheduler.scheduler import Scheduler
 from dbnode.scheduler.workers import WorkerDirectory
 from dbnode.statement_stats import StatementStats
+from dbnode.suspects import Suspects
 from dbnode.tenants.directory import Directory
 from dbnode.usage import UsageWriter
 from dbnode.usage_upkeep import UsageUpkeep
@@ -74,11 +75,13 @@ class Node:
             tokenizer,
             self.client,
             scheduler,
+            suspects=Suspects(settings.router.poison_prompt_s),
             observers=(self.metrics, self.usage),
             waiting_max={Source.REST: settings.rest.requests_max, Source.SQL: settings.sql.calls_waiting_max},
             router=settings.router,
         )
         self.metrics.watch_admission(lambda: self.inference.admission.running, lambda: self.inference.admission.waiting)
+        self.metrics.watch_suspects(lambda: self.inference.suspects.num_remembered)
         self._rest = settings.rest
 
     def rest_app(self) -> Guard:

@@ -14,7 +14,15 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-from dbnode.errors import AnswerCut, AnswerUnfit, ExpectedTooLate, NoWorker, WorkerLost, WorkersExhausted
+from dbnode.errors import (
+    AnswerCut,
+    AnswerUnfit,
+    ExpectedTooLate,
+    NoWorker,
+    PoisonPrompt,
+    WorkerLost,
+    WorkersExhausted,
+)
 from dbnode.generate import (
     Answer,
     Caller,
@@ -43,6 +51,7 @@ _OF_ONE_ROW = (
     NulInAnswer,
     WorkerLost,
     WorkersExhausted,
+    PoisonPrompt,
 )
 """What `on_error` is about. Other errors would meet every row alike, or say that the statement is to end."""
 

@@ -207,6 +207,9 @@ class WorkerSettings:
     max_batched_tokens: int = setting(4096, "tokens computed in one step at most")
     pool_enabled: bool = setting(True, "use the memory pool (L2 and L3)")
     load_timeout_s: float = setting(5.0, "recompute what the pool has not delivered after so long")
+    profile_s: float = setting(
+        5.0, "longest time a worker measures itself for at its start, where no fresh profile is kept; 0: never"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,6 +305,7 @@ class RouterSettings:
     )
     batch_ttft_s: float = setting(0.0, "as interactive_ttft_s, of batch requests")
     batch_tpot_s: float = setting(0.0, "as interactive_tpot_s, of batch requests")
+    poison_prompt_s: float = setting(600.0, "a prompt that two workers died of is refused for so long; 0: not at all")
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,7 @@ async def test_an_idle_fleet_refuses_nobody(node: RunningNode, worker: StandInWo
 
 
 async def test_a_row_that_cannot_come_in_time_says_so_at_once_or_is_null(node: RunningNode) -> None:
-    sql = SqlInference(node.node.inference)
+    sql = SqlInference(node.node.inference, node.node.tenants)
     with pytest.raises(ExpectedTooLate) as caught:
         await sql.infer_text(call(timeout_ms=3000))
     assert caught.value.hint is not None
