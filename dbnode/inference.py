@@ -29,6 +29,7 @@ from dbnode.generate import (
 )
 from dbnode.prompt_tokens import PromptTokens
 from dbnode.scheduler.scheduler import PromptKeys, Scheduler
+from dbnode.suspects import Suspects
 from dbnode.worker_base import WorkerDoor
 from stratakv.errors import (
     Cancelled,
@@ -72,6 +73,10 @@ class _Progress:
     prompt_tokens: int = 0
     dispatch: Dispatch | None = None
 
+    @property
+    def num_tokens(self) -> int:
+        return self.prompt_tokens + (len(self.dispatch.output) if self.dispatch else 0)
+
     def usage(self, now_s: float) -> Usage:
         arrived_s = self.request.arrived_s
         dispatch = self.dispatch
@@ -100,6 +105,7 @@ class InferenceService:
         tokenizer: PreTrainedTokenizerFast,
         client: WorkerDoor,
         scheduler: Scheduler,
+        suspects: Suspects,
         observers: tuple[Observer, ...],
         waiting_max: dict[Source, int],
         request_timeout_s: float,
@@ -107,6 +113,7 @@ class InferenceService:
     ) -> None:
         self.model = model
         self.scheduler = scheduler
+        self.suspects = suspects
         self.draining = False
         self.tokens = PromptTokens(tokenizer)
         self._client = client
@@ -140,13 +147,23 @@ class InferenceService:
         self._idle.clear()
         try:
             job = await self._prepare(request, progress)
-            async with self.admission.slot(request.source, job.deadline_s, request.priority):
+            cost_tokens = len(job.keys.token_ids) + job.max_tokens
+            async with self.admission.slot(
+                request.source,
+                job.deadline_s,
+                request.priority,
+                tenant=request.caller.tenant,
+                cost_tokens=cost_tokens,
+            ) as took:
                 progress.started_s = self._clock()
-                async with aclosing(self._answer(job, progress)) as chunks:
-                    async for chunk in chunks:
-                        if chunk.finish_reason is not None:
-                            outcome = Outcome.COMPLETED
-                        yield chunk
+                try:
+                    async with aclosing(self._answer(job, progress)) as chunks:
+                        async for chunk in chunks:
+                            if chunk.finish_reason is not None:
+                                outcome = Outcome.COMPLETED
+                            yield chunk
+                finally:
+                    took(progress.num_tokens)
         except StrataError as raised:
             outcome, error = Outcome.FAILED, raised
             raise
@@ -252,7 +269,7 @@ class InferenceService:
 
     async def _answer(self, job: Job, progress: _Progress) -> AsyncGenerator[Chunk, None]:
         """Tokens to text; ends at a stop string or when the worker ends."""
-        dispatch = progress.dispatch = Dispatch(self._client, self.scheduler, job)
+        dispatch = progress.dispatch = Dispatch(self._client, self.scheduler, self.suspects, job)
         detokenizer = Detokenizer(self.tokens.tokenizer, job.sampling.stop)
         async with aclosing(dispatch.tokens()) as tokens:
             async for token_ids in tokens:
