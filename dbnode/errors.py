@@ -2,7 +2,8 @@
 
 StrataError
 ├── InvalidRequest
-│   └── Unauthenticated
+│   ├── Unauthenticated
+│   └── NotOffered           an endpoint that clients know and this node does not have
 ├── Overloaded
 │   └── ExpectedTooLate      its first token would come too late
 ├── Unavailable
@@ -29,6 +30,14 @@ class Unauthenticated(InvalidRequest):
     code = "invalid_api_key"
     http_status = 401
     sqlstate = "28000"
+
+
+class NotOffered(InvalidRequest):
+    """Clients know this endpoint from elsewhere; it is not here."""
+
+    code = "not_offered"
+    http_status = 404
+    sqlstate = "0A000"
 
 
 class NoWorker(Unavailable):
