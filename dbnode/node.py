@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 
 from dbnode.all_workers import AllWorkers
+from dbnode.conversations.service import Conversations
+from dbnode.conversations.store import ConversationStore
 from dbnode.generate import Source
 from dbnode.inference import InferenceService
 from dbnode.metadata import Metadata
@@ -75,13 +77,23 @@ class Node:
             waiting_max={Source.REST: settings.rest.requests_max, Source.SQL: settings.sql.calls_waiting_max},
             request_timeout_s=settings.router.request_timeout_s,
         )
+        self.conversations = Conversations(
+            ConversationStore(self.metadata, settings.conversations), self.inference, settings.router.request_timeout_s
+        )
         self.metrics.watch_admission(lambda: self.inference.admission.running, lambda: self.inference.admission.waiting)
         self._rest = settings.rest
 
     def rest_app(self) -> Guard:
         """The REST face over this node."""
         return RestFace(
-            self._rest, self.inference, self.client, self.metrics.registry, self.not_ready, self._pool, self.tenants
+            self._rest,
+            self.inference,
+            self.client,
+            self.metrics.registry,
+            self.not_ready,
+            self._pool,
+            self.tenants,
+            self.conversations,
         ).app()
 
     def not_ready(self) -> list[str]:
@@ -101,6 +113,7 @@ class Node:
             tasks.create_task(self.usage.run(), name="usage")
             tasks.create_task(self.statements.run(), name="statements")
             tasks.create_task(self.upkeep.run(), name="usage-upkeep")
+            tasks.create_task(self.conversations.run(), name="conversations")
 
     async def close(self) -> None:
         await self.usage.close()
