@@ -100,6 +100,7 @@ class ConversationStore:
 
     async def delete(self, tenant_id: int, conversation_id: str) -> None:
         async with self._metadata.connection() as connection:
+            await _conversation(connection, tenant_id, conversation_id)
             if await connection.fetchval(_queries["delete_conversation"], tenant_id, conversation_id) is None:
                 raise _not_found(conversation_id)
 
@@ -226,14 +227,18 @@ async def _conversation(
 ) -> Conversation:
     """Raises ConversationNotFound."""
     query = _queries["conversation"] + (" FOR UPDATE" if lock else "")
-    row = await connection.fetchrow(query, tenant_id, conversation_id)
+    row = None
+    if "\0" not in conversation_id:  # which PostgreSQL could not even be asked about
+        row = await connection.fetchrow(query, tenant_id, conversation_id)
     if row is None:
         raise _not_found(conversation_id)
     return _made(row)
 
 
 async def _item(connection: asyncpg.Connection, conversation_id: str, item_id: str) -> Item:
-    row = await connection.fetchrow(_queries["item"], conversation_id, item_id)
+    row = None
+    if "\0" not in item_id:
+        row = await connection.fetchrow(_queries["item"], conversation_id, item_id)
     if row is None:
         raise ConversationNotFound(f"there is no item {item_id[:80]!r} in this conversation")
     return _item_of(row)

@@ -82,7 +82,14 @@ REFUSED: list[tuple[str, str, Any, str]] = [
     ("GET", "/ID/items?order=up", None, "order"),
 ]
 """Method, path, body → the field that is named."""
-MISSING = ("/conv_none", "/conv_none/items", "/ID/items/msg_none", "/ID/items?after=msg_none")
+MISSING = (
+    "/conv_none",
+    "/a%00b",
+    "/ID/items/a%00b",
+    "/conv_none/items",
+    "/ID/items/msg_none",
+    "/ID/items?after=msg_none",
+)
 
 
 async def test_what_is_not_supported_is_refused_by_name(node: RunningNode) -> None:
