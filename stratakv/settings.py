@@ -309,6 +309,16 @@ class RouterSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class ConversationsSettings:
+    """[conversations] histories that DB nodes keep for their tenants."""
+
+    ttl_s: float = setting(30 * 86400.0, "a conversation that nobody adds to is deleted after so long")
+    items_max: int = setting(2000, "messages of one conversation")
+    bytes_max: Bytes = setting(Bytes(4 * MIB), "text of one conversation")
+    per_tenant_max: int = setting(100_000, "conversations of one tenant")
+
+
+@dataclass(frozen=True, slots=True)
 class UsageSettings:
     """[usage] how long usage is kept."""
 
@@ -349,6 +359,7 @@ class Settings:
     sql: SqlSettings = SqlSettings()
     rest: RestSettings = RestSettings()
     router: RouterSettings = RouterSettings()
+    conversations: ConversationsSettings = ConversationsSettings()
     usage: UsageSettings = UsageSettings()
     log: LogSettings = LogSettings()
     up: UpSettings = UpSettings()
