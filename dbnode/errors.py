@@ -4,6 +4,8 @@ StrataError
 ├── InvalidRequest
 │   ├── Unauthenticated
 │   └── NotOffered           an endpoint that clients know and this node does not have
+├── Overloaded
+│   └── ExpectedTooLate      its first token would come too late
 ├── Unavailable
 │   ├── NoWorker
 │   ├── WorkerUnreachable    the request did not reach the worker
@@ -18,7 +20,7 @@ StrataError
 
 from __future__ import annotations
 
-from stratakv.errors import InvalidRequest, StrataError, Unavailable
+from stratakv.errors import InvalidRequest, Overloaded, StrataError, Unavailable
 
 
 class Unauthenticated(InvalidRequest):
@@ -76,6 +78,12 @@ class WorkersExhausted(StrataError):
     code = "workers_exhausted"
     http_status = 502
     sqlstate = "XX000"
+
+
+class ExpectedTooLate(Overloaded):
+    """The load would make the first token come after the request's deadline or its class's target; nothing was done."""
+
+    code = "expected_too_late"
 
 
 class PoisonPrompt(StrataError):

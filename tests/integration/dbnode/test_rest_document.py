@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dbnode.rest.openapi import OPERATIONS
+from stratakv import migrate
 from stratakv.settings import RestSettings, Secret
 from stratakv.text import encode
 from tests.integration.dbnode.running_node import PoolOfBlocks, RunningNode, running_node
@@ -47,10 +48,13 @@ async def schemathesis(node: RunningNode, *flags: str) -> tuple[int, str]:
 
 
 @pytest.mark.timeout(180)
-async def test_no_request_finds_a_fault_or_an_answer_that_is_not_documented() -> None:
+async def test_no_request_finds_a_fault_or_an_answer_that_is_not_documented(postgres_url: str) -> None:
+    await asyncio.to_thread(migrate.upgrade, postgres_url)
     worker = await StandInWorker("w0").start()
     try:
-        async with running_node(worker, meta=PoolOfBlocks(1), rest=RestSettings(api_key=Secret(KEY))) as node:
+        async with running_node(
+            worker, meta=PoolOfBlocks(1), rest=RestSettings(api_key=Secret(KEY)), database_url=postgres_url
+        ) as node:
             worker.answer = encode(node.node.inference.tokens.tokenizer, '{"name": "x", "arguments": {}} and more')
             worker.finish_reason = "stop"
             status, output = await schemathesis(
