@@ -71,7 +71,7 @@ class Replicas:
         for slot, segment, offset, generation in zip(away.tolist(), *self._catalog.index.places(away), strict=True):
             entry = (segment, offset, generation, reader)
             count = self._reads.pop(entry, 0) + 1
-            if count < self._reads_min:
+            if count < self._reads_min or (segment, Extent(offset, generation)) in self._plans:
                 self._reads[entry] = count
             else:
                 self._plan(slot, node)
@@ -115,7 +115,7 @@ class Replicas:
         planned_bytes = sum(plan.page_bytes for plan in self._plans.values())
         if source is None or source.segment.is_disk or source.is_draining or len(lies_in) >= self._places_max:
             return
-        if place in self._plans or planned_bytes + page_bytes > PLANNED_BYTES_MAX:
+        if planned_bytes + page_bytes > PLANNED_BYTES_MAX:
             return
         for target in self._placement.for_replicas(reader):
             room_bytes = self._placement.room_for_replicas(target) - self._planned_for(target)
