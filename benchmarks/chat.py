@@ -1,9 +1,9 @@
 """chat: conversations whose histories together are several times what the engine's own cache holds, against vLLM.
 
 Eight conversations of 3,000 tokens take turns, 50 tokens in and 64 out; the engine's cache holds 8,192 tokens on every side.
-Arms, in one run: vLLM; vLLM with room for every history; StrataKV without its lower tiers; StrataKV. Each turn is measured
-alone (unloaded), then all conversations at once (throughput), then turns that arrive at random at 0.8 of the rate that vLLM by
-itself can take (loaded).
+Arms, in one run: vLLM; vLLM with room for every history; StrataKV without its lower tiers; StrataKV whose worker reaches the pool
+over TCP; StrataKV. Each turn is measured alone (unloaded), then all conversations at once (throughput), then turns that arrive
+at random at 0.8 of the rate that vLLM by itself can take (loaded).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from benchmarks.conversations import (
     strata_arm,
     vllm_arm,
 )
-from benchmarks.harness import Spread, parse_options, report
+from benchmarks.harness import Spread, note, parse_options, report
 from stratakv import models
 from stratakv.models import DEFAULT_MODEL
 from stratakv.settings import ModelSettings
@@ -51,7 +51,7 @@ def main() -> int:
     model = models.pull(DEFAULT_MODEL, ModelSettings().cache_dir.expanduser())
     texts = Texts(model, options.seed)
     histories = [texts.text(WORKLOAD.history) for _ in range(WORKLOAD.conversations)]
-    names = ("vllm", "bigger_vllm", "l1_only", "ours")
+    names = ("vllm", "bigger_vllm", "l1_only", "ours_tcp", "ours")
     figures = {name: Figures() for name in names}
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stratakv-bench-")))
@@ -59,14 +59,18 @@ def main() -> int:
             vllm_arm(scratch, "vllm", model, texts, histories, WORKLOAD, WORKLOAD.l1_tokens),
             vllm_arm(scratch, "bigger", model, texts, histories, WORKLOAD, WORKLOAD.l1_tokens + POOL_TOKENS),
             strata_arm(histories, WORKLOAD, "worker.pool_enabled=false"),
+            strata_arm(histories, WORKLOAD, f"dmp.segment_bytes={POOL_MIB}MiB", "pool.shared_memory=false"),
             strata_arm(histories, WORKLOAD, f"dmp.segment_bytes={POOL_MIB}MiB"),
         ]
         arms = [stack.enter_context(arm) for arm in starting]
+        note("all arms are ready")
         sides = list(zip(arms, figures.values(), strict=True))
         one_by_one(sides, texts, WORKLOAD, keep=False)
+        note("warmed up")
         unloaded = max(1, (rounds - 2) // 3)
         for _ in range(unloaded):
             one_by_one(sides, texts, WORKLOAD)
+            note("a turn of each conversation, alone")
         rates = [all_at_once(arm, kept, texts, WORKLOAD) for arm, kept in sides]
         rate = LOAD * rates[0]
         turns = max(1, rounds - 2 - unloaded) * WORKLOAD.conversations
@@ -74,6 +78,7 @@ def main() -> int:
         gaps_s = [rng.expovariate(rate) for _ in range(turns)]
         for arm, kept in sides:
             by_poisson(arm, kept, texts, WORKLOAD, gaps_s)
+            note(f"{turns} turns under load")
     ours, vllm, bigger = figures["ours"], figures["vllm"], figures["bigger_vllm"]
     report(
         "chat",
@@ -91,7 +96,7 @@ def main() -> int:
             "quick": options.quick,
             "seed": options.seed,
         },
-        {name: figures[name].as_json() for name in ("ours", "l1_only")},
+        {name: figures[name].as_json() for name in ("ours", "ours_tcp", "l1_only")},
         {name: figures[name].as_json() for name in ("vllm", "bigger_vllm")},
         {
             "ttft_vllm_over_ours_p50": over(vllm.loaded_ms, ours.loaded_ms),

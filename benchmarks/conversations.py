@@ -182,7 +182,7 @@ def run_in_threads(work: Sequence[Callable[[], object]]) -> None:
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=run, args=(each,)) for each in work]
+    threads = [threading.Thread(target=run, args=(each,), daemon=True) for each in work]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -8,6 +8,8 @@ import os
 import platform
 import random
 import statistics
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +58,11 @@ def parse_options(description: str | None, add: Any = None) -> argparse.Namespac
     if add is not None:
         add(parser)
     return parser.parse_args()
+
+
+def note(message: str) -> None:
+    """Progress of a long run, on standard error."""
+    print(f"{time.strftime('%H:%M:%S')} {message}", file=sys.stderr, flush=True)
 
 
 def report(

@@ -11,7 +11,8 @@ StrataError
 ├── AnswerCut                a typed answer does not fit max_tokens
 ├── AnswerUnfit              a worker's answer is not of its type
 ├── WorkerLost               the worker went away with the request in hand
-└── WorkersExhausted         what was tried on several workers failed on all
+├── WorkersExhausted         what was tried on several workers failed on all
+└── PoisonPrompt             workers died of the same prompt not long ago
 """
 
 from __future__ import annotations
@@ -65,6 +66,15 @@ class WorkersExhausted(StrataError):
 
     code = "workers_exhausted"
     http_status = 502
+    sqlstate = "XX000"
+
+
+class PoisonPrompt(StrataError):
+    """Workers died of this prompt; it is given to none for a while."""
+
+    openai_type = "invalid_request_error"
+    code = "poison_prompt"
+    http_status = 422
     sqlstate = "XX000"
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
 from dbnode.charge import Charge
+from dbnode.tenants.salts import combined_salt
+from stratakv.tenancy.values import DEFAULT_TENANT, Tenant
 
 
 class Source(enum.StrEnum):
@@ -49,13 +51,31 @@ class Sampling:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     structured_outputs: StructuredOutputs | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token ids, and what is added to their logits."""
+    logprobs: int | None = None
+    """Tell the log-probability of each token, and of so many of the likeliest ones at its place."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScore:
+    """How likely a token was, before temperature, penalties and forms."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """Token ids and log-probabilities of the likeliest ones, in no order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who is asking, as usage events name them."""
+    """Who is asking."""
 
-    tenant: str | None = None
+    tenant: Tenant = DEFAULT_TENANT
+    models: frozenset[str] | None = None
+    """Those it may use, as its key and its tenant allow; None: all."""
     role: str | None = None
     database: str | None = None
     session: str | None = None
@@ -75,19 +95,30 @@ class GenerateRequest:
     messages: tuple[object, ...] | None = None
     prompt: str | tuple[int, ...] | None = None
     sampling: Sampling = Sampling()
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """What the model is told that it may call, in OpenAI's form."""
     priority: int = 0
     """Requests with a lower one are let in first, as in vLLM."""
     cache_salt: str | None = None
-    """KV is shared only between requests with the same salt."""
+    """What the request itself asks to be kept apart by."""
     deadline_s: float | None = None
     """Monotonic; the node's own limit holds too."""
     caller: Caller = Caller()
     trace_id: str | None = None
     """The client's name for the request, for logs."""
+    traceparent: str | None = None
+    """W3C trace context, for the worker."""
+    is_sibling: bool = False
+    """One of several answers to a prompt; another request's usage has the prompt."""
     on_settled: Callable[[Settled], None] | None = field(default=None, repr=False, compare=False)
     """Told once, when the request has ended, whatever the end."""
     charge: Charge | None = field(default=None, repr=False, compare=False)
     """Decides later whether its usage counts; without it, it does."""
+
+    @property
+    def kv_salt(self) -> str | None:
+        """KV is shared only between requests with the same one: of the tenant and of the request."""
+        return combined_salt(self.caller.tenant.salt, self.cache_salt)
 
 
 class PromptTiers(msgspec.Struct, frozen=True):
@@ -153,6 +184,8 @@ class Chunk:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    scores: tuple[TokenScore, ...] = ()
+    """Of the tokens, if they were asked for."""
 
 
 @dataclass(slots=True)
@@ -163,9 +196,11 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    scores: list[TokenScore] = field(default_factory=list)
 
     def add(self, chunk: Chunk) -> None:
         self.text.append(chunk.text)
         self.token_ids.extend(chunk.token_ids)
+        self.scores.extend(chunk.scores)
         self.finish_reason = chunk.finish_reason or self.finish_reason
         self.usage = chunk.usage or self.usage

@@ -12,6 +12,7 @@ from pathlib import Path
 from dbnode.all_workers import AllWorkers
 from dbnode.generate import Source
 from dbnode.inference import InferenceService
+from dbnode.metadata import Metadata
 from dbnode.metrics import NodeMetrics
 from dbnode.rest.app import RestFace
 from dbnode.rest.http import Guard
@@ -20,7 +21,10 @@ from dbnode.scheduler.pool_view import MetaCalls, PoolView
 from dbnode.scheduler.scheduler import Scheduler
 from dbnode.scheduler.workers import WorkerDirectory
 from dbnode.statement_stats import StatementStats
+from dbnode.suspects import Suspects
+from dbnode.tenants.directory import Directory
 from dbnode.usage import UsageWriter
+from dbnode.usage_upkeep import UsageUpkeep
 from dbnode.vllm.client import GoldenText, VllmClient
 from dbnode.worker_client import WorkerClient
 from stratakv.models import resolve, served_name
@@ -55,7 +59,10 @@ class Node:
         )
         self.metrics = NodeMetrics(self.model)
         self._pool = pool
+        self.metadata = Metadata(settings.database)
+        self.tenants = Directory(settings.database)
         self.usage = UsageWriter(settings.database, self.metrics.usage_dropped.inc)
+        self.upkeep = UsageUpkeep(settings.database, settings.usage)
         self.statements = StatementStats(settings.database, self.metrics.statements_dropped.inc)
         self.directory = WorkerDirectory(settings.router, self.client, pool, self._on_workers_changed)
         self.metrics.registry.register(RouterMetrics(self.directory))
@@ -65,17 +72,19 @@ class Node:
             tokenizer,
             self.client,
             scheduler,
+            suspects=Suspects(settings.router.poison_prompt_s),
             observers=(self.metrics, self.usage),
             waiting_max={Source.REST: settings.rest.requests_max, Source.SQL: settings.sql.calls_waiting_max},
             request_timeout_s=settings.router.request_timeout_s,
         )
         self.metrics.watch_admission(lambda: self.inference.admission.running, lambda: self.inference.admission.waiting)
+        self.metrics.watch_suspects(lambda: self.inference.suspects.num_remembered)
         self._rest = settings.rest
 
     def rest_app(self) -> Guard:
         """The REST face over this node."""
         return RestFace(
-            self._rest, self.inference, self.client, self.metrics.registry, self.not_ready, self._pool
+            self._rest, self.inference, self.client, self.metrics.registry, self.not_ready, self._pool, self.tenants
         ).app()
 
     def not_ready(self) -> list[str]:
@@ -88,15 +97,18 @@ class Node:
         return reasons
 
     async def run(self) -> None:
-        """Watch workers and write usage until cancelled."""
+        """Watch workers and tenants, and write usage, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.directory.run(), name="workers")
+            tasks.create_task(self.tenants.run(), name="tenants")
             tasks.create_task(self.usage.run(), name="usage")
             tasks.create_task(self.statements.run(), name="statements")
+            tasks.create_task(self.upkeep.run(), name="usage-upkeep")
 
     async def close(self) -> None:
         await self.usage.close()
         await self.statements.close()
+        await self.metadata.close()
         await self.client.close()
         self.inference.close()
 

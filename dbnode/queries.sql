@@ -1,22 +1,39 @@
 -- name: insert_usage_events
--- One row per ended request, by columns as arrays; a request id that is there already is left alone.
+-- One row per ended request, by columns as arrays; a request id that is there already is left alone. What was written a week
+-- late or later is booked to the day a week ago: partitions are there for so long.
 INSERT INTO stratakv.usage_events (
     request_id, tenant_id, model, source, prompt_tokens, cached_l1_tokens, cached_l2_tokens, cached_pool_tokens,
-    cached_disk_tokens, generated_tokens, outcome, queue_ms, ttft_ms, generation_ms, mean_itl_ms
+    cached_disk_tokens, generated_tokens, outcome, queue_ms, ttft_ms, generation_ms, mean_itl_ms, created_at
 )
 SELECT
     event.request_id, tenant.id, event.model, event.source, event.prompt_tokens, event.l1, event.l2, event.pool,
-    event.disk, event.generated_tokens, event.outcome, event.queue_ms, event.ttft_ms, event.generation_ms, event.mean_itl_ms
+    event.disk, event.generated_tokens, event.outcome, event.queue_ms, event.ttft_ms, event.generation_ms, event.mean_itl_ms,
+    now() - least(event.age_s, 604800) * interval '1 second'
 FROM unnest(
     $1::text[], $2::text[], $3::text[], $4::text[], $5::integer[], $6::integer[], $7::integer[], $8::integer[],
     $9::integer[], $10::integer[], $11::text[], $12::double precision[], $13::double precision[],
-    $14::double precision[], $15::double precision[]
+    $14::double precision[], $15::double precision[], $16::double precision[]
 ) AS event (
     request_id, tenant, model, source, prompt_tokens, l1, l2, pool, disk, generated_tokens, outcome, queue_ms, ttft_ms,
-    generation_ms, mean_itl_ms
+    generation_ms, mean_itl_ms, age_s
 )
 JOIN stratakv.tenants AS tenant ON tenant.name = event.tenant
 ON CONFLICT (request_id) DO NOTHING
+
+-- name: make_usage_partitions
+-- From a week ago, for what is written late, to so many months ahead.
+SELECT stratakv.make_usage_partitions(now() - interval '7 days', $1)
+
+-- name: drop_usage_partitions
+-- Months that are over for longer than so many months.
+SELECT stratakv.drop_usage_partitions($1)
+
+-- name: clear_settled
+-- Some of the settled requests that nobody settles again; usage_history has them.
+DELETE FROM stratakv.usage_events WHERE id IN (
+    SELECT id FROM stratakv.usage_events WHERE created_at < now() - $1::double precision * interval '1 day'
+    ORDER BY created_at LIMIT $2
+)
 
 -- name: add_statements
 -- Sums of statements, by columns as arrays, added to what is there.
@@ -64,3 +81,29 @@ SELECT
 FROM stratakv.sql_statements
 WHERE $1::text IS NULL OR role = $1
 ORDER BY wait_ms DESC
+
+-- name: own_usage
+-- By day, of the tenant of a role; as the view my_usage.
+SELECT day, model, source, requests, cancelled, failed, prompt_tokens, cached_l1_tokens, cached_l2_tokens, cached_pool_tokens,
+       cached_disk_tokens, generated_tokens
+FROM stratakv.usage_daily WHERE tenant_id = (
+    SELECT m.tenant_id FROM stratakv.tenant_roles m JOIN stratakv.tenants t ON t.id = m.tenant_id AND t.deleted_at IS NULL
+    WHERE m.cluster = $1 AND m.role_name = $2 AND m.role_oid = $3
+)
+
+-- name: own_requests
+-- The latest requests of the tenant of a role; as the view my_requests.
+SELECT created_at, request_id, model, source, outcome, prompt_tokens, cached_l1_tokens, cached_l2_tokens, cached_pool_tokens,
+       cached_disk_tokens, generated_tokens, queue_ms, ttft_ms, generation_ms, mean_itl_ms
+FROM stratakv.usage_history WHERE tenant_id = (
+    SELECT m.tenant_id FROM stratakv.tenant_roles m JOIN stratakv.tenants t ON t.id = m.tenant_id AND t.deleted_at IS NULL
+    WHERE m.cluster = $1 AND m.role_name = $2 AND m.role_oid = $3
+)
+ORDER BY created_at DESC LIMIT $4
+
+-- name: own_limits
+-- Limits of the tenant of a role, and what is taken of them; as the view my_limits.
+SELECT l."limit", l.maximum, l.used FROM stratakv.limits_in_use l WHERE l.tenant_id = (
+    SELECT m.tenant_id FROM stratakv.tenant_roles m JOIN stratakv.tenants t ON t.id = m.tenant_id AND t.deleted_at IS NULL
+    WHERE m.cluster = $1 AND m.role_name = $2 AND m.role_oid = $3
+)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 
 from dbnode.node import Node
+from dbnode.own_usage import own_usage_topics
 from dbnode.sql.admin.login import check_name
 from dbnode.sql.front import SqlFront
 from dbnode.sql_explain import SqlExplainer
@@ -44,14 +45,16 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     meta = pool_client(settings.meta, role="dbnode", name=f"{settings.rest.host}:{rest.port}", credentials=credentials)
     node = Node(settings, meta)
     try:
+        await node.tenants.load()
         sql = SqlFront(
             settings.sql,
             settings.sql.backend_url or database_url,
-            SqlInference(node.inference),
+            SqlInference(node.inference, node.tenants),
             trusted_backend=settings.sql.backend_trusted,
             postgres_uid=settings.sql.backend_uid,
             statements=node.statements,
-            explainer=SqlExplainer(node.inference),
+            explainer=SqlExplainer(node.inference, node.tenants),
+            topics=own_usage_topics(node.metadata),
         )
         node.metrics.registry.register(SqlMetrics(sql))
         await sql.start()

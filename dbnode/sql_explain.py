@@ -14,7 +14,8 @@ from dbnode.scheduler.cost import DECODE_TOKENS_MAX
 from dbnode.scheduler.scheduler import PromptKeys
 from dbnode.sql.explain import Estimate
 from dbnode.sql.service import InferCall
-from dbnode.sql_inference import request_of
+from dbnode.sql_inference import caller_of, request_of
+from dbnode.tenants.directory import Directory
 from stratakv.keys import BlockKey
 
 BATCH_PROMPTS = 64
@@ -27,17 +28,20 @@ AT_ONCE = 64
 class SqlExplainer:
     """Implements `dbnode.sql.explain.Explainer`."""
 
-    def __init__(self, service: InferenceService) -> None:
+    def __init__(self, service: InferenceService, directory: Directory) -> None:
         self._service = service
+        self._directory = directory
 
     async def estimate(self, calls: Sequence[InferCall]) -> Estimate:
-        """Raises InvalidRequest, ModelNotFound."""
+        """Raises InvalidRequest, ModelNotFound, PermissionDenied."""
         ordered = sorted(calls, key=lambda call: call.prompt)
         lengths: list[int] = []
         seen: set[BlockKey] = set()
         cached = shared = computed = steps = 0
         for start in range(0, len(ordered), BATCH_PROMPTS):
-            requests = [request_of(call) for call in ordered[start : start + BATCH_PROMPTS]]
+            requests = [
+                request_of(call, caller_of(call, self._directory)) for call in ordered[start : start + BATCH_PROMPTS]
+            ]
             for request, keys in zip(requests, await self._service.prompt_keys(requests), strict=True):
                 known = await self._cached(keys, ask_pool=len(lengths) < POOL_ASKED_MAX)
                 both = max(known, self._shared(keys, seen))

@@ -14,40 +14,52 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-from dbnode.errors import AnswerCut, AnswerUnfit, NoWorker, WorkerLost, WorkersExhausted
+from dbnode.errors import AnswerCut, AnswerUnfit, NoWorker, PoisonPrompt, WorkerLost, WorkersExhausted
 from dbnode.generate import Answer, Caller, FinishReason, GenerateRequest, Settled, Source, StructuredOutputs, Usage
 from dbnode.inference import InferenceService
 from dbnode.sql.commands import NulInAnswer
 from dbnode.sql.service import CallCost, InferCall, NullAnswer
 from dbnode.sql_fold import FOLD, Fold, parse_fold
 from dbnode.sql_options import COUNT_TOKENS, MAX_TOKENS_DEFAULT, OnError, checked_options, sampling
+from dbnode.tenants.directory import Directory
 from stratakv.errors import ContextTooLong, DeadlineExceeded, StrataError
 
-_OF_ONE_ROW = (ContextTooLong, DeadlineExceeded, AnswerCut, AnswerUnfit, NulInAnswer, WorkerLost, WorkersExhausted)
+_OF_ONE_ROW = (
+    ContextTooLong,
+    DeadlineExceeded,
+    AnswerCut,
+    AnswerUnfit,
+    NulInAnswer,
+    WorkerLost,
+    WorkersExhausted,
+    PoisonPrompt,
+)
 """What `on_error` is about. Other errors would meet every row alike, or say that the statement is to end."""
 
 
 class SqlInference:
     """What the SQL face asks of the DB node."""
 
-    def __init__(self, service: InferenceService) -> None:
+    def __init__(self, service: InferenceService, directory: Directory) -> None:
         self._service = service
+        self._directory = directory
 
     async def infer_text(self, call: InferCall) -> str:
         """The answer. Cancelling it stops the work. Raises StrataError, or NullAnswer."""
         arrived_s = time.monotonic()
+        caller = caller_of(call, self._directory)
         options = checked_options(call.options)
         if COUNT_TOKENS in options:
             return str(await self._service.count_tokens(call.prompt, call.model))
         deadline_s = arrived_s + options["timeout_ms"] / 1e3 if "timeout_ms" in options else None
         try:
             if FOLD in options:
-                return await self._fold(call, options, deadline_s)
-            return await self._answer(call, options, deadline_s)
+                return await self._fold(call, caller, options, deadline_s)
+            return await self._answer(call, caller, options, deadline_s)
         except _OF_ONE_ROW as error:
             return _instead(OnError(options.get("on_error", OnError.RAISE)), error)
 
-    async def _fold(self, call: InferCall, options: Mapping[str, Any], deadline_s: float | None) -> str:
+    async def _fold(self, call: InferCall, caller: Caller, options: Mapping[str, Any], deadline_s: float | None) -> str:
         """Several requests, each with its own event of usage; a `timeout_ms` is that of all together."""
         service = self._service
         service.check_model(call.model)
@@ -58,24 +70,26 @@ class SqlInference:
         answer_tokens_max = options.get("max_tokens", MAX_TOKENS_DEFAULT)
 
         async def answer(prompt: str) -> str:
-            return await self._answer(replace(call, prompt=prompt), options, deadline_s)
+            return await self._answer(replace(call, prompt=prompt), caller, options, deadline_s)
 
         async def count_prompt(prompt: str) -> int:
-            request = request_of(replace(call, prompt=prompt), options)
+            request = request_of(replace(call, prompt=prompt), caller, options)
             return len((await service.prompt_keys([request]))[0].token_ids)
 
         fold = Fold(
             instruction=asked.instruction,
             room_tokens=context - answer_tokens_max,
             answer_tokens_max=answer_tokens_max,
-            count=service.count_each,
+            count=service.tokens.count_each,
             count_prompt=count_prompt,
             answer=answer,
         )
         return await fold.run(asked.pieces)
 
-    async def _answer(self, call: InferCall, options: Mapping[str, Any], deadline_s: float | None) -> str:
-        request = request_of(call, options, deadline_s)
+    async def _answer(
+        self, call: InferCall, caller: Caller, options: Mapping[str, Any], deadline_s: float | None
+    ) -> str:
+        request = request_of(call, caller, options, deadline_s)
         answer = Answer()
         async with aclosing(self._service.generate(request)) as chunks:
             async for chunk in chunks:
@@ -88,8 +102,16 @@ class SqlInference:
         return text
 
 
+def caller_of(call: InferCall, directory: Directory) -> Caller:
+    """Who calls: the tenant of the role that has logged in. Raises PermissionDenied, Unavailable."""
+    login = call.login
+    role, oid, cluster = (call.role, None, "") if login is None else (login.role, login.oid, login.cluster)
+    tenant = directory.of_role(role, oid, cluster)
+    return Caller(tenant, tenant.models, role=call.role, database=call.database, session=call.session)
+
+
 def request_of(
-    call: InferCall, options: Mapping[str, Any] | None = None, deadline_s: float | None = None
+    call: InferCall, caller: Caller, options: Mapping[str, Any] | None = None, deadline_s: float | None = None
 ) -> GenerateRequest:
     """What the inference service is asked for a call, whose options are checked if they are not given. Raises InvalidRequest."""
     options = checked_options(call.options) if options is None else options
@@ -106,7 +128,7 @@ def request_of(
         priority=options.get("priority", 0),
         cache_salt=options.get("cache_salt"),
         deadline_s=deadline_s,
-        caller=Caller(role=call.role, database=call.database, session=call.session),
+        caller=caller,
         on_settled=_reporter(call),
         charge=call.charge,
     )

@@ -1,7 +1,8 @@
 """Usage events: one row per request in PostgreSQL, written in batches in the background.
 
 An Observer of the inference service. The database may be away: events wait in a bounded queue, then the oldest are dropped
-and counted; serving goes on. A batch may be written again: a request id is taken once.
+and counted; serving goes on. A batch may be written again: a request id is taken once. What is written late is booked to the
+time when the request ended.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import asyncpg
 
@@ -33,14 +34,25 @@ _AWAY = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError)
 _insert = load_queries("dbnode")["insert_usage_events"]
 
 
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    """A request and when it ended, on the monotonic clock."""
+
+    settled: Settled
+    at_s: float
+
+
 class UsageWriter:
     """Writes usage events while `run` runs."""
 
-    def __init__(self, settings: DatabaseSettings, on_dropped: Callable[[], None]) -> None:
+    def __init__(
+        self, settings: DatabaseSettings, on_dropped: Callable[[], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._settings = settings
+        self._clock = clock
         self._on_dropped = on_dropped
-        self._events: deque[Settled] = deque()
-        self._batch: list[Settled] = []
+        self._events: deque[_Ended] = deque()
+        self._batch: list[_Ended] = []
         """Taken from the queue, and being written until the database has it."""
         self._some = asyncio.Event()
         self._connection: asyncpg.Connection | None = None
@@ -52,17 +64,18 @@ class UsageWriter:
     def settled(self, settled: Settled) -> None:
         if self._settings.url is None:
             return
-        charge = settled.request.charge
+        charge, ended_s = settled.request.charge, self._clock()
         if charge is None:
-            self._take(settled)
+            self._take(_Ended(settled, ended_s))
         else:
-            charge.settle(lambda is_due: self._take(settled if is_due else replace(settled, outcome=Outcome.UNUSED)))
+            unused = replace(settled, outcome=Outcome.UNUSED)
+            charge.settle(lambda is_due: self._take(_Ended(settled if is_due else unused, ended_s)))
 
-    def _take(self, settled: Settled) -> None:
+    def _take(self, ended: _Ended) -> None:
         if len(self._events) >= EVENTS_WAITING_MAX:
             self._events.popleft()
             self._on_dropped()
-        self._events.append(settled)
+        self._events.append(ended)
         self._some.set()
 
     async def run(self) -> None:
@@ -86,8 +99,9 @@ class UsageWriter:
             if not self._batch:
                 self._batch = [self._events.popleft() for _ in range(min(len(self._events), BATCH_EVENTS_MAX))]
             try:
-                connection = await self._connected()
-                await connection.execute(_insert, *zip(*map(_row, self._batch), strict=True), timeout=WRITE_TIMEOUT_S)
+                connection, now_s = await self._connected(), self._clock()
+                rows = [(*_row(ended.settled), now_s - ended.at_s) for ended in self._batch]
+                await connection.execute(_insert, *zip(*rows, strict=True), timeout=WRITE_TIMEOUT_S)
             except _AWAY as error:
                 self._lost(error)
                 return False
@@ -112,13 +126,13 @@ class UsageWriter:
 
 
 def _row(settled: Settled) -> tuple[object, ...]:
-    """Columns in the order of the query's parameters."""
+    """Columns in the order of the query's parameters, but the last: how long ago the request ended."""
     request, usage = settled.request, settled.usage
     generation_ms = usage.timings.e2e_ms - usage.timings.ttft_ms if usage.timings.ttft_ms else None
     num_gaps = usage.completion_tokens - 1
     return (
         request.request_id,
-        request.caller.tenant or "default",
+        request.caller.tenant.name,
         settled.model,
         request.source.value,
         usage.prompt_tokens,

@@ -12,13 +12,15 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from dbnode.errors import HandoverFailed, WorkerRefused, WorkerUnreachable
+from dbnode.errors import HandoverFailed, WorkerLost, WorkerRefused, WorkerUnreachable
 from dbnode.worker_http import EventStream, HttpDoor, decode_state
 from dbnode.worker_messages import UsageOptions, WorkerChunk, WorkerError, WorkerFacts, WorkerRequest, is_namespace
 from stratakv.errors import DeadlineExceeded, InvalidRequest, Overloaded, StrataError
 from stratakv.pool.auth import PoolCredentials, RequestSigner
 from stratakv.wire import WorkerLoad
 
+ENGINE_FAILED = "engine_failed"
+"""The process is there still; what computed in it has died."""
 _NO_HEADERS: Mapping[str, str] = {}
 
 _encode = msgspec.json.Encoder().encode
@@ -46,8 +48,11 @@ class WorkerClient(HttpDoor):
 
     async def stream(self, url: str, request: WorkerRequest, deadline_s: float) -> OwnStream:
         """Start a streamed completion. Raises before the first event what `dbnode.worker_base` says."""
-        request = msgspec.structs.replace(request, stream=True, stream_options=UsageOptions(), return_token_ids=True)
-        response = await self._complete(url, _encode(request), request.request_id, deadline_s)
+        headers = request.headers
+        request = msgspec.structs.replace(
+            request, stream=True, stream_options=UsageOptions(), return_token_ids=True, traceparent=None
+        )
+        response = await self._complete(url, _encode(request), headers, deadline_s)
         return OwnStream(url, response, deadline_s)
 
     async def info(self, url: str, timeout_s: float) -> WorkerFacts:
@@ -121,6 +126,8 @@ def told(url: str, error: WorkerError, status: int | None) -> StrataError:
         return Overloaded(error.message)
     if error.code == HandoverFailed.code:
         return HandoverFailed(f"{url}: {error.message}")
+    if error.code == ENGINE_FAILED:
+        return WorkerLost(f"{url}: {error.message}")
     return WorkerRefused(f"{url}: {error.message}")
 
 

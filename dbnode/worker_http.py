@@ -132,12 +132,13 @@ class HttpDoor(ABC):
         except (*CONNECTION_LOST, TimeoutError) as error:
             raise WorkerUnreachable(f"{url}: {type(error).__name__}") from error
 
-    async def _complete(self, url: str, body: bytes, request_id: str, deadline_s: float) -> aiohttp.ClientResponse:
+    async def _complete(
+        self, url: str, body: bytes, headers: Mapping[str, str], deadline_s: float
+    ) -> aiohttp.ClientResponse:
         """POST /v1/completions, whose answer has begun. Raises what `dbnode.worker_base` says."""
-        headers = {**_JSON, "X-Request-Id": request_id}
         try:
             async with asyncio.timeout_at(deadline_s):
-                response = await self._ask("POST", url, "/v1/completions", body, headers)
+                response = await self._ask("POST", url, "/v1/completions", body, {**_JSON, **headers})
                 if response.status == 200:
                     return response
                 async with response:

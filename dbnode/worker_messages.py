@@ -7,9 +7,10 @@ import re
 
 import msgspec
 
-from dbnode.generate import FinishReason, PromptTiers, StructuredOutputs
+from dbnode.generate import FinishReason, PromptTiers, StructuredOutputs, TokenScore
 from stratakv.keys import NAMESPACE_BYTES
 from stratakv.wire import WorkerRole
+from stratakv.worker_profile import WorkerProfile
 
 _NAMESPACE = re.compile(rf"[0-9a-f]{{{2 * NAMESPACE_BYTES}}}")
 
@@ -55,6 +56,21 @@ class WorkerRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     kv_transfer_params: KVTransfer | None = None
     structured_outputs: StructuredOutputs | None = None
     cache_salt: str | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    logprobs: int | None = None
+    return_tokens_as_token_ids: bool = False
+    """Asked for with `logprobs`."""
+    traceparent: str | None = None
+    """Sent as a header."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Of the HTTP request it is sent with."""
+        traced = {"traceparent": self.traceparent} if self.traceparent else {}
+        return {"X-Request-Id": self.request_id, **traced}
 
 
 class WorkerTimes(PromptTiers, frozen=True):
@@ -69,8 +85,28 @@ class WorkerUsage(msgspec.Struct, frozen=True):
     stratakv: WorkerTimes | None = None
 
 
+class WorkerLogprobs(msgspec.Struct, frozen=True):
+    """Of the tokens beside it. Tokens are written `token_id:N`."""
+
+    token_logprobs: list[float | None] = []
+    top_logprobs: list[dict[str, float] | None] | None = None
+
+    def scores(self) -> list[TokenScore]:
+        """Raises ValueError for what is no token id."""
+        tops = self.top_logprobs or [None] * len(self.token_logprobs)
+        return [
+            TokenScore(logprob or 0.0, tuple((_token_id(text), value) for text, value in (top or {}).items()))
+            for logprob, top in zip(self.token_logprobs, tops, strict=True)
+        ]
+
+
+def _token_id(text: str) -> int:
+    return int(text.removeprefix("token_id:"))
+
+
 class WorkerChoice(msgspec.Struct, frozen=True):
     token_ids: list[int] | None = None
+    logprobs: WorkerLogprobs | None = None
     finish_reason: FinishReason | None = None
     kv_transfer_params: KVTransfer | None = None
 
@@ -94,6 +130,11 @@ class WorkerChunk(msgspec.Struct, frozen=True):
     def token_ids(self) -> list[int]:
         """The tokens of this event."""
         return [token_id for choice in self.choices for token_id in choice.token_ids or ()]
+
+    @property
+    def scores(self) -> list[TokenScore]:
+        """Of these tokens, if they were asked for. Raises ValueError."""
+        return [score for choice in self.choices if choice.logprobs for score in choice.logprobs.scores()]
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -135,6 +176,8 @@ class WorkerFacts(msgspec.Struct, frozen=True):
     """How it computes block keys, as far as it tells."""
     hands_over: bool = False
     """Prompts can be handed over, to it and from it, while they are computed."""
+    profile: WorkerProfile = WorkerProfile()
+    """What it measured of itself at its start; `stratakv.worker_profile.Curves` draws the curves."""
 
 
 def is_namespace(text: str) -> bool:

@@ -148,6 +148,7 @@ class PoolSettings:
     secret: Secret | None = setting(
         None, "shows meta server, daemons, workers and DB nodes that they belong together; needed beyond this machine"
     )
+    shared_memory: bool = setting(True, "let workers reach the daemons of their own host through shared memory")
     transfer_engine: TransferProtocol = setting(
         TransferProtocol.OFF, "let Mooncake's Transfer Engine move pages between hosts: off, tcp or rdma"
     )
@@ -194,6 +195,9 @@ class WorkerSettings:
     max_batched_tokens: int = setting(4096, "tokens computed in one step at most")
     pool_enabled: bool = setting(True, "use the memory pool (L2 and L3)")
     load_timeout_s: float = setting(5.0, "recompute what the pool has not delivered after so long")
+    profile_s: float = setting(
+        5.0, "longest time a worker measures itself for at its start, where no fresh profile is kept; 0: never"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,6 +280,14 @@ class RouterSettings:
     refresh_s: float = setting(1.0, "how often worker states are read")
     index_blocks_max: int = setting(200_000, "blocks remembered per worker")
     request_timeout_s: float = setting(600.0, "deadline of every request; infer() may ask for a shorter one")
+    poison_prompt_s: float = setting(600.0, "a prompt that two workers died of is refused for so long; 0: not at all")
+
+
+@dataclass(frozen=True, slots=True)
+class UsageSettings:
+    """[usage] how long usage is kept."""
+
+    months_kept: int = setting(24, "whole months of single requests that are kept; sums by day stay; 0: all of them")
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,5 +324,6 @@ class Settings:
     sql: SqlSettings = SqlSettings()
     rest: RestSettings = RestSettings()
     router: RouterSettings = RouterSettings()
+    usage: UsageSettings = UsageSettings()
     log: LogSettings = LogSettings()
     up: UpSettings = UpSettings()

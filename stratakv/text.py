@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stratakv.chat_messages import in_words, plain_messages
 from stratakv.errors import InvalidRequest, SetupError
 
 if TYPE_CHECKING:
@@ -20,9 +21,6 @@ REPLACEMENT = "\ufffd"
 PENDING_TOKENS_MAX = 8
 """More undecided tokens than this are no unfinished character; the undecodable ones among them are given up."""
 CHARACTER_BYTES_MAX = 4
-
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-"""Roles of chat messages → what the template calls them."""
 
 
 def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerFast:
@@ -56,47 +54,32 @@ def render_chat(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Any]) -> 
     return encode(tokenizer, chat_text(tokenizer, messages), special=False)
 
 
-def chat_text(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Any]) -> str:
-    """A conversation as the model's chat template writes it. Raises InvalidRequest that names the field."""
+def chat_text(
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Any], tools: Sequence[Mapping[str, Any]] = ()
+) -> str:
+    """A conversation as the model's chat template writes it, with what may be called. Raises InvalidRequest that names the field.
+
+    A template that knows no tools is given them in words.
+    """
     import jinja2
 
-    plain = [_plain_message(index, message) for index, message in enumerate(messages)]
-    if not plain:
-        raise InvalidRequest("messages must not be empty", param="messages")
-    if tokenizer.chat_template is None:
+    plain = plain_messages(messages)
+    template = tokenizer.chat_template
+    if template is None:
         raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
+    has_calls = bool(tools) or any(message["role"] == "tool" or "tool_calls" in message for message in plain)
+    if has_calls and not _knows_tools(template):
+        plain, tools = in_words(plain, tools), ()
+    told: dict[str, Any] = {"tools": list(tools)} if tools else {}
     try:
-        return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True, **told))
     except (jinja2.TemplateError, TypeError) as error:
         raise InvalidRequest(f"messages do not fit the model's chat template: {error}", param="messages") from error
 
 
-def _plain_message(index: int, message: Any) -> dict[str, str]:
-    """One message as templates want it: a known role and text."""
-    place = f"messages[{index}]"
-    if not isinstance(message, Mapping):
-        raise InvalidRequest(f"{place} must be an object", param=place)
-    unknown = [str(key) for key in message if key not in ("role", "content", "name") and message[key] is not None]
-    if unknown:
-        raise InvalidRequest(f"{place}.{unknown[0]} is not supported", param=f"{place}.{unknown[0]}")
-    role = message.get("role")
-    if not isinstance(role, str) or role not in ROLES:
-        known = ", ".join(ROLES)
-        raise InvalidRequest(f"{place}.role must be one of {known}", param=f"{place}.role")
-    return {"role": ROLES[role], "content": _plain_content(f"{place}.content", message.get("content"))}
-
-
-def _plain_content(place: str, content: Any) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list) or not content:
-        raise InvalidRequest(f"{place} must be a string or a list of text parts", param=place)
-    parts = []
-    for index, part in enumerate(content):
-        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise InvalidRequest(f"{place}[{index}] must be a text part", param=f"{place}[{index}]")
-        parts.append(part["text"])
-    return "".join(parts)
+def _knows_tools(template: str | dict[str, str]) -> bool:
+    """Whether a chat template says anything of tools."""
+    return "tool" in (template if isinstance(template, str) else "".join(template.values()))
 
 
 class Detokenizer:

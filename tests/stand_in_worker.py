@@ -1,13 +1,14 @@
 """A worker's HTTP face without a model: deterministic tokens, a cache that is only a set of keys, faults on demand.
 
 The DB node's tests run it in their own process, or as one of its own where it must be killed:
-`python -m tests.stand_in_worker PORT NAME ROLE [TOKEN_DELAY_S]`.
+`python -m tests.stand_in_worker PORT NAME ROLE [TOKEN_DELAY_S [POISON_TOKEN]]`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,11 +21,18 @@ from stratakv.keys import block_keys
 MODEL = "smollm2-135m"
 BLOCK_SIZE = 16
 MAX_MODEL_LEN = 4096
+POISON_WORKS_S = 0.2
+"""Others are let into the batch meanwhile."""
 
 
 def token_at(prompt: list[int], index: int) -> int:
     """The token any stand-in generates at this place."""
     return 1000 + (sum(prompt) * 31 + index * 7919) % 20_000
+
+
+def logprob_at(index: int) -> float:
+    """What any stand-in tells of the token at this place."""
+    return -0.5 - index
 
 
 def expected_tokens(prompt: list[int], num_tokens: int) -> list[int]:
@@ -40,6 +48,8 @@ class StandInWorker:
     token_delay_s: float = 0.0
     lose_after_tokens: int | None = None
     """Break the connection when so many tokens of a request have been sent."""
+    poison_token: int | None = None
+    """Kill the process, after a while, on prompts that begin with it."""
     lose_prefills: bool = False
     refuse_status: int | None = None
     pool_writes_fail: bool = False
@@ -57,7 +67,11 @@ class StandInWorker:
     load: dict[str, Any] = field(default_factory=lambda: {"prefill_tokens_per_s": 1000.0, "decode_step_s": 0.01})
     requests: list[dict[str, Any]] = field(default_factory=list)
     cancelled: int = 0
+    traceparents: list[str | None] = field(default_factory=list)
+    """Of the requests."""
     l1: set[bytes] = field(default_factory=set)
+    answer: list[int] | None = None
+    """Tokens to answer everything with, to the end, in the place of made-up ones."""
     port: int = 0
     _runner: web.AppRunner | None = None
 
@@ -104,9 +118,15 @@ class StandInWorker:
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.requests.append(body)
+        self.traceparents.append(request.headers.get("traceparent"))
+        if self.answer is not None:
+            body["max_tokens"] = min(body["max_tokens"], len(self.answer))
         if self.refuse_status is not None:
             error = {"message": "refused", "type": "server_error", "param": None, "code": "overloaded"}
             return web.json_response({"error": error}, status=self.refuse_status)
+        if body["prompt"][0] == self.poison_token:
+            await asyncio.sleep(POISON_WORKS_S)
+            os.kill(os.getpid(), signal.SIGKILL)
         if self.hang:
             await asyncio.sleep(3600)
         transfer = body.get("kv_transfer_params") or {}
@@ -149,13 +169,22 @@ class StandInWorker:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         await asyncio.sleep(self.prefill_delay_s)
-        token = {"index": 0, "text": "", "token_ids": [token_at(prompt, 0)], "finish_reason": None}
-        await response.write(_event({"choices": [token]}))
+        await response.write(_event({"choices": [self._choice(body, 0)]}))
         end = {"index": 0, "text": "", "token_ids": [], "finish_reason": "length"}
         await response.write(_event({"choices": [end], "kv_transfer_params": handover}))
         await response.write(_event({"choices": [], "usage": self._usage(prompt, 1, 0)}))
         await response.write(b"data: [DONE]\n\n")
         return response
+
+    def _choice(self, body: dict[str, Any], index: int) -> dict[str, Any]:
+        """One token; its log-probability, if wanted, tells its index, and the likeliest ones are those that follow it."""
+        token = token_at(body["prompt"], index) if self.answer is None else self.answer[index]
+        choice = {"index": 0, "text": "", "token_ids": [token], "finish_reason": None}
+        if body.get("logprobs") is None:
+            return choice
+        top = {f"token_id:{token + rank}": logprob_at(index) - rank for rank in range(body["logprobs"])}
+        told = {"tokens": [f"token_id:{token}"], "token_logprobs": [logprob_at(index)], "top_logprobs": [top]}
+        return choice | {"logprobs": told}
 
     async def _stream(self, request: web.Request, body: dict[str, Any], resumed: list[int]) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
@@ -172,8 +201,7 @@ class StandInWorker:
                 return response
             if self.token_delay_s:
                 await asyncio.sleep(self.token_delay_s)
-            choice = {"index": 0, "text": "", "token_ids": [token_at(prompt, index)], "finish_reason": None}
-            await response.write(_event({"choices": [choice]}))
+            await response.write(_event({"choices": [self._choice(body, index)]}))
         await response.write(
             _event({"choices": [{"index": 0, "text": "", "token_ids": [], "finish_reason": self.finish_reason}]})
         )
@@ -189,11 +217,11 @@ def _event(chunk: dict[str, Any]) -> bytes:
     return b"data: " + msgspec.json.encode(head | chunk) + b"\n\n"
 
 
-async def main(port: int, name: str, role: str, token_delay_s: float = 0.0) -> None:
-    await StandInWorker(name, role, token_delay_s).start(port)
+async def main(port: int, name: str, role: str, token_delay_s: float = 0.0, poison_token: float = -1) -> None:
+    await StandInWorker(name, role, token_delay_s, poison_token=int(poison_token)).start(port)
     print("ready", flush=True)
     await asyncio.Event().wait()
 
 
 if __name__ == "__main__":
-    asyncio.run(main(int(sys.argv[1]), sys.argv[2], sys.argv[3], *map(float, sys.argv[4:5])))
+    asyncio.run(main(int(sys.argv[1]), sys.argv[2], sys.argv[3], *map(float, sys.argv[4:6])))

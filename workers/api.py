@@ -6,19 +6,22 @@ does not know is refused by name.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from stratakv.errors import InvalidRequest
 from workers.engine.connector import Tier
-from workers.engine.requests import RequestUsage, SamplingParams
+from workers.engine.requests import RequestUsage, SamplingParams, TokenEvent
 from workers.engine.structured import Form, FormKind
 
 STOP_STRINGS_MAX = 16
 STOP_STRING_CHARS_MAX = 1024
 CHOICES_MAX = 1000
 FORM_CHARS_MAX = 64 * 1024
+LOGPROB_MIN = -9999.0
+"""What is told in place of minus infinity, which JSON does not have."""
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -87,6 +90,13 @@ class CompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     seed: int | None = None
     stop: list[str] | str | None = None
     ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    logprobs: int | None = None
+    return_tokens_as_token_ids: bool = False
+    """Must be true with `logprobs`: text is made of tokens by who asks."""
     stream: bool = False
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False
@@ -117,6 +127,11 @@ class CompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
             min_p=self.min_p,
             seed=self.seed,
             ignore_eos=self.ignore_eos,
+            logprobs=self.logprobs,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=tuple(self.logit_bias.items()),
         )
 
 
@@ -134,8 +149,31 @@ def parse_completion(body: bytes) -> CompletionRequest:
         raise InvalidRequest(
             f"stop: at most {STOP_STRINGS_MAX} strings of 1 to {STOP_STRING_CHARS_MAX} characters", param="stop"
         )
+    if request.logprobs is not None and not request.return_tokens_as_token_ids:
+        raise InvalidRequest(
+            "logprobs: only with return_tokens_as_token_ids = true", param="return_tokens_as_token_ids"
+        )
     request.sampling()  # raises for values out of range, before any work is done
     return request
+
+
+def logprobs_body(tokens: Sequence[TokenEvent]) -> dict[str, Any]:
+    """OpenAI's logprobs of a completion, with token ids in the place of texts, as vLLM writes them."""
+    return {
+        "tokens": [_placeholder(token.token_id) for token in tokens],
+        "token_logprobs": [_finite(token.logprob or 0.0) for token in tokens],
+        "top_logprobs": [
+            {_placeholder(top.token_id): _finite(top.logprob) for top in token.top_logprobs} for token in tokens
+        ],
+    }
+
+
+def _placeholder(token_id: int) -> str:
+    return f"token_id:{token_id}"
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LOGPROB_MIN)
 
 
 def usage_body(usage: RequestUsage) -> dict[str, Any]:

@@ -19,6 +19,8 @@ class Delta:
 
     text: str
     token_ids: list[int]
+    scored: tuple[TokenEvent, ...] = ()
+    """The same tokens with their log-probabilities, if the request asks for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ class Generation:
                 if stopped:
                     self._cancel()
                 self.token_ids.append(event.token_id)
-                yield Delta(text, [event.token_id])
+                yield Delta(text, [event.token_id], () if event.logprob is None else (event,))
                 continue
             self._ended = True
             if not stopped:

@@ -25,7 +25,8 @@ from stratakv.errors import InvalidRequest, ModelNotFound, StrataError
 from stratakv.http_body import read_body
 from stratakv.log import EventLogger
 from stratakv.pool.auth import PoolCredentials
-from workers.api import CompletionRequest, parse_completion, usage_body
+from workers.api import CompletionRequest, logprobs_body, parse_completion, usage_body
+from workers.engine.requests import TokenEvent
 from workers.generation import Delta, Finished, Generation
 from workers.handover.follow import HANDOVER_WAIT_S, follow
 from workers.handover.messages import PATH, Answered, Follow
@@ -96,6 +97,7 @@ class _Face:
     ) -> Response:
         text: list[str] = []
         token_ids: list[int] = []
+        scored: list[TokenEvent] = []
         finished: Finished | None = None
         watcher = asyncio.create_task(_cancel_on_disconnect(request, generation), name=f"disconnect-{request_id}")
         try:
@@ -103,6 +105,7 @@ class _Face:
                 if isinstance(event, Delta):
                     text.append(event.text)
                     token_ids.extend(event.token_ids)
+                    scored.extend(event.scored)
                 else:
                     finished = event
         finally:
@@ -114,6 +117,7 @@ class _Face:
             "text": "".join(text),
             "token_ids": token_ids,
             "finish_reason": finished.reason,
+            "logprobs": logprobs_body(scored) if body.logprobs is not None else None,
         }
         handover = await _handover(body, generation, self._runtime)
         return JSONResponse(
@@ -144,7 +148,8 @@ class _Face:
     async def info(self, request: Request) -> Response:
         info = self._runtime.info
         facts = msgspec.to_builtins(info) | {"epoch": info.epoch.hex(), "namespace": info.namespace.hex()}
-        return JSONResponse(facts | {"dtype": self._runtime.dtype, "hands_over": self._runtime.hands_over})
+        more = {"hands_over": self._runtime.hands_over, "profile": msgspec.to_builtins(self._runtime.profile)}
+        return JSONResponse(facts | {"dtype": self._runtime.dtype} | more)
 
     async def load(self, request: Request) -> Response:
         return Response(_json(self._runtime.load()), media_type="application/json")
@@ -201,6 +206,8 @@ class _Stream:
             async for event in generation.events():
                 if isinstance(event, Delta):
                     choice = {"index": 0, "text": event.text, "token_ids": event.token_ids, "finish_reason": None}
+                    if event.scored:
+                        choice["logprobs"] = logprobs_body(event.scored)
                     yield self._chunk(choices=[choice])
                     continue
                 for chunk in await self._end(generation, event):

@@ -15,9 +15,11 @@ from starlette.routing import Route
 from dbnode.inference import InferenceService
 from dbnode.rest.bodies import json_bytes
 from dbnode.rest.completions import Completions
+from dbnode.rest.door import Door, caller_of
 from dbnode.rest.http import Guard, error_response
 from dbnode.rest.pins import Pins
 from dbnode.scheduler.pool_view import PoolView
+from dbnode.tenants.directory import Directory
 from dbnode.worker_base import WorkerDoor
 from stratakv.errors import InvalidRequest, ModelNotFound, StrataError
 from stratakv.http_body import read_body
@@ -38,6 +40,7 @@ class RestFace:
         registry: CollectorRegistry,
         not_ready: Callable[[], list[str]],
         pool: PoolView,
+        directory: Directory,
     ) -> None:
         self._settings = settings
         self._service = service
@@ -45,6 +48,7 @@ class RestFace:
         self._registry = registry
         self._not_ready = not_ready
         self._pins = Pins(settings, service, pool)
+        self._door = Door(settings, directory)
 
     def app(self) -> Guard:
         app = FastAPI(title="StrataKV", version=version())
@@ -63,14 +67,18 @@ class RestFace:
         app.add_api_route("/admin/workers", self._workers, methods=["GET"])
         app.add_exception_handler(StrataError, _on_error)
         app.add_exception_handler(HTTPException, _on_error)
-        return Guard(app, self._settings.api_key)
+        return Guard(app, self._door)
 
-    async def _models(self) -> dict[str, Any]:
-        cards = [self._card()] if self._service.max_model_len() else []
+    async def _models(self, request: Request) -> dict[str, Any]:
+        models = caller_of(request).models
+        is_shown = self._service.max_model_len() and (models is None or self._service.model in models)
+        cards = [self._card()] if is_shown else []
         return {"object": "list", "data": cards}
 
-    async def _model(self, model: str) -> dict[str, Any]:
-        if model != self._service.model or not self._service.max_model_len():
+    async def _model(self, request: Request, model: str) -> dict[str, Any]:
+        models = caller_of(request).models
+        is_hidden = models is not None and model not in models
+        if model != self._service.model or is_hidden or not self._service.max_model_len():
             raise ModelNotFound(f"model {model!r} is not served here", param="model")
         return self._card()
 

@@ -6,18 +6,24 @@ An answer's head is sent with its first token, so that everything that goes wron
 from __future__ import annotations
 
 import asyncio
+import re
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from typing import Any
 
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
-from dbnode.generate import Answer, Chunk
+from dbnode.generate import Chunk, Source, Usage
 from dbnode.inference import InferenceService
-from dbnode.rest.bodies import DONE, EventWriter, Form, error_event, whole_answer
+from dbnode.rest.answer_format import AnswerEvents, AnswerFormat, WholeAnswer
+from dbnode.rest.bodies import DONE, EventWriter, error_event, metrics_object, total, usage_object, whole
+from dbnode.rest.choices import answers
+from dbnode.rest.door import caller_of
+from dbnode.rest.form import Form
 from dbnode.rest.http import cancelled_by_disconnect, error_response
-from dbnode.rest.parse import Parsed, parse_chat, parse_completion
+from dbnode.rest.parse import Asked, Parsed, parse_chat, parse_completion
 from stratakv.errors import Cancelled, Overloaded, StrataError
 from stratakv.http_body import read_body
 from stratakv.log import EventLogger
@@ -29,7 +35,9 @@ SEND_TIMEOUT_S = 60.0
 
 _STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 _JSON_HEADERS = [(b"content-type", b"application/json")]
-_Parse = Callable[[bytes, str, str], Parsed]
+_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
+_Parse = Callable[[bytes, Asked], Parsed]
+_Answers = AsyncGenerator[tuple[int, Chunk], None]
 
 
 class Completions:
@@ -48,15 +56,17 @@ class Completions:
 
     async def serve(self, form: Form, parse: _Parse, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        if self._in_progress >= self._settings.requests_max:
+        tenant = caller_of(Request(scope)).tenant
+        is_full = self._in_progress >= self._settings.requests_max
+        if is_full and not self._service.admission.make_room(Source.REST, tenant):
             raise Overloaded(f"{self._in_progress} requests are in progress already")
         self._in_progress += 1
         try:
             body = await read_body(Request(scope, receive), self._settings.body_bytes_max)
-            parsed = parse(body, form.id_prefix + uuid.uuid4().hex, scope["state"]["trace_id"])
+            parsed = parse(body, _asked(form, scope))
             async with (
                 cancelled_by_disconnect(receive),
-                aclosing(self._service.generate(parsed.request)) as chunks,
+                aclosing(answers(self._service.generate, parsed)) as chunks,
             ):
                 await (self._stream if parsed.stream else self._whole)(form, parsed, chunks, send)
         except Cancelled as error:
@@ -64,22 +74,35 @@ class Completions:
         finally:
             self._in_progress -= 1
 
-    async def _whole(self, form: Form, parsed: Parsed, chunks: AsyncGenerator[Chunk, None], send: Send) -> None:
-        answer = Answer()
-        async for chunk in chunks:
-            answer.add(chunk)
-        body = whole_answer(form, parsed.request.request_id, self._service.model, answer)
+    async def _whole(self, form: Form, parsed: Parsed, chunks: _Answers, send: Send) -> None:
+        answer = self._format(form, parsed)
+        choices = [WholeAnswer(answer, index) for index in range(parsed.num_choices)]
+        usages: list[Usage] = []
+        async for index, chunk in chunks:
+            choices[index].add(chunk)
+            if chunk.usage is not None:
+                usages.append(chunk.usage)
+        more = _more(parsed, usages, with_usage=True)
+        made = [choice.choice() for choice in choices]
+        body = whole(form, parsed.request.request_id, self._service.model, made, more)
         length = (b"content-length", str(len(body)).encode())
         await send({"type": "http.response.start", "status": 200, "headers": [*_JSON_HEADERS, length]})
         await send({"type": "http.response.body", "body": body})
 
-    async def _stream(self, form: Form, parsed: Parsed, chunks: AsyncGenerator[Chunk, None], send: Send) -> None:
-        writer = EventWriter(form, parsed.request.request_id, self._service.model, include_usage=parsed.include_usage)
+    async def _stream(self, form: Form, parsed: Parsed, chunks: _Answers, send: Send) -> None:
+        writers = self._writers(form, parsed)
+        answer = self._format(form, parsed)
+        streams = [AnswerEvents(answer, writer) for writer in writers]
+        usages: list[Usage] = []
         started = False
         try:
-            async for chunk in chunks:
-                events = b"" if started else writer.first()
-                events += self._events(writer, parsed, chunk)
+            async for index, chunk in chunks:
+                events = streams[index].events(chunk)
+                if chunk.usage is not None:
+                    usages.append(chunk.usage)
+                    if len(usages) == len(streams):
+                        more = _more(parsed, usages, with_usage=parsed.include_usage)
+                        events += (writers[0].end(more) if more else b"") + DONE
                 if not started:
                     await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
                     started = True
@@ -93,14 +116,40 @@ class Completions:
             await _send_part(send, error_event(error.openai_body()))
         await send({"type": "http.response.body", "body": b""})
 
-    def _events(self, writer: EventWriter, parsed: Parsed, chunk: Chunk) -> bytes:
-        events = writer.text(chunk.text) if chunk.text else b""
-        if chunk.finish_reason is None:
-            return events
-        events += writer.last(chunk.finish_reason)
-        if parsed.include_usage and chunk.usage is not None:
-            events += writer.usage(chunk.usage)
-        return events + DONE
+    def _writers(self, form: Form, parsed: Parsed) -> list[EventWriter]:
+        request_id, model, include_usage = parsed.request.request_id, self._service.model, parsed.include_usage
+        return [
+            EventWriter(form, request_id, model, include_usage=include_usage, index=index)
+            for index in range(parsed.num_choices)
+        ]
+
+    def _format(self, form: Form, parsed: Parsed) -> AnswerFormat:
+        num_top = parsed.request.sampling.logprobs
+        return AnswerFormat(form, parsed.tools, num_top, None if num_top is None else self._service.tokens.texts)
+
+
+def _asked(form: Form, scope: Scope) -> Asked:
+    """What the headers say. A trace context that is none is ignored, as its specification wants."""
+    traceparent, wants_timing = None, False
+    for name, value in scope["headers"]:
+        if name == b"x-stratakv-timing":
+            wants_timing = value not in (b"", b"0", b"false")
+        elif name == b"traceparent" and _TRACEPARENT.fullmatch(value):
+            traceparent = value.decode()
+    return Asked(
+        form.id_prefix + uuid.uuid4().hex,
+        scope["state"]["trace_id"],
+        caller_of(Request(scope)),
+        traceparent,
+        wants_timing,
+    )
+
+
+def _more(parsed: Parsed, usages: list[Usage], *, with_usage: bool) -> dict[str, Any]:
+    """What stands beside the choices."""
+    used = total(usages)
+    more = {"usage": usage_object(used)} if with_usage else {}
+    return more | ({"metrics": metrics_object(used, len(usages))} if parsed.wants_timing else {})
 
 
 async def _send_part(send: Send, part: bytes) -> None:

@@ -1,9 +1,9 @@
-"""The ASGI ground the endpoints stand on: request ids, the API key, limits, errors in OpenAI's form, disconnects."""
+"""The ASGI ground the endpoints stand on: request ids, who is let in, limits, errors in OpenAI's form, disconnects."""
 
 from __future__ import annotations
 
 import asyncio
-import hmac
+import math
 import re
 import uuid
 from collections.abc import AsyncIterator
@@ -15,23 +15,22 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dbnode.errors import Unauthenticated
 from dbnode.rest.bodies import json_bytes
+from dbnode.rest.door import Door
 from stratakv.errors import Cancelled, StrataError
 from stratakv.log import EventLogger
 
 log = EventLogger("dbnode.rest")
 
 RETRY_AFTER_S = 1
-OPEN_PATHS = frozenset({"/health"})
-"""Paths that need no API key."""
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 class Guard:
     """Outermost layer: gives every request an id, checks the key, and turns whatever goes wrong into an OpenAI error."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+    def __init__(self, app: ASGIApp, door: Door) -> None:
         self._app = app
-        self._expected = None if api_key is None else b"Bearer " + api_key.encode()
+        self._door = door
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -52,18 +51,15 @@ class Guard:
             await send(message)
 
         try:
-            self._check_key(scope["path"], headers.get(b"authorization", b""))
+            client = scope.get("client")
+            scope["state"]["principal"] = self._door.admit(
+                scope["path"], headers.get(b"authorization", b""), client[0] if client else None
+            )
             await self._app(scope, receive, send_with_id)
         except Exception as error:
             if started:
                 raise
             await error_response(error)(scope, receive, send_with_id)
-
-    def _check_key(self, path: str, given: bytes) -> None:
-        if self._expected is None or path in OPEN_PATHS:
-            return
-        if not hmac.compare_digest(given, self._expected):
-            raise Unauthenticated("the API key is missing or wrong; send it as `Authorization: Bearer KEY`")
 
 
 def error_response(error: Exception) -> Response:
@@ -74,7 +70,9 @@ def error_response(error: Exception) -> Response:
     if not isinstance(error, StrataError):
         log.exception("request_failed_unexpectedly")
         error = StrataError("internal error")
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if error.http_status in (429, 503) else {}
+    headers = {}
+    if error.http_status in (429, 503):
+        headers["Retry-After"] = str(math.ceil(error.retry_after_s or RETRY_AFTER_S))
     if isinstance(error, Unauthenticated):
         headers["WWW-Authenticate"] = "Bearer"
     return _json({"error": error.openai_body()}, error.http_status, headers)

@@ -1,6 +1,7 @@
 """OpenAI request bodies → `GenerateRequest`s. Strict: a field or value that is not supported is refused by name, never ignored.
 
-Protocol code: bytes in, values out. Raises InvalidRequest whose `param` is the field.
+Protocol code: bytes in, values out. Raises InvalidRequest whose `param` is the field. What an endpoint takes stands in its table
+of fields, from which the OpenAPI document is made too.
 """
 
 from __future__ import annotations
@@ -10,261 +11,200 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
-from dbnode.generate import GenerateRequest, Sampling, Source, StructuredOutputs
+from dbnode.generate import Caller, GenerateRequest, Sampling, Source
+from dbnode.rest.fields import Boolean, Field, Integer, Number, Schema, read_fields
+from dbnode.rest.messages_schema import MESSAGES_SCHEMA
+from dbnode.rest.sampling_fields import CACHE_SALT, CHOICES_MAX, INTEGER_MAX, LOGPROBS_MAX, MODEL, SAMPLING, SHARED
+from dbnode.rest.tools import ToolChoice, Tools, ToolUse, tool_use
 from stratakv.errors import InvalidRequest
 
-STOPS_MAX = 16
-STOP_CHARS_MAX = 1024
-USER_CHARS_MAX = 512
-CACHE_SALT_CHARS_MAX = 512
-PRIORITY_MAX = 2**31 - 1
 COMPLETION_MAX_TOKENS_DEFAULT = 16
 """OpenAI's default for /v1/completions; a chat answer is as long as the context allows."""
-SEED_MAX = 2**63 - 1
 PIN_S_MAX = 30 * 24 * 3600.0
 
-_Fields = Mapping[str, Any]
+_Given = Mapping[str, Any]
+_TOKEN_IDS_SCHEMA: Schema = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "echo": (False,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "presence_penalty": (0, 0.0),
-    "frequency_penalty": (0, 0.0),
-    "logit_bias": ({},),
-    "tools": ([],),
-    "tool_choice": ("none",),
-    "functions": ([],),
-    "suffix": ("",),
-    "store": (False,),
-    "service_tier": ("auto", "default"),
-    "modalities": (["text"],),
-}
-"""Fields that are not supported, with the values that ask for nothing; null always does."""
 
-_SHARED = frozenset(
-    (
-        "model",
-        "max_tokens",
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "seed",
-        "stop",
-        "response_format",
-        "stream",
-        "stream_options",
-        "user",
-        "priority",
-        "cache_salt",
-    )
-)
-_CHAT = _SHARED | {"messages", "max_completion_tokens", "ignore_eos"}
-_COMPLETION = _SHARED | {"prompt", "ignore_eos"}
-_PIN = frozenset(("messages", "prompt", "model", "cache_salt", "seconds"))
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Of whom and how a request came, beside its body."""
+
+    request_id: str
+    trace_id: str
+    caller: Caller = Caller()
+    traceparent: str | None = None
+    wants_timing: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Parsed:
-    """A request and the form its answer is to have."""
+    """Prompts, how many answers each of them gets, and the form these are to have."""
 
-    request: GenerateRequest
-    stream: bool
-    include_usage: bool
+    prompts: tuple[GenerateRequest, ...]
+    num_answers: int = 1
+    """To each prompt."""
+    stream: bool = False
+    include_usage: bool = False
+    wants_timing: bool = False
+    tools: ToolUse | None = None
+
+    @property
+    def num_choices(self) -> int:
+        return len(self.prompts) * self.num_answers
+
+    @property
+    def request(self) -> GenerateRequest:
+        """The first one, by whose id the answer goes."""
+        return self.prompts[0]
 
 
-def parse_chat(body: bytes, request_id: str, trace_id: str) -> Parsed:
+class Messages:
+    """Chat messages; what is in them is checked when they are written by the template."""
+
+    schema = MESSAGES_SCHEMA
+
+    def read(self, name: str, value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, list) or not value:
+            raise InvalidRequest(f"{name}: expected a list with at least one message", param=name)
+        return tuple(value)
+
+
+class Prompts:
+    """One prompt or several, each as text or as token ids."""
+
+    schema: Schema = {  # noqa: RUF012
+        "anyOf": [
+            {"type": "string", "minLength": 1},
+            _TOKEN_IDS_SCHEMA,
+            {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1, "maxItems": CHOICES_MAX},
+            {"type": "array", "items": _TOKEN_IDS_SCHEMA, "minItems": 1, "maxItems": CHOICES_MAX},
+        ]
+    }
+
+    def read(self, name: str, value: Any) -> tuple[str | tuple[int, ...], ...]:
+        several = value if isinstance(value, list) and value and isinstance(value[0], str | list) else [value]
+        if len({type(one) for one in several}) > 1:
+            raise InvalidRequest(f"{name}: expected all prompts as text, or all as token ids", param=name)
+        if len(several) > CHOICES_MAX:
+            raise InvalidRequest(f"{name}: at most {CHOICES_MAX} prompts", param=name)
+        return tuple(_one_prompt(name, one) for one in several)
+
+
+def _one_prompt(name: str, value: Any) -> str | tuple[int, ...]:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value and all(type(token) is int for token in value):
+        return tuple(value)
+    raise InvalidRequest(f"{name}: expected text or a list of token ids, or a list of these", param=name)
+
+
+CHAT: dict[str, Field] = {
+    **SHARED,
+    "messages": Messages(),
+    "max_completion_tokens": Integer(1, INTEGER_MAX),
+    "logprobs": Boolean(),
+    "top_logprobs": Integer(0, LOGPROBS_MAX),
+    "tools": Tools(),
+    "tool_choice": ToolChoice(),
+    "parallel_tool_calls": Boolean(),
+}
+COMPLETION: dict[str, Field] = {**SHARED, "prompt": Prompts(), "logprobs": Integer(0, LOGPROBS_MAX)}
+PIN: dict[str, Field] = {
+    "messages": Messages(),
+    "prompt": Prompts(),
+    "model": MODEL,
+    "cache_salt": CACHE_SALT,
+    "seconds": Number(1.0, PIN_S_MAX),
+}
+
+
+def parse_chat(body: bytes, asked: Asked) -> Parsed:
     """POST /v1/chat/completions."""
-    fields = _fields(body, _CHAT)
-    messages = fields.get("messages")
-    if not isinstance(messages, list) or not messages:
+    given = read_fields(body, CHAT)
+    if "messages" not in given:
         raise InvalidRequest("messages: expected a list with at least one message", param="messages")
-    name = "max_completion_tokens" if "max_completion_tokens" in fields else "max_tokens"
-    return _parsed(fields, request_id, trace_id, _integer(fields, name, None, 1, SEED_MAX), messages=tuple(messages))
+    top_logprobs = given.get("top_logprobs", 0)
+    if top_logprobs and not given.get("logprobs"):
+        raise InvalidRequest("top_logprobs: only with logprobs = true", param="top_logprobs")
+    tools = tool_use(given)
+    form = given.get("response_format")
+    if form is not None and tools is not None:
+        raise InvalidRequest("response_format: only text where tools may be called", param="response_format")
+    sampling = _sampling(
+        given,
+        max_tokens=given.get("max_completion_tokens", given.get("max_tokens")),
+        logprobs=top_logprobs if given.get("logprobs") else None,
+        structured_outputs=form if tools is None else tools.form(),
+    )
+    request = _request(given, asked, sampling, messages=given["messages"], tools=given.get("tools", ()))
+    return _parsed(given, asked, (request,), tools)
 
 
-def parse_completion(body: bytes, request_id: str, trace_id: str) -> Parsed:
+def parse_completion(body: bytes, asked: Asked) -> Parsed:
     """POST /v1/completions."""
-    fields = _fields(body, _COMPLETION)
-    max_tokens = _integer(fields, "max_tokens", COMPLETION_MAX_TOKENS_DEFAULT, 1, SEED_MAX)
-    return _parsed(fields, request_id, trace_id, max_tokens, prompt=_prompt(fields.get("prompt")))
+    given = read_fields(body, COMPLETION)
+    sampling = _sampling(
+        given,
+        max_tokens=given.get("max_tokens", COMPLETION_MAX_TOKENS_DEFAULT),
+        logprobs=given.get("logprobs"),
+        structured_outputs=given.get("response_format"),
+    )
+    prompts = _prompts(given)
+    requests = tuple(_request(given, asked, sampling, index, prompt=prompt) for index, prompt in enumerate(prompts))
+    return _parsed(given, asked, requests, None)
 
 
 def parse_pin(body: bytes) -> tuple[GenerateRequest, float]:
     """POST /v1/stratakv/pin: whose prompt is to be kept, and for how many seconds."""
-    fields = _fields(body, _PIN)
-    messages = fields.get("messages")
-    if isinstance(messages, list) and messages and "prompt" not in fields:
-        content: dict[str, Any] = {"messages": tuple(messages)}
-    elif messages is None:
-        content = {"prompt": _prompt(fields.get("prompt"))}
-    else:
+    given = read_fields(body, PIN)
+    messages = given.get("messages")
+    if messages is not None and "prompt" in given:
         raise InvalidRequest("messages: expected a list with at least one message, and no prompt", param="messages")
-    if "seconds" not in fields:
+    if "seconds" not in given:
         raise InvalidRequest("seconds: how long the prompt is to be kept", param="seconds")
-    request = GenerateRequest(
-        request_id="",
-        source=Source.REST,
-        arrived_s=time.monotonic(),
-        model=_string(fields, "model", USER_CHARS_MAX),
-        cache_salt=_salt(fields),
-        **content,
-    )
-    return request, _number(fields, "seconds", 0.0, 1.0, PIN_S_MAX)
+    if messages is not None:
+        return _request(given, Asked("", ""), Sampling(), messages=messages), given["seconds"]
+    prompts = _prompts(given)
+    if len(prompts) > 1:
+        raise InvalidRequest("prompt: expected one prompt", param="prompt")
+    return _request(given, Asked("", ""), Sampling(), prompt=prompts[0]), given["seconds"]
 
 
-def _parsed(fields: _Fields, request_id: str, trace_id: str, max_tokens: int | None, **content: Any) -> Parsed:
-    stream = _boolean(fields, "stream")
-    sampling = Sampling(
-        max_tokens=max_tokens,
-        temperature=_number(fields, "temperature", 1.0, 0.0, 2.0),
-        top_p=_number(fields, "top_p", 1.0, 0.0, 1.0),
-        top_k=max(0, _integer(fields, "top_k", 0, -1, SEED_MAX) or 0),
-        min_p=_number(fields, "min_p", 0.0, 0.0, 1.0),
-        seed=_integer(fields, "seed", None, -SEED_MAX, SEED_MAX),
-        stop=_stop(fields.get("stop")),
-        ignore_eos=_boolean(fields, "ignore_eos"),
-        structured_outputs=_response_format(fields.get("response_format")),
-    )
-    _string(fields, "user", USER_CHARS_MAX)
-    request = GenerateRequest(
-        request_id=request_id,
+def _prompts(given: _Given) -> tuple[str | tuple[int, ...], ...]:
+    if "prompt" not in given:
+        raise InvalidRequest("prompt: expected text or a list of token ids, or a list of these", param="prompt")
+    prompts: tuple[str | tuple[int, ...], ...] = given["prompt"]
+    return prompts
+
+
+def _sampling(given: _Given, **more: Any) -> Sampling:
+    chosen = {name: value for name, value in given.items() if name in SAMPLING}
+    if chosen.get("top_k") == -1:
+        chosen["top_k"] = 0
+    return Sampling(**chosen, **more)
+
+
+def _request(given: _Given, asked: Asked, sampling: Sampling, index: int = 0, **content: Any) -> GenerateRequest:
+    return GenerateRequest(
+        request_id=asked.request_id if not index else f"{asked.request_id}.p{index}",
         source=Source.REST,
         arrived_s=time.monotonic(),
-        model=_string(fields, "model", USER_CHARS_MAX),
+        model=given.get("model"),
         sampling=sampling,
-        priority=_integer(fields, "priority", 0, -PRIORITY_MAX, PRIORITY_MAX) or 0,
-        cache_salt=_salt(fields),
-        trace_id=trace_id,
+        priority=given.get("priority", 0),
+        cache_salt=given.get("cache_salt"),
+        caller=asked.caller,
+        trace_id=asked.trace_id,
+        traceparent=asked.traceparent,
         **content,
     )
-    return Parsed(request, stream, _include_usage(fields.get("stream_options"), stream))
 
 
-def _fields(body: bytes, supported: frozenset[str]) -> _Fields:
-    """The fields that say something, all of them supported."""
-    try:
-        fields = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        if not body:
-            raise InvalidRequest("the request has no body") from None
-        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise InvalidRequest("the body must be a JSON object")
-    for name, value in fields.items():
-        if name in supported:
-            continue
-        neutral = _NEUTRAL.get(name)
-        if neutral is None:
-            raise InvalidRequest(f"{name[:64]}: unknown field", param=name[:64])
-        if value is not None and not any(type(value) is type(n) and value == n for n in neutral):
-            raise InvalidRequest(f"{name}: this value is not supported", param=name)
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-def _prompt(prompt: Any) -> str | tuple[int, ...]:
-    if isinstance(prompt, str):
-        return prompt
-    if isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
-        return tuple(prompt)
-    raise InvalidRequest("prompt: expected a string or a list of token ids", param="prompt")
-
-
-def _stop(stop: Any) -> tuple[str, ...]:
-    stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
-    if (
-        not isinstance(stops, list)
-        or len(stops) > STOPS_MAX
-        or not all(isinstance(s, str) and 0 < len(s) <= STOP_CHARS_MAX for s in stops)
-    ):
-        raise InvalidRequest(
-            f"stop: expected at most {STOPS_MAX} strings of 1 to {STOP_CHARS_MAX} characters", param="stop"
-        )
-    return tuple(stops)
-
-
-def _response_format(value: Any) -> StructuredOutputs | None:
-    """The form of the answer, in OpenAI's words."""
-    if value is None:
-        return None
-    kind = value.get("type") if isinstance(value, dict) else None
-    if kind not in ("text", "json_object", "json_schema"):
-        raise InvalidRequest(
-            "response_format.type: expected text, json_object or json_schema", param="response_format.type"
-        )
-    for name in value.keys() - {"type", *(("json_schema",) if kind == "json_schema" else ())}:
-        raise InvalidRequest(f"response_format.{name[:64]}: unknown field", param=f"response_format.{name[:64]}")
-    if kind == "json_schema":
-        return StructuredOutputs(json=_json_schema(value.get("json_schema")))
-    return StructuredOutputs(json={"type": "object"}) if kind == "json_object" else None
-
-
-def _json_schema(value: Any) -> dict[str, Any]:
-    place = "response_format.json_schema"
-    if not isinstance(value, dict):
-        raise InvalidRequest(f"{place}: expected an object", param=place)
-    for name in value.keys() - {"name", "description", "schema", "strict"}:
-        raise InvalidRequest(f"{place}.{name[:64]}: unknown field", param=f"{place}.{name[:64]}")
-    for name in ("name", "description"):  # OpenAI shows them to the model; here they do nothing
-        if not isinstance(value.get(name, ""), str | None):
-            raise InvalidRequest(f"{place}.{name}: expected a string", param=f"{place}.{name}")
-    if not isinstance(value.get("strict"), bool | None):
-        raise InvalidRequest(f"{place}.strict: expected true or false", param=f"{place}.strict")
-    schema = value.get("schema")
-    if not isinstance(schema, dict):
-        raise InvalidRequest(f"{place}.schema: expected an object", param=f"{place}.schema")
-    return schema
-
-
-def _include_usage(options: Any, stream: bool) -> bool:
-    if options is None:
-        return False
-    if not stream:
+def _parsed(given: _Given, asked: Asked, prompts: tuple[GenerateRequest, ...], tools: ToolUse | None) -> Parsed:
+    stream, num_answers = given.get("stream", False), given.get("n", 1)
+    if "stream_options" in given and not stream:
         raise InvalidRequest("stream_options: only with stream = true", param="stream_options")
-    if not isinstance(options, dict):
-        raise InvalidRequest("stream_options: expected an object", param="stream_options")
-    for name in options.keys() - {"include_usage"}:
-        raise InvalidRequest(f"stream_options.{name[:64]}: unknown field", param="stream_options")
-    return _boolean(options, "include_usage")
-
-
-def _salt(fields: _Fields) -> str | None:
-    salt = _string(fields, "cache_salt", CACHE_SALT_CHARS_MAX)
-    if salt == "":
-        raise InvalidRequest("cache_salt: must not be empty", param="cache_salt")
-    return salt
-
-
-def _boolean(fields: _Fields, name: str) -> bool:
-    value = fields.get(name, False)
-    if not isinstance(value, bool):
-        raise InvalidRequest(f"{name}: expected true or false", param=name)
-    return value
-
-
-def _number(fields: _Fields, name: str, default: float, low: float, high: float) -> float:
-    value = fields.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise InvalidRequest(f"{name}: expected a number from {low:g} to {high:g}", param=name)
-    return float(value)
-
-
-def _integer(fields: _Fields, name: str, default: int | None, low: int, high: int) -> int | None:
-    value = fields.get(name, default)
-    if value is None:
-        return None
-    if type(value) is not int or not low <= value <= high:
-        raise InvalidRequest(f"{name}: expected an integer of at least {low}", param=name)
-    return value
-
-
-def _string(fields: _Fields, name: str, chars_max: int) -> str | None:
-    value = fields.get(name)
-    if value is not None and (not isinstance(value, str) or len(value) > chars_max):
-        raise InvalidRequest(f"{name}: expected a string of at most {chars_max} characters", param=name)
-    return value
+    if len(prompts) * num_answers > CHOICES_MAX:
+        raise InvalidRequest(f"n: at most {CHOICES_MAX} answers to all prompts together", param="n")
+    return Parsed(prompts, num_answers, stream, given.get("stream_options", False), asked.wants_timing, tools)

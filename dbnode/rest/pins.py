@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from fastapi import Request
 
 from dbnode.inference import InferenceService
+from dbnode.rest.door import caller_of
 from dbnode.rest.parse import parse_pin
 from dbnode.scheduler.pool_view import PoolView
 from stratakv.http_body import read_body
@@ -24,7 +26,7 @@ class Pins:
     async def pin(self, request: Request) -> dict[str, Any]:
         """Pin the leading blocks that are in the pool, in each namespace of the model's workers."""
         asked, seconds = parse_pin(await read_body(request, self._settings.body_bytes_max))
-        keys = await self._service.keys_of(asked)
+        keys = await self._service.keys_of(replace(asked, caller=caller_of(request)))
         facts = [r.facts for r in self._service.scheduler.directory.usable(self._service.model) if r.facts]
         pins: list[dict[str, Any]] = []
         for namespace, block_size in sorted({(f.namespace, f.block_size) for f in facts}):

@@ -8,11 +8,14 @@
     explain PID ROLE DATABASE NAMES QUERY           look at what the query's calls would ask; answered with the query to run
     probe PID ROLE DATABASE MODEL OPTIONS PROMPT    a call of that query
     explained PID TOKEN ROWS                        it has ended: what it would cost; polled like a call
+    ask PID ROLE DATABASE TOPIC PAYLOAD             what else the DB node can be asked, by topic; polled like a call
     set client_encoding to '…'                      what libpq sends for dblink; all our text is ASCII
 
-ROLE, DATABASE and NONCE are hexadecimal UTF-8; MODEL and OPTIONS too, after `=`, or `-` for NULL, as is the ROLE of `statements`,
+ROLE, DATABASE and NONCE are hexadecimal UTF-8; behind the ROLE of `infer` and `probe` come, each after a colon, the OID and the
+name of the role that has logged in, which functions of former releases leave out. The cluster is told by the connection's
+application_name; MODEL and OPTIONS too, after `=`, or `-` for NULL, as is the ROLE of `statements`,
 where NULL means all. PROMPT is base64 after `=`, or `-` for NULL in `probe`; QUERY is base64 after `=`, and NAMES are
-separated by commas.
+separated by commas. The PAYLOAD of `ask` is a JSON object in base64 after `=`; its ROLE is as that of `infer`.
 """
 
 from __future__ import annotations
@@ -27,11 +30,12 @@ from typing import Any
 from dbnode.sql.errors import ProtocolViolation
 from dbnode.sql.messages import text_row
 from dbnode.sql.row_prompt import ROW, RowPrompt, parse_row
-from dbnode.sql.service import InferCall, NullAnswer
+from dbnode.sql.service import InferCall, Login, NullAnswer
 from stratakv.errors import InvalidRequest, StrataError
 
 _INFER_WORDS = 6
 _BIND_WORDS = _STATEMENTS_WORDS = 2
+_ASK_WORDS = 5
 _EXPLAINING = {b"explain": 5, b"probe": _INFER_WORDS, b"explained": 3}
 """Words of each command."""
 _NULL = b"-"
@@ -63,6 +67,8 @@ class Infer:
     """What the prompt was made of, if its fields may stand in another order."""
     is_within: bool = False
     """Called by another function, not by the statement itself."""
+    login: Login | None = None
+    """None if the functions do not tell it."""
 
     def call(self, session: str) -> InferCall:
         """What the model is asked, on behalf of this session."""
@@ -73,6 +79,7 @@ class Infer:
             role=self.role,
             database=self.database,
             session=session,
+            login=self.login,
         )
 
 
@@ -133,14 +140,35 @@ class Explained:
     num_rows: int
 
 
-Command = Infer | Poll | Bind | SetEncoding | Statements | Explain | Probe | Explained
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A question or an order that is no infer()."""
+
+    pid: int
+    topic: str
+    payload: dict[str, Any] = field(repr=False)
+    role: str
+    database: str
+    login: Login | None
 
 
-def parse_command(text: bytes) -> Command:
-    """A simple query's text without its NUL. Raises ProtocolViolation, or InvalidRequest for what the caller wrote."""
+Command = Ask | Infer | Poll | Bind | SetEncoding | Statements | Explain | Probe | Explained
+
+
+def cluster_of(application_name: str) -> str:
+    """System identifier of the cluster whose functions have opened a connection; empty if they do not tell."""
+    mark, _, cluster = application_name.partition(":")
+    return cluster if mark == "stratakv" and cluster.isascii() and cluster.isdigit() else ""
+
+
+def parse_command(text: bytes, cluster: str = "") -> Command:
+    """A simple query's text without its NUL, from a connection of this cluster.
+
+    Raises ProtocolViolation, or InvalidRequest for what the caller wrote.
+    """
     name, _, rest = text.partition(b" ")
     if name in (b"infer", b"infer_within"):
-        return _parse_infer(rest, is_within=name != b"infer")
+        return _parse_infer(rest, cluster, is_within=name != b"infer")
     if name == b"poll" and not rest:
         return Poll()
     if name == b"bind":
@@ -151,18 +179,21 @@ def parse_command(text: bytes) -> Command:
         words = rest.split(b" ")
         if len(words) == _STATEMENTS_WORDS:
             return Statements(_number(words[0]), _optional(words[1], "the role's name"))
+    if name == b"ask":
+        return _parse_ask(rest, cluster)
     if name in _EXPLAINING:
-        return _parse_explaining(name, rest)
+        return _parse_explaining(name, rest, cluster)
     if name.lower() == b"set" and rest.lower().startswith(b"client_encoding to "):
         return SetEncoding()
     raise ProtocolViolation("unknown command")
 
 
-def _parse_infer(rest: bytes, *, is_within: bool) -> Infer:
+def _parse_infer(rest: bytes, cluster: str, *, is_within: bool) -> Infer:
     words = rest.split(b" ", _INFER_WORDS - 1)
     if len(words) != _INFER_WORDS:
         raise ProtocolViolation("malformed command")
     pid, role, database, model, options, prompt = words
+    role_word, _, login = role.partition(b":")
     prompt_text = _base64(prompt, "the prompt")
     given = _parse_options(_optional(options, "infer() options"))
     row = None
@@ -172,17 +203,48 @@ def _parse_infer(rest: bytes, *, is_within: bool) -> Infer:
         del given[ROW]
     return Infer(
         pid=_number(pid),
-        role=_unhex(role, "the role's name"),
+        role=_unhex(role_word, "the role's name"),
         database=_unhex(database, "the database's name"),
         model=_optional(model, "the model's name"),
         options=given,
         prompt=prompt_text,
         row=row,
         is_within=is_within,
+        login=_parse_login(login, cluster),
     )
 
 
-def _parse_explaining(name: bytes, rest: bytes) -> Explain | Probe | Explained:
+def _parse_ask(rest: bytes, cluster: str) -> Ask:
+    words = rest.split(b" ", _ASK_WORDS - 1)
+    if len(words) != _ASK_WORDS or not words[3].isalpha():
+        raise ProtocolViolation("malformed command")
+    pid, role, database, topic, payload = words
+    role_word, _, login = role.partition(b":")
+    try:
+        asked = json.loads(_base64(payload, "what is asked"))
+    except (ValueError, RecursionError):
+        raise ProtocolViolation("malformed command") from None
+    if not isinstance(asked, dict):
+        raise ProtocolViolation("malformed command")
+    return Ask(
+        pid=_number(pid),
+        topic=topic.decode("ascii"),
+        payload=asked,
+        role=_unhex(role_word, "the role's name"),
+        database=_unhex(database, "the database's name"),
+        login=_parse_login(login, cluster),
+    )
+
+
+def _parse_login(word: bytes, cluster: str) -> Login | None:
+    """OID and name."""
+    if not word:
+        return None
+    oid, _, role = word.partition(b":")
+    return Login(_unhex(role, "the name of the login role"), _number(oid), cluster)
+
+
+def _parse_explaining(name: bytes, rest: bytes, cluster: str) -> Explain | Probe | Explained:
     words = rest.split(b" ", _EXPLAINING[name] - 1)
     if len(words) != _EXPLAINING[name]:
         raise ProtocolViolation("malformed command")
@@ -192,7 +254,7 @@ def _parse_explaining(name: bytes, rest: bytes) -> Explain | Probe | Explained:
         query = _base64(words[4], "the query")
         return Explain(pid, _unhex(words[1], "the role's name"), _unhex(words[2], "the database's name"), names, query)
     if name == b"probe":
-        return Probe(pid, None if words[5] == _NULL else _parse_infer(rest, is_within=False))
+        return Probe(pid, None if words[5] == _NULL else _parse_infer(rest, cluster, is_within=False))
     return Explained(pid, _unhex(words[1], "the token"), _number(words[2]))
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, cast
 
 from dbnode.sql.binding import SessionBinding
 from dbnode.sql.commands import (
+    Ask,
     Bind,
     Explain,
     Explained,
@@ -27,12 +28,13 @@ from dbnode.sql.commands import (
     Statements,
     Status,
     answer_reply,
+    cluster_of,
     parse_command,
     reply,
 )
 from dbnode.sql.errors import MessageTooLong, ProtocolViolation, TlsRequired
 from dbnode.sql.explain import Explaining
-from dbnode.sql.hints import StatementHints
+from dbnode.sql.hints import PassEnded, StatementHints
 from dbnode.sql.memo import Hint
 from dbnode.sql.messages import (
     AuthenticationCode,
@@ -52,6 +54,7 @@ from dbnode.sql.sockets import keep_alive
 from dbnode.sql.startup import TLS_DECLINED, TLS_GIVEN, StartupKind, StartupReader
 from dbnode.sql.statement_meter import StatementMeter
 from dbnode.sql.tls_transport import TlsTransport
+from dbnode.sql.topics import Asked, Topic
 from stratakv.errors import Cancelled, ContextTooLong, Overloaded, PermissionDenied, StrataError, Unavailable
 from stratakv.log import EventLogger
 
@@ -91,6 +94,8 @@ class ListenerConnection(asyncio.Protocol):
         self._phase = _Phase.STARTUP
         self._startup = StartupReader()
         self._declined: set[StartupKind] = set()
+        self._cluster = ""
+        """Of PostgreSQL that calls; empty if its functions do not tell."""
         self._messages = MessageReader(_LOGIN_MESSAGE_BYTES_MAX)
         self._mechanism = MECHANISM if listener.tls is None else MECHANISM_PLUS
         digest = None if listener.tls is None else listener.tls.end_point.digest
@@ -170,6 +175,7 @@ class ListenerConnection(asyncio.Protocol):
     def _read_startup(self) -> None:
         while self._phase is _Phase.STARTUP and (packet := self._startup.next_packet()) is not None:
             if packet.kind is StartupKind.SESSION:
+                self._cluster = cluster_of(packet.parameters.get("application_name", ""))
                 self._ask_for_key()
             elif packet.kind is StartupKind.CANCEL:
                 raise ProtocolViolation("nothing can be cancelled here")
@@ -255,7 +261,7 @@ class ListenerConnection(asyncio.Protocol):
         if kind != Kind.QUERY or not payload.endswith(b"\0"):
             raise ProtocolViolation("only simple queries are known here")
         try:
-            command = parse_command(payload[:-1])
+            command = parse_command(payload[:-1], self._cluster)
             match command:
                 case Infer():
                     self._start_call(command)
@@ -279,6 +285,8 @@ class ListenerConnection(asyncio.Protocol):
                 case Explained():
                     self._drop_call()
                     self._start(self._explaining.end(command), command.pid)
+                case Ask():
+                    self._start_asked(command)
                 case SetEncoding():
                     self._transport.write(message(b"C", cstring("SET")) + ready_for_query())
         except ProtocolViolation:
@@ -318,6 +326,22 @@ class ListenerConnection(asyncio.Protocol):
         self._start(_run(listener, call, hints, hint, meter), command.pid)
         if hints is not None and hints.is_streaming:
             self._answer_wait(Status.FLUSH)
+
+    def _start_asked(self, command: Ask) -> None:
+        self._drop_call()
+        listener = self._listener
+        topic = listener.topics.get(command.topic)
+        if topic is None or listener.draining:
+            raise Unavailable(
+                f"the DB node does not answer about {command.topic!r} now", hint="Run the statement again."
+            )
+        hints = self._binding.hints.statement if self._binding is not None and self._binding.hints is not None else None
+        if topic.has_effects and hints is not None and (hints.is_collecting or hints.is_planning):
+            raise PassEnded("what has effects waits for the statement itself")
+        if listener.is_full:
+            raise Overloaded(f"{listener.limits.calls_max} calls are in progress, which is the limit")
+        asked = Asked(command.payload, command.role, command.database, self._session_name, command.login)
+        self._start(_answer_asked(topic, asked), command.pid)
 
     def _start(self, work: Coroutine[None, None, str], pid: int) -> None:
         """Run what PostgreSQL polls for."""
@@ -423,6 +447,16 @@ async def _run(
         raise
     finally:
         listener.book.finish_own(meter)
+
+
+async def _answer_asked(topic: Topic, asked: Asked) -> str:
+    try:
+        return await topic.answer(asked)
+    except StrataError:
+        raise
+    except Exception:
+        log.exception("asked_failed", session=asked.session, database=asked.database)
+        raise
 
 
 async def _read_statements(listener: Listener, role: str | None) -> str:

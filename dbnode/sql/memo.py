@@ -14,10 +14,10 @@ from typing import TypeAlias
 
 from dbnode.sql.commands import Infer
 from dbnode.sql.row_prompt import RowPrompt
-from dbnode.sql.service import InferCall
+from dbnode.sql.service import InferCall, Login
 
-Key: TypeAlias = tuple[str, str, str | None, str, str, RowPrompt | None]
-"""Role, database, model, options, prompt, and the row it is made of."""
+Key: TypeAlias = tuple[Login | None, str, str, str | None, str, str, RowPrompt | None]
+"""Login, role, database, model, options, prompt, and the row it is made of."""
 
 
 @dataclass(slots=True, eq=False)
@@ -80,7 +80,7 @@ def is_repeatable(command: Infer) -> bool:
 
 def key_of(command: Infer) -> Key:
     options = json.dumps(command.options, sort_keys=True) if command.options else ""
-    return command.role, command.database, command.model, options, command.prompt, command.row
+    return command.login, command.role, command.database, command.model, options, command.prompt, command.row
 
 
 class KeptAnswers:

@@ -23,6 +23,16 @@ class CallCost:
 
 
 @dataclass(frozen=True, slots=True)
+class Login:
+    """The role that a session has logged in as; SET ROLE does not change it."""
+
+    role: str
+    oid: int
+    cluster: str
+    """System identifier, in digits; empty if the functions do not tell it."""
+
+
+@dataclass(frozen=True, slots=True)
 class InferCall:
     """One infer() of a statement, as the function's definer body reports it."""
 
@@ -35,6 +45,8 @@ class InferCall:
     database: str
     session: str
     """Names the gateway's session, or the connection if the call came from a session that is not the gateway's."""
+    login: Login | None = None
+    """None if the functions do not tell it."""
     on_cost: Callable[[CallCost], None] | None = field(default=None, repr=False, compare=False)
     """Told when an inference has ended; infer_agg() may make several."""
     charge: Charge | None = field(default=None, repr=False, compare=False)

@@ -134,7 +134,7 @@ class VllmClient(HttpDoor):
         transfer = request.kv_transfer_params
         part = Part.PREFILL if transfer is not None and transfer.do_remote_decode else Part.ALL
         sent = _encode(body(request, server.model, part))
-        response = await self._complete(server.http_url, sent, request.request_id, deadline_s)
+        response = await self._complete(server.http_url, sent, request.headers, deadline_s)
         return VllmStream(server, response, deadline_s, Reader(url, request, part), self._pool)
 
     async def info(self, url: str, timeout_s: float) -> WorkerFacts:

@@ -2,12 +2,14 @@
 
 Where vLLM differs from our own workers: it knows nothing of tokens that were generated elsewhere, so they become part of the
 prompt. That is not possible for an answer that must have a form, whose beginning vLLM has not seen, nor for a seeded one,
-whose random numbers begin anew: such an answer is generated again from its beginning, and must begin with the same tokens.
+whose random numbers begin anew, nor where tokens of the output are penalised: such an answer is generated again from its
+beginning, and must begin with the same tokens.
 """
 
 from __future__ import annotations
 
 import enum
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,7 @@ from dbnode.worker_messages import (
     WorkerChoice,
     WorkerChunk,
     WorkerError,
+    WorkerLogprobs,
     WorkerRequest,
     WorkerTimes,
     WorkerUsage,
@@ -41,6 +44,7 @@ class VllmChoice(msgspec.Struct, frozen=True):
     token_ids: list[int] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    logprobs: WorkerLogprobs | None = None
 
 
 class VllmPromptDetails(msgspec.Struct, frozen=True):
@@ -106,7 +110,9 @@ _decode_chunk = msgspec.json.Decoder(VllmChunk).decode
 
 def must_begin_again(request: WorkerRequest) -> bool:
     """Whether an answer cannot go on from tokens that another worker made."""
-    return request.structured_outputs is not None or (request.seed is not None and request.temperature > 0)
+    penalizes_output = bool(request.presence_penalty or request.frequency_penalty)
+    is_seeded = request.seed is not None and request.temperature > 0
+    return request.structured_outputs is not None or penalizes_output or is_seeded
 
 
 def body(request: WorkerRequest, model: str, part: Part) -> dict[str, Any]:
@@ -120,7 +126,7 @@ def body(request: WorkerRequest, model: str, part: Part) -> dict[str, Any]:
         "top_p": request.top_p,
         "top_k": request.top_k,
         "min_p": request.min_p,
-        "repetition_penalty": 1.0,
+        "repetition_penalty": request.repetition_penalty,
         "ignore_eos": request.ignore_eos,
         "request_id": request.request_id,
         "stream": True,
@@ -129,6 +135,13 @@ def body(request: WorkerRequest, model: str, part: Part) -> dict[str, Any]:
     }
     if request.seed is not None:
         fields["seed"] = request.seed
+    elif must_begin_again(request) and request.temperature > 0:
+        fields["seed"] = _seed_of(request)
+    for name in ("presence_penalty", "frequency_penalty", "logit_bias"):
+        if value := getattr(request, name):
+            fields[name] = value
+    if request.logprobs is not None:
+        fields |= {"logprobs": request.logprobs, "return_tokens_as_token_ids": True}
     if request.cache_salt is not None:
         fields["cache_salt"] = request.cache_salt
     if request.stop and part is Part.ALL:
@@ -136,6 +149,11 @@ def body(request: WorkerRequest, model: str, part: Part) -> dict[str, Any]:
     if request.structured_outputs is not None and part is Part.ALL:
         fields["structured_outputs"] = request.structured_outputs
     return fields
+
+
+def _seed_of(request: WorkerRequest) -> int:
+    """The same on every worker that the request is sent to, so that each begins with the same tokens."""
+    return zlib.crc32(request.request_id.rpartition("-")[0].encode())
 
 
 def introduction(model: str, token_id: int) -> dict[str, Any]:
@@ -184,10 +202,11 @@ class Reader:
             token_ids = token_ids[:-1]  # the end-of-sequence token, which our own workers do not send
         if not must_begin_again(self.request):
             is_full = len(_made(self.request)) >= self.request.max_tokens  # vLLM generates one token at least
-            return WorkerChoice(token_ids=[] if is_full else token_ids, finish_reason=reason)
+            return _told(choice, 0, 0 if is_full else len(token_ids), reason)
         if self.part is Part.PREFILL:
             return WorkerChoice(token_ids=[], finish_reason=reason and FinishReason.LENGTH)
-        return WorkerChoice(token_ids=self._new(token_ids, reason), finish_reason=reason)
+        num_new = len(self._new(token_ids, reason))
+        return _told(choice, len(token_ids) - num_new, len(token_ids), reason)
 
     def _reason(self, text: str) -> FinishReason:
         if text in (FinishReason.STOP, FinishReason.LENGTH):
@@ -221,6 +240,15 @@ class Reader:
             queue_ms=times.queue_time_ms or 0.0 if times else 0.0,
         )
         return WorkerUsage(usage.prompt_tokens, usage.completion_tokens or 0, said_times)
+
+
+def _told(choice: VllmChoice, start: int, stop: int, reason: FinishReason | None) -> WorkerChoice:
+    """A part of the choice's tokens, with what is said of them."""
+    logprobs = choice.logprobs
+    if logprobs is not None:
+        tops = logprobs.top_logprobs
+        logprobs = WorkerLogprobs(logprobs.token_logprobs[start:stop], tops[start:stop] if tops else None)
+    return WorkerChoice((choice.token_ids or [])[start:stop], logprobs, reason)
 
 
 def said(url: str, error: WorkerError, status: int | None = None) -> StrataError:

@@ -24,8 +24,8 @@ ALTER TABLE stratakv.tenants
     ADD COLUMN deleted_at timestamptz;
 UPDATE stratakv.tenants SET shares_cache = true WHERE name = 'default';
 COMMENT ON TABLE stratakv.tenants IS
-    'Who is served. salt scopes the KV of a tenant, unless it shares_cache: all that do share theirs. models, networks: NULL is any. '
-    'A deleted one stays while usage names it.';
+    'Who is served. salt scopes the KV of a tenant, unless it shares_cache: all that do share theirs. models, networks: NULL is '
+    'any. A deleted one stays while usage names it.';
 
 CREATE TABLE stratakv.api_keys (
     id           bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
@@ -89,8 +89,8 @@ CREATE TABLE stratakv.quota_state (
     PRIMARY KEY (tenant_id, kind)
 );
 COMMENT ON TABLE stratakv.quota_state IS
-    'What is taken of each limit, in millionths of a request or token: what was charged, reserved and leased. Those of a minute leak '
-    'at the rate of the limit, as of at; the month begins anew in UTC; parallel is given back.';
+    'What is taken of each limit, in millionths of a request or token: what was charged, reserved and leased. Those of a minute '
+    'leak at the rate of the limit, as of at; the month begins anew in UTC; parallel is given back.';
 
 CREATE TABLE stratakv.quota_leases (
     node           text NOT NULL REFERENCES stratakv.quota_nodes (node),
@@ -99,7 +99,8 @@ CREATE TABLE stratakv.quota_leases (
     amount_micros  bigint NOT NULL CHECK (amount_micros >= 0),
     PRIMARY KEY (node, tenant_id, kind)
 );
-COMMENT ON TABLE stratakv.quota_leases IS 'Of quota_state, what a DB node has taken and not yet reserved for a request; part of spent.';
+COMMENT ON TABLE stratakv.quota_leases IS
+    'Of quota_state, what a DB node has taken and not yet reserved for a request; part of spent.';
 
 CREATE TABLE stratakv.reservations (
     request_id       text PRIMARY KEY,
@@ -140,7 +141,8 @@ CREATE TABLE stratakv.tenancy_version (
     version  bigint NOT NULL DEFAULT 0
 );
 INSERT INTO stratakv.tenancy_version DEFAULT VALUES;
-COMMENT ON TABLE stratakv.tenancy_version IS 'Counts changes of tenants, keys, roles and limits, so that DB nodes see that there is one.';
+COMMENT ON TABLE stratakv.tenancy_version IS
+    'Counts changes of tenants, keys, roles and limits, so that DB nodes see that there is one.';
 
 CREATE FUNCTION stratakv.note_change() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE

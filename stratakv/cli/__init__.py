@@ -16,10 +16,13 @@ from stratakv.cli import (
     meta,
     migrate,
     model,
+    profile,
     serve,
     sql,
     status,
+    tenancy,
     up,
+    usage,
     version,
 )
 from stratakv.errors import SetupError, StrataError
@@ -43,9 +46,14 @@ app.command("uninstall")(functions.uninstall)
 app.command("sql", context_settings=sql.PASS_ON)(sql.sql)
 app.command("chat")(chat.chat)
 app.add_typer(model.app, name="model")
+app.command("profile")(profile.profile)
 app.add_typer(cache.app, name="cache")
 app.add_typer(drain.app, name="drain")
 app.add_typer(meta.app, name="meta")
+app.add_typer(tenancy.tenant, name="tenant")
+app.add_typer(tenancy.key, name="key")
+app.add_typer(tenancy.quota, name="quota")
+app.command("usage")(usage.usage)
 app.command("status")(status.status)
 app.add_typer(config.app, name="config")
 app.command("bench", context_settings=serve.PASS_ON)(bench.bench)

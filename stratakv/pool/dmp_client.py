@@ -86,14 +86,15 @@ def connect(
     *,
     deadline: float,
     force: TransportKind | None = None,
+    shared_memory: bool = True,
     credentials: PoolCredentials | None = None,
     engine: TransferEngine | None = None,
 ) -> DmpConnection:
-    """Attach to a daemon: shared memory, else the transfer engine that both ends have, else TCP.
+    """Attach to a daemon: `shared_memory` if that is wanted, else the transfer engine that both ends have, else TCP.
 
     Raises TransportError (EpochChanged if the daemon is a newer one).
     """
-    if force in (None, TransportKind.SHM):
+    if force is TransportKind.SHM or (force is None and shared_memory):
         sock = _dial_unix(segment, deadline)
         if sock is not None:
             return _attach_shm(segment, sock, deadline)
@@ -237,11 +238,13 @@ class ConnectionCache:
         self,
         *,
         force: TransportKind | None = None,
+        shared_memory: bool = True,
         credentials: PoolCredentials | None = None,
         engine: TransferEngine | None = None,
     ) -> None:
         self._engine = engine
         self._force = force
+        self._shared_memory = shared_memory
         self._credentials = credentials
         self._lock = threading.Lock()
         self._slots: OrderedDict[tuple[str, bytes], _Slot] = OrderedDict()
@@ -285,7 +288,12 @@ class ConnectionCache:
     def _connect(self, slot: _Slot, segment: Segment, deadline: float) -> DmpConnection:
         try:
             connection = connect(
-                segment, deadline=deadline, force=self._force, credentials=self._credentials, engine=self._engine
+                segment,
+                deadline=deadline,
+                force=self._force,
+                shared_memory=self._shared_memory,
+                credentials=self._credentials,
+                engine=self._engine,
             )
         except TransportError as error:
             slot.retry_at, slot.failure = time.monotonic() + RETRY_AFTER_S, error.message

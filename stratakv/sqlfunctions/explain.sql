@@ -16,7 +16,7 @@ BEGIN
         SELECT * INTO reply FROM stratakv.sql_ask(link, pg_catalog.format(
             'probe %s %s %s %s %s %s',
             pg_catalog.pg_backend_pid(),
-            pg_catalog.encode(pg_catalog.convert_to(caller, 'UTF8'), 'hex'),
+            stratakv.sql_caller_word(caller),
             pg_catalog.encode(pg_catalog.convert_to(pg_catalog.current_database()::text, 'UTF8'), 'hex'),
             COALESCE('=' || pg_catalog.encode(pg_catalog.convert_to(model, 'UTF8'), 'hex'), '-'),
             COALESCE('=' || pg_catalog.encode(pg_catalog.convert_to(options::text, 'UTF8'), 'hex'), '-'),

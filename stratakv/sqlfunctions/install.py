@@ -15,7 +15,7 @@ from stratakv.errors import SetupError
 from stratakv.sqlfunctions.address import ListenerAddress
 from stratakv.sqlfunctions.aggregate import AGGREGATE, drop_aggregate, make_public_aggregate
 
-VERSION = 3
+VERSION = 4
 DBLINK_SCHEMA = "stratakv_dblink"
 PROBE_SCHEMA = "stratakv_probe"
 """Of what stands in for infer() and its kin while a query is explained."""
@@ -44,7 +44,12 @@ _FUNCTIONS = (
     "sql_explain_begin(text, text[])",
     "sql_explain_end(text, bigint)",
     "sql_statement_stats()",
+    "sql_my_usage()",
+    "sql_my_requests()",
+    "sql_my_limits()",
+    "sql_ask_node(text, jsonb)",
     "sql_call(text)",
+    "sql_caller_word(text)",
     "sql_caller()",
     "sql_fill_template(text, jsonb)",
     "bind(text, text)",
@@ -53,6 +58,9 @@ _FUNCTIONS = (
     "sql_check_dblink()",
 )
 """All of them; whoever calls others comes before those."""
+
+_OWN_VIEWS = ("stratakv.my_usage", "stratakv.my_requests", "stratakv.my_limits")
+"""Where the metadata are, views of these names belong to them."""
 
 Connection = psycopg.Connection[tuple[object, ...]]
 
@@ -107,6 +115,8 @@ def uninstall(url: str, *, cascade: bool = False) -> None:
             if _is_our_wrapper(connection, function):
                 connection.execute(f"DROP FUNCTION public.{function} {last}".encode())
         connection.execute(f"DROP VIEW IF EXISTS stratakv.statement_stats {last}".encode())
+        if not _has_metadata(connection):
+            connection.execute(f"DROP VIEW IF EXISTS {', '.join(_OWN_VIEWS)} {last}".encode())
         for function in _FUNCTIONS:
             connection.execute(f"DROP FUNCTION IF EXISTS stratakv.{function} {last}".encode())
         connection.execute(sql.SQL("DROP SCHEMA IF EXISTS {}").format(sql.Identifier(PROBE_SCHEMA)))
@@ -289,6 +299,10 @@ def _make_wrapper(connection: Connection, function: str) -> bool:
     connection.execute(str(row[0]).encode())
     connection.execute(f"COMMENT ON FUNCTION public.{function} IS 'stratakv.{name}'".encode())
     return True
+
+
+def _has_metadata(connection: Connection) -> bool:
+    return connection.execute("SELECT to_regclass('stratakv.schema_version') IS NOT NULL").fetchone() == (True,)
 
 
 def _schema_is_empty(connection: Connection) -> bool:

@@ -71,7 +71,10 @@ BEGIN
     IF link = ANY (@dblink@.dblink_get_connections()) THEN
         PERFORM @dblink@.dblink_disconnect(link);
     END IF;
-    PERFORM @dblink@.dblink_connect(link, target);
+    -- The DB node knows by it in which cluster a role is.
+    PERFORM @dblink@.dblink_connect(
+        link, target || pg_catalog.format(' application_name=stratakv:%s', s.system_identifier))
+    FROM pg_catalog.pg_control_system() s;
     RETURN true;
 END
 $$;
@@ -113,6 +116,14 @@ BEGIN
     RETURN caller;
 END
 $$;
+
+-- The same with the role that has logged in, by its OID and its name: a tenant is known by it, whatever SET ROLE says.
+CREATE OR REPLACE FUNCTION stratakv.sql_caller_word(caller text) RETURNS text
+LANGUAGE sql STABLE PARALLEL RESTRICTED
+RETURN pg_catalog.format(
+    '%s:%s:%s', pg_catalog.encode(pg_catalog.convert_to(caller, 'UTF8'), 'hex'),
+    pg_catalog.to_regrole(pg_catalog.quote_ident(session_user))::oid,
+    pg_catalog.encode(pg_catalog.convert_to(session_user::text, 'UTF8'), 'hex'));
 
 -- Asks a request that is no infer() and waits for its answer, polling as infer() does.
 CREATE OR REPLACE FUNCTION stratakv.sql_call(request text) RETURNS text
@@ -203,7 +214,7 @@ BEGIN
     request := request || pg_catalog.format(
         ' %s %s %s %s %s %s',
         pg_catalog.pg_backend_pid(),
-        pg_catalog.encode(pg_catalog.convert_to(caller, 'UTF8'), 'hex'),
+        stratakv.sql_caller_word(caller),
         pg_catalog.encode(pg_catalog.convert_to(pg_catalog.current_database()::text, 'UTF8'), 'hex'),
         COALESCE('=' || pg_catalog.encode(pg_catalog.convert_to(model, 'UTF8'), 'hex'), '-'),
         COALESCE('=' || pg_catalog.encode(pg_catalog.convert_to(options::text, 'UTF8'), 'hex'), '-'),
@@ -254,7 +265,8 @@ BEGIN
         FROM pg_catalog.pg_proc p,
              pg_catalog.aclexplode(COALESCE(p.proacl, pg_catalog.acldefault('f', p.proowner))) a
         WHERE p.pronamespace = 'stratakv'::regnamespace AND a.grantee <> p.proowner
-          AND p.proname IN ('sql_check_dblink', 'sql_connect', 'sql_ask', 'sql_caller', 'sql_call')
+          AND p.proname IN (
+              'sql_check_dblink', 'sql_connect', 'sql_ask', 'sql_caller', 'sql_caller_word', 'sql_call')
     LOOP
         EXECUTE pg_catalog.format(
             'REVOKE ALL ON FUNCTION %s FROM %s', entry.function,

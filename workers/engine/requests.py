@@ -13,6 +13,10 @@ from workers.engine.reservations import HeldBlocks
 from workers.engine.structured import Structure
 
 MAX_LOGPROBS = 20
+MAX_PENALTY = 2.0
+MAX_REPETITION_PENALTY = 100.0
+MAX_BIASES = 1024
+MAX_BIAS = 100.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +24,9 @@ class SamplingParams:
     """How output tokens are chosen. Raises InvalidRequest for values out of range.
 
     `temperature` 0 is greedy. With a `seed` the draw for output token i depends on (seed, i) alone, so that another engine
-    can continue the request. `logprobs` n reports the chosen token's log-probability and those of the n likeliest.
+    can continue the request. `logprobs` n reports the chosen token's log-probability and those of the n likeliest, before
+    anything else here changes them. Presence and frequency penalties are subtracted for tokens of the output, the
+    repetition penalty divides those of prompt and output; `logit_bias` holds (token id, what is added) pairs.
     """
 
     max_tokens: int
@@ -32,6 +38,10 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         _require(self.max_tokens >= 1, "max_tokens", "at least 1")
@@ -40,6 +50,28 @@ class SamplingParams:
         _require(self.top_k >= 0, "top_k", "0 (off) or more")
         _require(0.0 <= self.min_p <= 1.0, "min_p", "between 0 and 1")
         _require(self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"0 to {MAX_LOGPROBS}")
+        _require(abs(self.presence_penalty) <= MAX_PENALTY, "presence_penalty", f"-{MAX_PENALTY:g} to {MAX_PENALTY:g}")
+        _require(
+            abs(self.frequency_penalty) <= MAX_PENALTY, "frequency_penalty", f"-{MAX_PENALTY:g} to {MAX_PENALTY:g}"
+        )
+        _require(
+            0.0 < self.repetition_penalty <= MAX_REPETITION_PENALTY,
+            "repetition_penalty",
+            f"above 0 and at most {MAX_REPETITION_PENALTY:g}",
+        )
+        _require(len(self.logit_bias) <= MAX_BIASES, "logit_bias", f"at most {MAX_BIASES} tokens")
+        _require(
+            all(abs(bias) <= MAX_BIAS for _, bias in self.logit_bias), "logit_bias", f"-{MAX_BIAS:g} to {MAX_BIAS:g}"
+        )
+
+    @property
+    def penalizes_output(self) -> bool:
+        """Which tokens were generated matters for the next."""
+        return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1.0
+
+    @property
+    def changes_logits(self) -> bool:
+        return self.penalizes_output or bool(self.logit_bias)
 
 
 def _require(holds: bool, param: str, what: str) -> None:

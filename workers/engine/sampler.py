@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from workers.engine.penalties import Penalties
 from workers.engine.requests import SamplingParams, TokenLogprob
 
 _CANDIDATES = 512
@@ -28,6 +29,8 @@ class SampleRow:
     index: int
     allowed: torch.Tensor | None = None
     """Ids of the tokens to choose from, ascending; None: all."""
+    penalties: Penalties | None = None
+    """Change the logits first; log-probabilities are of the unchanged ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +51,8 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[Sample | Non
         if not usable:
             samples.append(None)
             continue
-        if how.allowed is not None:
-            # Only what may be chosen is looked at, so that no rounding can ever choose anything else.
-            among = how.allowed.to(logits.device)
-            token = int(among[_choose(logits[row][among], how)])
+        if how.allowed is not None or how.penalties is not None:
+            token = _choose_changed(logits[row], how)
         elif how.params.temperature > 0:
             token = _draw(logits[row], how)
         samples.append(_with_logprobs(logits[row], token, how.params.logprobs))
@@ -63,6 +64,17 @@ def uniform(seed: int, index: int) -> float:
     digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
     bits: int = struct.unpack("<Q", digest)[0]
     return (bits >> 11) * 2.0**-53
+
+
+def _choose_changed(logits: torch.Tensor, how: SampleRow) -> int:
+    """The token of a row that has penalties, or not all tokens to choose from."""
+    if how.penalties is not None:
+        logits = how.penalties.apply(logits)
+    if how.allowed is None:
+        return _choose(logits, how)
+    # Only what may be chosen is looked at, so that no rounding can ever choose anything else.
+    among = how.allowed.to(logits.device)
+    return int(among[_choose(logits[among], how)])
 
 
 def _choose(logits: torch.Tensor, how: SampleRow) -> int:
@@ -109,5 +121,5 @@ def _with_logprobs(logits: torch.Tensor, token: int, wanted: int | None) -> Samp
     top: tuple[TokenLogprob, ...] = ()
     if wanted:
         values, ids = torch.topk(logprobs, wanted)
-        top = tuple(TokenLogprob(int(i), float(v)) for i, v in zip(ids, values, strict=True))
+        top = tuple(TokenLogprob(i, v) for i, v in zip(ids.tolist(), values.tolist(), strict=True))
     return Sample(token, float(logprobs[token]), top)

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence as Blocks
 from dataclasses import dataclass, field
 
 from stratakv.keys import NONE_HASH, BlockKey, block_keys, salt_extra
 from workers.engine.block_table import BlockTable
 from workers.engine.connector import ExternalHit, Tier
+from workers.engine.penalties import Penalties
 from workers.engine.requests import EngineRequest, OnEvent, RequestUsage
 from workers.engine.reservations import HeldBlocks
+
+
+class Search(enum.Enum):
+    """Whether the tiers below L1 are asked for what a preemption lost."""
+
+    NONE = enum.auto()
+    """Not needed, or answered."""
+    WANTED = enum.auto()
+    """Once there is room for the sequence."""
+    RUNNING = enum.auto()
 
 
 @dataclass(slots=True, eq=False)
@@ -28,6 +40,7 @@ class Sequence:
     external: ExternalHit | None = field(init=False)
     held: HeldBlocks = field(init=False)
     table: BlockTable = field(init=False)
+    penalties: Penalties | None = field(init=False)
     num_computed: int = 0
     """Leading tokens whose KV is in L1."""
     num_registered: int = 0
@@ -35,6 +48,9 @@ class Sequence:
     num_generated: int = 0
     tokens_by_tier: dict[Tier, int] = field(default_factory=dict)
     preemptions: int = 0
+    num_lost: int = 0
+    """Leading tokens that were computed when it was preempted last."""
+    search: Search = Search.NONE
     scheduled_at: float | None = None
     first_token_at: float | None = None
 
@@ -44,6 +60,8 @@ class Sequence:
         self.external = self.request.external
         self.held = self.request.held
         self.table = BlockTable(self.block_size)
+        request = self.request
+        self.penalties = Penalties.of(request.sampling, request.token_ids, request.resume_token_ids)
 
     @property
     def request_id(self) -> str:
@@ -78,6 +96,8 @@ class Sequence:
         """Take a generated token."""
         self.token_ids.append(token_id)
         self.num_generated += 1
+        if self.penalties is not None:
+            self.penalties.count(token_id)
         if len(self.token_ids) // self.block_size > len(self.keys):
             parent = self.keys[-1] if self.keys else NONE_HASH
             tail = self.token_ids[len(self.keys) * self.block_size :]

@@ -98,6 +98,10 @@ class _Hooks:
         self._saving = [t for t in transfers if t.save is not None]
         self._last = num_layers - 1
 
+    @property
+    def is_idle(self) -> bool:
+        return not self._loading and not self._saving
+
     def before_attention(self, layer: int) -> None:
         for transfers in self._loading:
             transfers.wait_layer(layer)
@@ -203,7 +207,7 @@ def _sample_row(part: StepPart, allowed: _Allowed) -> SampleRow:
     if not part.samples or isinstance(allowed, StrataError):
         return _CHECK_ONLY
     sequence = part.sequence
-    return SampleRow(sequence.request.sampling, sequence.seed, sequence.output_index, allowed)
+    return SampleRow(sequence.request.sampling, sequence.seed, sequence.output_index, allowed, sequence.penalties)
 
 
 def _allowed(structure: Structure) -> _Allowed:

@@ -73,6 +73,7 @@ async def running_node(
         database=DatabaseSettings(url=Secret(database_url) if database_url else None),
     )
     node = Node(settings, meta)
+    await node.tenants.load()
     server = HttpServer(settings.rest.host, settings.rest.port, "rest")
     tasks = [asyncio.create_task(node.run()), asyncio.create_task(server.run(node.rest_app()))]
     running = RunningNode(node, server.port, settings.rest.api_key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from dbnode.generate import Caller
 from dbnode.sql.service import InferCall
 from dbnode.sql_explain import SqlExplainer
 from dbnode.sql_inference import SqlInference, request_of
@@ -22,8 +23,8 @@ async def test_tokens_and_shared_beginnings_are_those_of_the_prompts_that_would_
     worker = await StandInWorker("w").start()
     async with running_node(worker) as running:
         calls = [call(f"{LONG} {word}") for word in ("one", "two", "three")] + [call("Hi", system="Be brief.")]
-        estimate = await SqlExplainer(running.node.inference).estimate(calls)
-        keys = await running.node.inference.prompt_keys([request_of(c) for c in calls])
+        estimate = await SqlExplainer(running.node.inference, running.node.tenants).estimate(calls)
+        keys = await running.node.inference.prompt_keys([request_of(c, Caller()) for c in calls])
         lengths = sorted(len(k.token_ids) for k in keys)
         assert worker.requests == []
         assert estimate.prompt_tokens == sum(lengths)
@@ -34,8 +35,8 @@ async def test_tokens_and_shared_beginnings_are_those_of_the_prompts_that_would_
         computed = estimate.prompt_tokens - estimate.shared_tokens
         assert estimate.estimated_s == pytest.approx(computed / 1000 + 4 * 4 / 4 * 0.01, rel=0.01)
 
-        await SqlInference(running.node.inference).infer_text(calls[0])
-        warm = await SqlExplainer(running.node.inference).estimate(calls)
+        await SqlInference(running.node.inference, running.node.tenants).infer_text(calls[0])
+        warm = await SqlExplainer(running.node.inference, running.node.tenants).estimate(calls)
         assert warm.cached_tokens > estimate.shared_tokens
         assert warm.cached_tokens + warm.shared_tokens > estimate.shared_tokens
         assert warm.estimated_s is not None
@@ -48,21 +49,21 @@ async def test_tokens_and_shared_beginnings_are_those_of_the_prompts_that_would_
 async def test_the_pool_counts_too() -> None:
     worker = await StandInWorker("w").start()
     async with running_node(worker, meta=PoolOfBlocks(5)) as running:
-        estimate = await SqlExplainer(running.node.inference).estimate([call(LONG)])
+        estimate = await SqlExplainer(running.node.inference, running.node.tenants).estimate([call(LONG)])
         assert estimate.cached_tokens == 5 * BLOCK_SIZE
     await worker.stop()
 
 
 async def test_without_workers_the_time_is_unknown_and_without_prompts_nothing_is() -> None:
     async with running_node() as running:
-        estimate = await SqlExplainer(running.node.inference).estimate([call("Hi")])
+        estimate = await SqlExplainer(running.node.inference, running.node.tenants).estimate([call("Hi")])
         assert estimate.estimated_s is None
         assert estimate.prompt_tokens > 0
-        nothing = await SqlExplainer(running.node.inference).estimate([])
+        nothing = await SqlExplainer(running.node.inference, running.node.tenants).estimate([])
         assert (nothing.prompt_tokens, nothing.prompt_tokens_max) == (0, 0)
 
 
 async def test_wrong_options_are_refused_as_infer_would() -> None:
     async with running_node() as running:
         with pytest.raises(InvalidRequest, match="made_up"):
-            await SqlExplainer(running.node.inference).estimate([call("Hi", made_up=1)])
+            await SqlExplainer(running.node.inference, running.node.tenants).estimate([call("Hi", made_up=1)])

@@ -296,3 +296,10 @@ def test_frames_may_arrive_in_pieces(daemon: DaemonProcess) -> None:
             sock.sendall(frame[at : at + 1])
             time.sleep(0)
         assert len(receive_exactly(sock, FRAME.size + 8, soon())) == FRAME.size + 8
+
+
+def test_without_shared_memory_a_daemon_of_this_host_is_reached_over_tcp(daemon: DaemonProcess) -> None:
+    for shared_memory, kind in ((True, TransportKind.SHM), (False, TransportKind.TCP)):
+        connection = connect(daemon.segment, deadline=soon(), shared_memory=shared_memory)
+        assert connection.kind is kind
+        connection.close()

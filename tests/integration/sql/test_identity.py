@@ -210,6 +210,7 @@ def test_listener_over_tcp_works_for_an_owner_who_is_no_superuser(
             "FUNCTION stratakv.sql_connect",
             "FUNCTION stratakv.sql_check_dblink",
             "FUNCTION stratakv.sql_caller",
+            "FUNCTION stratakv.sql_caller_word",
             "TABLE stratakv.sql_install",
             "TABLE stratakv.sql_listeners",
         ):

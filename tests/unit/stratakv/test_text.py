@@ -100,7 +100,7 @@ def test_chat_is_rendered_by_the_models_template(tokenizer: Any) -> None:
         ([{"role": "robot", "content": "x"}], "messages[0].role"),
         ([{"role": "user", "content": "x"}, {"role": "user", "content": 3}], "messages[1].content"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0]"),
-        ([{"role": "assistant", "content": "x", "tool_calls": [{}]}], "messages[0].tool_calls"),
+        ([{"role": "assistant", "content": "x", "tool_calls": [{}]}], "messages[0].tool_calls[0]"),
     ],
 )
 def test_a_wrong_message_is_refused_by_the_name_of_its_field(tokenizer: Any, messages: list[Any], field: str) -> None:

@@ -46,4 +46,4 @@ def test_the_memory_is_bounded(tokenizer: Any) -> None:
     for number in range(200):
         cache.encode(f"<|im_end|>{number} " + "x" * 40)
     assert cache._num_chars <= 1000
-    assert cache._num_chars == sum(len(piece) for piece in cache._tokens)
+    assert cache._num_chars == sum(len(piece) for _, piece in cache._tokens)

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dbnode.generate import Sampling, StructuredOutputs
-from dbnode.rest.parse import Parsed, parse_chat, parse_completion
+from dbnode.rest.parse import Asked, Parsed, parse_chat, parse_completion
 from stratakv.errors import InvalidRequest
 
+ASKED = Asked("id", "trace")
 NAMES = [
     "messages",
     "prompt",
@@ -36,14 +37,14 @@ values = st.recursive(
 
 def chat(**fields: Any) -> Parsed:
     body = {"messages": [{"role": "user", "content": "x"}]} | fields
-    return parse_chat(json.dumps(body).encode(), "id", "trace")
+    return parse_chat(json.dumps(body).encode(), ASKED)
 
 
 @given(st.binary(max_size=200) | st.dictionaries(st.sampled_from(NAMES), values).map(lambda d: json.dumps(d).encode()))
 def test_any_bytes_are_a_request_or_an_invalid_request(body: bytes) -> None:
     for parse in (parse_chat, parse_completion):
         try:
-            parsed = parse(body, "id", "trace")
+            parsed = parse(body, ASKED)
         except InvalidRequest:
             continue
         assert isinstance(parsed.request.sampling, Sampling)
@@ -69,20 +70,21 @@ def test_priority_and_salt_are_as_in_vllm() -> None:
 
 def test_defaults_are_openais() -> None:
     assert chat().request.sampling == Sampling(max_tokens=None, temperature=1.0)
-    completion = parse_completion(b'{"prompt": [1, 2]}', "id", "trace").request
+    completion = parse_completion(b'{"prompt": [1, 2]}', ASKED).request
     assert completion.sampling.max_tokens == 16
     assert completion.prompt == (1, 2)
 
 
-@pytest.mark.parametrize("prompt", [None, [], ["a", "b"], [[1]], [True], 5, {}])
-def test_only_one_prompt_of_text_or_tokens_is_taken(prompt: Any) -> None:
+@pytest.mark.parametrize("prompt", [None, [], ["a", 1], [[1], "a"], [[]], [True], 5, {}, ["x"] * 129])
+def test_only_prompts_of_text_or_tokens_are_taken(prompt: Any) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        parse_completion(json.dumps({"prompt": prompt}).encode(), "id", "trace")
+        parse_completion(json.dumps({"prompt": prompt}).encode(), ASKED)
     assert caught.value.param == "prompt"
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("logprobs", 0), ("n", True), ("tool_choice", "auto"), ("stream_options", {}), ("audio", None)]
+    ("field", "value"),
+    [("logprobs", 0), ("best_of", 2), ("n", True), ("tool_choice", "auto"), ("stream_options", {}), ("audio", None)],
 )
 def test_what_looks_harmless_but_asks_for_something_is_refused(field: str, value: Any) -> None:
     with pytest.raises(InvalidRequest) as caught:

@@ -122,3 +122,34 @@ def test_a_server_that_sends_no_token_ids_is_refused() -> None:
 def test_what_is_no_completion_is_refused(payload: bytes) -> None:
     with pytest.raises(WorkerRefused):
         Reader("u", REQUEST, Part.ALL).read(payload)
+
+
+def test_penalties_biases_and_logprobs_are_asked_for_in_its_words() -> None:
+    sent = body(request(repetition_penalty=1.2, logit_bias={5: 1.0}, logprobs=3), "m", Part.ALL)
+    assert (sent["repetition_penalty"], sent["logit_bias"]) == (1.2, {5: 1.0})
+    assert (sent["logprobs"], sent["return_tokens_as_token_ids"]) == (3, True)
+    assert not sent.keys() & {"presence_penalty", "frequency_penalty", "seed"}
+
+
+def test_a_penalised_answer_begins_again_with_the_same_numbers_on_every_server() -> None:
+    seeds = set()
+    for attempt in range(2):
+        asked = request(
+            request_id=f"chatcmpl-1-{attempt}", presence_penalty=0.5, temperature=1.0, kv_transfer_params=RESUMED
+        )
+        sent = body(asked, "m", Part.ALL)
+        assert (sent["prompt"], sent["max_tokens"]) == ([5, 6, 7], 10)
+        seeds.add(sent["seed"])
+    assert len(seeds) == 1
+
+
+def test_logprobs_are_told_of_new_tokens_only() -> None:
+    asked = request(kv_transfer_params=RESUMED, frequency_penalty=0.5, logprobs=1)
+    logprobs = {"token_logprobs": [-1.0, -2.0, -3.0, -4.0], "top_logprobs": [{"token_id:1": -0.5}] * 4}
+    told = event([8, 9, 3, 2], "stop")
+    told = json.dumps(
+        json.loads(told) | {"choices": [json.loads(told)["choices"][0] | {"logprobs": logprobs}]}
+    ).encode()
+    chunk = Reader("u", asked, Part.ALL).read(told)
+    assert chunk.token_ids == [3]
+    assert [(score.logprob, score.top) for score in chunk.scores] == [(-3.0, ((1, -0.5),))]

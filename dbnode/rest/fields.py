@@ -1,0 +1,158 @@
+"""Fields of request bodies: each checks its value and knows the JSON schema that the OpenAPI document shows of it.
+
+A table of fields says all that an endpoint takes. Protocol code: values in, values out. Raises InvalidRequest whose `param` is
+the field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+
+from stratakv.errors import InvalidRequest
+
+Schema = dict[str, Any]
+NAME_CHARS_MAX = 64
+"""So much of a name that is not known is repeated to the client."""
+
+
+class Field(Protocol):
+    """One field of a body. It is never asked about null, which says nothing."""
+
+    @property
+    def schema(self) -> Schema: ...
+
+    def read(self, name: str, value: Any) -> Any:
+        """What is meant. Raises InvalidRequest that names the field."""
+        ...
+
+
+Fields = Mapping[str, Field]
+
+
+@dataclass(frozen=True, slots=True)
+class Integer:
+    low: int
+    high: int
+
+    @property
+    def schema(self) -> Schema:
+        return {"type": "integer", "minimum": self.low, "maximum": self.high}
+
+    def read(self, name: str, value: Any) -> int:
+        if type(value) is not int or not self.low <= value <= self.high:
+            raise InvalidRequest(f"{name}: expected an integer from {self.low} to {self.high}", param=name)
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    low: float
+    high: float
+    above_low: bool = False
+    """The least value is not allowed itself."""
+
+    @property
+    def schema(self) -> Schema:
+        return {"type": "number", "exclusiveMinimum" if self.above_low else "minimum": self.low, "maximum": self.high}
+
+    def read(self, name: str, value: Any) -> float:
+        fits = not isinstance(value, bool) and isinstance(value, int | float) and self.low <= value <= self.high
+        if not fits or (self.above_low and value == self.low):
+            low = f"above {self.low:g}" if self.above_low else f"from {self.low:g}"
+            raise InvalidRequest(f"{name}: expected a number {low} to {self.high:g}", param=name)
+        return float(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Boolean:
+    @property
+    def schema(self) -> Schema:
+        return {"type": "boolean"}
+
+    def read(self, name: str, value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise InvalidRequest(f"{name}: expected true or false", param=name)
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    chars_max: int
+    chars_min: int = 0
+
+    @property
+    def schema(self) -> Schema:
+        return {"type": "string", "minLength": self.chars_min, "maxLength": self.chars_max}
+
+    def read(self, name: str, value: Any) -> str:
+        if not isinstance(value, str) or not self.chars_min <= len(value) <= self.chars_max:
+            raise InvalidRequest(
+                f"{name}: expected a string of {self.chars_min} to {self.chars_max} characters", param=name
+            )
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class Unsupported:
+    """A field that is known and does nothing here: only values that ask for nothing are taken."""
+
+    neutral: tuple[Any, ...]
+
+    @property
+    def schema(self) -> Schema:
+        return {"enum": list(self.neutral), "description": "Not supported: any other value is refused."}
+
+    def read(self, name: str, value: Any) -> None:
+        # 0 and 0.0 are the same to JSON; false is something else.
+        if not any(isinstance(value, bool) == isinstance(n, bool) and value == n for n in self.neutral):
+            raise InvalidRequest(f"{name}: this value is not supported", param=name)
+
+
+def read_fields(body: bytes, fields: Fields) -> dict[str, Any]:
+    """What a body says, by name. Null and what is not supported are left out."""
+    try:
+        given = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        if not body:
+            raise InvalidRequest("the request has no body") from None
+        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise InvalidRequest("the body must be a JSON object")
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        field = fields.get(name)
+        if field is None:
+            shown = name[:NAME_CHARS_MAX]
+            raise InvalidRequest(f"{shown}: unknown field", param=shown)
+        if value is not None:
+            meant = field.read(name, value)
+            if meant is not None:
+                found[name] = meant
+    return found
+
+
+def check_names(place: str, value: Mapping[str, Any], known: frozenset[str]) -> None:
+    """Refuse what an inner object must not have. Raises InvalidRequest."""
+    for name in value.keys() - known:
+        shown = f"{place}.{name[:NAME_CHARS_MAX]}"
+        raise InvalidRequest(f"{shown}: unknown field", param=shown)
+
+
+def object_schema(fields: Fields, required: tuple[str, ...] = ()) -> Schema:
+    """The JSON schema of a body with these fields."""
+    properties = {
+        name: _or_null(field.schema) if name not in required else field.schema for name, field in fields.items()
+    }
+    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
+
+
+def _or_null(schema: Schema) -> Schema:
+    if isinstance(schema.get("type"), str) and "enum" not in schema:
+        return schema | {"type": [schema["type"], "null"]}
+    if "enum" in schema:
+        return schema | {"enum": [*schema["enum"], None]}
+    return {"anyOf": [schema, {"type": "null"}]}
