@@ -2,7 +2,10 @@
 
 StrataError
 ├── InvalidRequest
-│   └── Unauthenticated
+│   ├── Unauthenticated
+│   └── NotOffered           an endpoint that clients know and this node does not have
+├── Overloaded
+│   └── ExpectedTooLate      its first token would come too late
 ├── Unavailable
 │   ├── NoWorker
 │   ├── WorkerUnreachable    the request did not reach the worker
@@ -17,7 +20,7 @@ StrataError
 
 from __future__ import annotations
 
-from stratakv.errors import InvalidRequest, StrataError, Unavailable
+from stratakv.errors import InvalidRequest, Overloaded, StrataError, Unavailable
 
 
 class Unauthenticated(InvalidRequest):
@@ -27,6 +30,14 @@ class Unauthenticated(InvalidRequest):
     code = "invalid_api_key"
     http_status = 401
     sqlstate = "28000"
+
+
+class NotOffered(InvalidRequest):
+    """Clients know this endpoint from elsewhere; it is not here."""
+
+    code = "not_offered"
+    http_status = 404
+    sqlstate = "0A000"
 
 
 class NoWorker(Unavailable):
@@ -67,6 +78,12 @@ class WorkersExhausted(StrataError):
     code = "workers_exhausted"
     http_status = 502
     sqlstate = "XX000"
+
+
+class ExpectedTooLate(Overloaded):
+    """The load would make the first token come after the request's deadline or its class's target; nothing was done."""
+
+    code = "expected_too_late"
 
 
 class PoisonPrompt(StrataError):
