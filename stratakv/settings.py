@@ -263,6 +263,28 @@ class RestSettings:
     requests_max: int = setting(2048, "requests in progress at once")
 
 
+class WhenAway(enum.StrEnum):
+    """What becomes of requests of tenants with limits while the metadata database is away."""
+
+    LEASES = "leases"
+    """They go on from what the DB node has leased, then are refused."""
+    ALLOW = "allow"
+    """They go on uncounted when that is used up."""
+
+
+@dataclass(frozen=True, slots=True)
+class TenantSettings:
+    """[tenants] limits of tenants at a DB node."""
+
+    parallel_waiting_max: int = setting(
+        256, "requests of one tenant that wait for its limit of parallel requests, at one DB node"
+    )
+    when_away: WhenAway = setting(
+        WhenAway.LEASES,
+        "requests of tenants with limits while the metadata database is away: leases (what was leased, then refused) or allow",
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class RouterSettings:
     """[router] how the DB node chooses workers."""
@@ -317,6 +339,7 @@ class Settings:
     worker: WorkerSettings = WorkerSettings()
     sql: SqlSettings = SqlSettings()
     rest: RestSettings = RestSettings()
+    tenants: TenantSettings = TenantSettings()
     router: RouterSettings = RouterSettings()
     usage: UsageSettings = UsageSettings()
     log: LogSettings = LogSettings()
