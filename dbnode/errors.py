@@ -2,7 +2,8 @@
 
 StrataError
 ├── InvalidRequest
-│   └── Unauthenticated
+│   ├── Unauthenticated
+│   └── NotOffered           an endpoint that clients know and this node does not have
 ├── Unavailable
 │   ├── NoWorker
 │   ├── WorkerUnreachable    the request did not reach the worker
@@ -13,7 +14,8 @@ StrataError
 ├── AnswerCut                a typed answer does not fit max_tokens
 ├── AnswerUnfit              a worker's answer is not of its type
 ├── WorkerLost               the worker went away with the request in hand
-└── WorkersExhausted         what was tried on several workers failed on all
+├── WorkersExhausted         what was tried on several workers failed on all
+└── PoisonPrompt             workers died of the same prompt not long ago
 """
 
 from __future__ import annotations
@@ -28,6 +30,14 @@ class Unauthenticated(InvalidRequest):
     code = "invalid_api_key"
     http_status = 401
     sqlstate = "28000"
+
+
+class NotOffered(InvalidRequest):
+    """Clients know this endpoint from elsewhere; it is not here."""
+
+    code = "not_offered"
+    http_status = 404
+    sqlstate = "0A000"
 
 
 class NoWorker(Unavailable):
@@ -78,6 +88,15 @@ class WorkersExhausted(StrataError):
 
     code = "workers_exhausted"
     http_status = 502
+    sqlstate = "XX000"
+
+
+class PoisonPrompt(StrataError):
+    """Workers died of this prompt; it is given to none for a while."""
+
+    openai_type = "invalid_request_error"
+    code = "poison_prompt"
+    http_status = 422
     sqlstate = "XX000"
 
 

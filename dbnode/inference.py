@@ -29,6 +29,7 @@ from dbnode.generate import (
 )
 from dbnode.prompt_tokens import PromptTokens
 from dbnode.scheduler.scheduler import PromptKeys, Scheduler
+from dbnode.suspects import Suspects
 from dbnode.worker_base import WorkerDoor
 from stratakv.errors import (
     Cancelled,
@@ -104,6 +105,7 @@ class InferenceService:
         tokenizer: PreTrainedTokenizerFast,
         client: WorkerDoor,
         scheduler: Scheduler,
+        suspects: Suspects,
         observers: tuple[Observer, ...],
         waiting_max: dict[Source, int],
         request_timeout_s: float,
@@ -111,6 +113,7 @@ class InferenceService:
     ) -> None:
         self.model = model
         self.scheduler = scheduler
+        self.suspects = suspects
         self.draining = False
         self.tokens = PromptTokens(tokenizer)
         self._client = client
@@ -266,7 +269,7 @@ class InferenceService:
 
     async def _answer(self, job: Job, progress: _Progress) -> AsyncGenerator[Chunk, None]:
         """Tokens to text; ends at a stop string or when the worker ends."""
-        dispatch = progress.dispatch = Dispatch(self._client, self.scheduler, job)
+        dispatch = progress.dispatch = Dispatch(self._client, self.scheduler, self.suspects, job)
         detokenizer = Detokenizer(self.tokens.tokenizer, job.sampling.stop)
         async with aclosing(dispatch.tokens()) as tokens:
             async for token_ids in tokens:

@@ -14,7 +14,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-from dbnode.errors import AnswerCut, AnswerUnfit, NoWorker, WorkerLost, WorkersExhausted
+from dbnode.errors import AnswerCut, AnswerUnfit, NoWorker, PoisonPrompt, WorkerLost, WorkersExhausted
 from dbnode.generate import Answer, Caller, FinishReason, GenerateRequest, Settled, Source, StructuredOutputs, Usage
 from dbnode.inference import InferenceService
 from dbnode.sql.commands import NulInAnswer
@@ -24,7 +24,16 @@ from dbnode.sql_options import COUNT_TOKENS, MAX_TOKENS_DEFAULT, OnError, checke
 from dbnode.tenants.directory import Directory
 from stratakv.errors import ContextTooLong, DeadlineExceeded, StrataError
 
-_OF_ONE_ROW = (ContextTooLong, DeadlineExceeded, AnswerCut, AnswerUnfit, NulInAnswer, WorkerLost, WorkersExhausted)
+_OF_ONE_ROW = (
+    ContextTooLong,
+    DeadlineExceeded,
+    AnswerCut,
+    AnswerUnfit,
+    NulInAnswer,
+    WorkerLost,
+    WorkersExhausted,
+    PoisonPrompt,
+)
 """What `on_error` is about. Other errors would meet every row alike, or say that the statement is to end."""
 
 

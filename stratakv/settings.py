@@ -193,6 +193,9 @@ class WorkerSettings:
     max_batched_tokens: int = setting(4096, "tokens computed in one step at most")
     pool_enabled: bool = setting(True, "use the memory pool (L2 and L3)")
     load_timeout_s: float = setting(5.0, "recompute what the pool has not delivered after so long")
+    profile_s: float = setting(
+        5.0, "longest time a worker measures itself for at its start, where no fresh profile is kept; 0: never"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,6 +300,7 @@ class RouterSettings:
     refresh_s: float = setting(1.0, "how often worker states are read")
     index_blocks_max: int = setting(200_000, "blocks remembered per worker")
     request_timeout_s: float = setting(600.0, "deadline of every request; infer() may ask for a shorter one")
+    poison_prompt_s: float = setting(600.0, "a prompt that two workers died of is refused for so long; 0: not at all")
 
 
 @dataclass(frozen=True, slots=True)

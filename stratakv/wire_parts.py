@@ -91,6 +91,8 @@ class WorkerLoad(msgspec.Struct, frozen=True, omit_defaults=True):
     decode_step_s: float = 0.0
     load_bytes_per_s: dict[str, float] = {}
     """By tier; 0 or absent while not measured."""
+    slowdown: float = 1.0
+    """How much longer prefills take now than the worker's profile says."""
     draining: bool = False
 
 

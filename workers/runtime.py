@@ -17,6 +17,7 @@ from stratakv.keys import BlockKey, block_keys, salt_extra
 from stratakv.log import EventLogger
 from stratakv.text import Detokenizer
 from stratakv.wire import WorkerInfo, WorkerLoad
+from stratakv.worker_profile import WorkerProfile
 from workers.api import CompletionRequest
 from workers.engine.engine import Engine
 from workers.engine.requests import EngineEvent, EngineRequest, FinishedEvent, OnEvent
@@ -259,6 +260,11 @@ class Runtime:
             dropped["l2_blocks"] = self._tiers.drop_l2()
         return dropped
 
+    @property
+    def profile(self) -> WorkerProfile:
+        """What it measured of itself at its start."""
+        return self._rates.profile
+
     def load(self) -> WorkerLoad:
         """What the router wants to know."""
         stats = self._engine.stats()
@@ -271,5 +277,6 @@ class Runtime:
             prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
             decode_step_s=self._rates.decode_step_s,
             load_bytes_per_s=self._rates.load_bytes_per_s(),
+            slowdown=self._rates.slowdown,
             draining=self.draining,
         )

@@ -119,6 +119,20 @@ PIN: dict[str, Field] = {
 }
 
 
+class DroppedTiers:
+    """Tiers that workers are to forget."""
+
+    schema: Schema = {"type": "array", "items": {"enum": ["l1", "l2"]}}  # noqa: RUF012
+
+    def read(self, name: str, value: Any) -> list[str]:
+        if not isinstance(value, list) or not all(tier in ("l1", "l2") for tier in value):
+            raise InvalidRequest(f"{name}: expected l1, l2 or both", param=name)
+        return value
+
+
+DROP: dict[str, Field] = {"tiers": DroppedTiers()}
+
+
 def parse_chat(body: bytes, asked: Asked) -> Parsed:
     """POST /v1/chat/completions."""
     given = read_fields(body, CHAT)

@@ -16,6 +16,7 @@ from stratakv.cli import (
     meta,
     migrate,
     model,
+    profile,
     serve,
     sql,
     status,
@@ -45,6 +46,7 @@ app.command("uninstall")(functions.uninstall)
 app.command("sql", context_settings=sql.PASS_ON)(sql.sql)
 app.command("chat")(chat.chat)
 app.add_typer(model.app, name="model")
+app.command("profile")(profile.profile)
 app.add_typer(cache.app, name="cache")
 app.add_typer(drain.app, name="drain")
 app.add_typer(meta.app, name="meta")
