@@ -30,6 +30,9 @@ from dbnode.generate import (
 from dbnode.prompt_tokens import PromptTokens
 from dbnode.scheduler.scheduler import PromptKeys, Scheduler
 from dbnode.suspects import Suspects
+from dbnode.tenants.account import Reservation
+from dbnode.tenants.charges import charged_micros, reserved_tokens, settle
+from dbnode.tenants.quotas import Quotas
 from dbnode.worker_base import WorkerDoor
 from stratakv.errors import (
     Cancelled,
@@ -72,6 +75,7 @@ class _Progress:
     first_token_s: float = 0.0
     prompt_tokens: int = 0
     dispatch: Dispatch | None = None
+    reservation: Reservation | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -109,12 +113,14 @@ class InferenceService:
         observers: tuple[Observer, ...],
         waiting_max: dict[Source, int],
         request_timeout_s: float,
+        quotas: Quotas | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model = model
         self.scheduler = scheduler
         self.suspects = suspects
         self.draining = False
+        self.quotas = quotas
         self.tokens = PromptTokens(tokenizer)
         self._client = client
         self._observers = observers
@@ -147,6 +153,7 @@ class InferenceService:
         self._idle.clear()
         try:
             job = await self._prepare(request, progress)
+            await self._reserve(request, job, progress)
             cost_tokens = len(job.keys.token_ids) + job.max_tokens
             async with self.admission.slot(
                 request.source,
@@ -244,6 +251,22 @@ class InferenceService:
             traceparent=request.traceparent,
         )
 
+    async def _reserve(self, request: GenerateRequest, job: Job, progress: _Progress) -> None:
+        """Room in its tenant's quota, and a place among its tenant's requests. Raises QuotaExceeded, Unavailable."""
+        tenant = request.caller.tenant
+        if self.quotas is None or not tenant.limits.is_limited:
+            return
+        progress.reservation = request.reservation
+        if request.reservation is not None:
+            await self.quotas.permit(request.reservation, job.deadline_s)
+        else:
+            tokens = reserved_tokens(request, len(job.keys.token_ids), job.max_tokens)
+            progress.reservation = await self.quotas.reserve(
+                request.request_id, tenant, tokens, job.deadline_s, requests=0 if request.is_sibling else 1
+            )
+        if progress.reservation is not None:
+            progress.reservation.is_started = True
+
     def check_model(self, name: str | None) -> None:
         """Raises ModelNotFound."""
         if name is not None and name != self.model:
@@ -294,6 +317,10 @@ class InferenceService:
         usage = progress.usage(self._clock())
         if isinstance(error, Cancelled):
             outcome = Outcome.CANCELLED
+        if progress.reservation is not None:
+            limits = progress.request.caller.tenant.limits
+            micros = charged_micros(limits, usage, outcome) if progress.dispatch is not None else 0
+            settle(progress.request, progress.reservation, micros)
         settled = Settled(progress.request, self.model, outcome, error.code if error else None, usage)
         for observer in self._observers:
             observer.settled(settled)

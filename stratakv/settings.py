@@ -193,6 +193,9 @@ class WorkerSettings:
     max_batched_tokens: int = setting(4096, "tokens computed in one step at most")
     pool_enabled: bool = setting(True, "use the memory pool (L2 and L3)")
     load_timeout_s: float = setting(5.0, "recompute what the pool has not delivered after so long")
+    journal_dir: Path | None = setting(
+        None, "directory in which it writes down what each request took, for tenants' quotas; without one, nowhere"
+    )
     profile_s: float = setting(
         5.0, "longest time a worker measures itself for at its start, where no fresh profile is kept; 0: never"
     )

@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from dbnode.errors import QuotaExceeded
 from stratakv.tenancy.values import TOKEN_MICROS, LimitKind, Tenant
@@ -30,6 +31,16 @@ _WORDS = {
 }
 
 
+class Owner(Protocol):
+    """Who keeps the books: `dbnode.tenants.quotas`."""
+
+    def permit_returned(self, account: Account) -> None: ...
+
+    def settled(self, reservation: Reservation, charged_micros: int) -> None: ...
+
+    def forgotten(self, reservation: Reservation) -> None: ...
+
+
 @dataclass(slots=True, eq=False)
 class Reservation:
     """Of one request. Its owner ends it once."""
@@ -38,16 +49,30 @@ class Reservation:
     account: Account
     kinds: tuple[LimitKind, ...]
     tokens_micros: int
-    end: Callable[[Reservation, int], None] = field(repr=False)
-    """Takes the tokens that are charged, in millionths."""
+    owner: Owner = field(repr=False)
     has_permit: bool = False
+    is_started: bool = False
+    """A request has it."""
     is_ended: bool = False
+
+    def release(self) -> None:
+        """The request has ended; what it is charged may be decided later."""
+        if self.has_permit:
+            self.has_permit = False
+            self.owner.permit_returned(self.account)
 
     def settle(self, charged_micros: int) -> None:
         """What the request took; the first time counts."""
         if not self.is_ended:
             self.is_ended = True
-            self.end(self, charged_micros)
+            self.release()
+            self.owner.settled(self, charged_micros)
+
+    def __del__(self) -> None:
+        # Whoever had it was cancelled before it began, or between two steps; a request that ran settles.
+        if not self.is_ended:
+            self.is_ended = True
+            self.owner.forgotten(self)
 
 
 @dataclass(slots=True, eq=False)

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from dbnode.errors import QuotaExceeded
 from dbnode.tenants.account import Account, Reservation
 from dbnode.tenants.exchange import Ask, Exchange
 from dbnode.tenants.ledger import AWAY, GivenUp, Ledger
@@ -46,6 +47,8 @@ class Quotas:
         self._asks: deque[Ask] = deque()
         self._to_enrol: deque[Reservation] = deque()
         self._to_settle: dict[str, int] = {}
+        self._lost_permits: deque[Account] = deque()
+        """Of reservations that nobody has ended."""
         self._wake = asyncio.Event()
         self._lock = asyncio.Lock()
         self._heard_at_s = float("-inf")
@@ -82,13 +85,13 @@ class Quotas:
         account = self._account(tenant)
         needs = account.needs(sum(tokens for _, tokens in asked), requests * len(asked))
         made = [
-            Reservation(request_id, account, tuple(needs), tokens * TOKEN_MICROS, self._end)
-            for request_id, tokens in asked
+            Reservation(request_id, account, tuple(needs), tokens * TOKEN_MICROS, self) for request_id, tokens in asked
         ]
         account.note_size({kind: micros // len(asked) for kind, micros in needs.items()})
         if not needs:
             return made
         if len(self._to_enrol) + len(self._to_settle) > RECORDS_WAITING_MAX:
+            _drop(made)
             raise Unavailable("too many requests wait for their quota to be written down")
         if self._is_heard and account.missing(needs) is None:
             account.take(needs)
@@ -98,11 +101,17 @@ class Quotas:
             self._wake.set()
             return made
         if self._is_uncertain:
+            _drop(made)
             return self._unasked()
         ask = Ask(account, needs, made, asyncio.get_running_loop().create_future())
         self._asks.append(ask)
         self._wake.set()
-        return made if await self._granted(ask, deadline_s) else []
+        try:
+            is_granted = await self._granted(ask, deadline_s)
+        except QuotaExceeded:
+            _drop(made)
+            raise
+        return made if is_granted else []
 
     async def permit(self, reservation: Reservation, deadline_s: float) -> None:
         """Wait until the request may run beside the others of its tenant. Raises QuotaExceeded, DeadlineExceeded."""
@@ -157,6 +166,7 @@ class Quotas:
             if ask in self._asks:
                 self._asks.remove(ask)
                 ask.granted.cancel()
+                _drop(ask.reservations)
             else:  # on its way: it is given back if it is granted
                 ask.granted.add_done_callback(lambda done: _undo(done, ask.reservations))
             if isinstance(error, asyncio.CancelledError):
@@ -180,7 +190,7 @@ class Quotas:
                 await waiter
         except BaseException as error:
             if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
-                self._return_permit(account)  # it was given just when it gave up
+                self.permit_returned(account)  # it was given just when it gave up
             elif waiter in account.waiting:
                 account.waiting.remove(waiter)
             if isinstance(error, TimeoutError):
@@ -193,7 +203,8 @@ class Quotas:
         account.held[LimitKind.PARALLEL] -= TOKEN_MICROS
         account.in_use += 1
 
-    def _return_permit(self, account: Account) -> None:
+    def permit_returned(self, account: Account) -> None:
+        """To be given to the next one."""
         account.in_use -= 1
         account.add(LimitKind.PARALLEL, TOKEN_MICROS)
         self._give_permits(account)
@@ -206,18 +217,19 @@ class Quotas:
                 self._give_permit(account)
                 waiter.set_result(None)
 
-    def _end(self, reservation: Reservation, charged_micros: int) -> None:
-        if reservation.has_permit:
-            self._return_permit(reservation.account)
+    # What reservations tell
+
+    def settled(self, reservation: Reservation, charged_micros: int) -> None:
         if reservation.kinds:
             self._to_settle[reservation.request_id] = charged_micros
             self._wake.set()
 
-    def release_permit(self, reservation: Reservation) -> None:
-        """The request has ended; what it is charged is decided later."""
+    def forgotten(self, reservation: Reservation) -> None:
+        """Told by whatever thread has found it."""
         if reservation.has_permit:
-            reservation.has_permit = False
-            self._return_permit(reservation.account)
+            self._lost_permits.append(reservation.account)
+        if reservation.kinds:
+            self._to_settle[reservation.request_id] = reservation.tokens_micros if reservation.is_started else 0
 
     # What PostgreSQL is told and asked
 
@@ -243,6 +255,8 @@ class Quotas:
         async with self._lock:
             if not (self._ledger.node or self._asks or self._is_waited_for or self._is_uncertain):
                 return
+            while self._lost_permits:
+                self.permit_returned(self._lost_permits.popleft())
             asks = list(self._asks)
             self._asks.clear()
             exchange = Exchange(self._accounts, asks, self._clock())
@@ -317,6 +331,14 @@ class Quotas:
 
 def _undo(granted: asyncio.Future[None], reservations: list[Reservation]) -> None:
     """Nobody waits for them any more."""
-    if not granted.cancelled() and granted.exception() is None:
-        for reservation in reservations:
-            reservation.settle(0)
+    if granted.cancelled() or granted.exception() is not None:
+        _drop(reservations)
+        return
+    for reservation in reservations:
+        reservation.settle(0)
+
+
+def _drop(reservations: list[Reservation]) -> None:
+    """They were never granted: there is nothing to settle."""
+    for reservation in reservations:
+        reservation.is_ended = True

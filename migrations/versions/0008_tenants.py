@@ -90,8 +90,8 @@ CREATE TABLE stratakv.quota_state (
     PRIMARY KEY (tenant_id, kind)
 );
 COMMENT ON TABLE stratakv.quota_state IS
-    'What is taken of each limit, in millionths of a request or token. spent was charged: that of a minute leaks at the rate of the '
-    'limit, as of at, and that of a month begins anew in UTC. held is reserved or leased, and does not leak.';
+    'What is taken of each limit, in millionths of a request or token. spent was charged: that of a minute leaks at the rate of '
+    'the limit, as of at, and that of a month begins anew in UTC. held is reserved or leased, and does not leak.';
 
 CREATE FUNCTION stratakv.quota_spent(kind text, spent_micros bigint, at timestamptz, per_minute bigint) RETURNS bigint
 LANGUAGE sql VOLATILE AS $$
@@ -140,8 +140,8 @@ CREATE INDEX reservations_open ON stratakv.reservations (node) WHERE state = 'op
 CREATE INDEX reservations_unsettled ON stratakv.reservations (ended_at) WHERE state = 'unsettled';
 CREATE INDEX reservations_ended ON stratakv.reservations (ended_at) WHERE state = 'settled';
 COMMENT ON TABLE stratakv.reservations IS
-    'Tokens, in millionths, of requests of tenants with limits, held in quota_state of these kinds. unsettled: the DB node is gone and no worker knows what it took; '
-    'charged as reserved.';
+    'Tokens, in millionths, of requests of tenants with limits, held in quota_state of these kinds. unsettled: the DB node is gone '
+    'and no worker knows what it took; charged as reserved.';
 """
 
 AUDIT = """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import asyncpg
 
@@ -57,6 +57,8 @@ class NodeAtWork:
 
     ledger: UnsureLedger
     quotas: Quotas
+    kept: list[Reservation] = field(default_factory=list)
+    """What nobody keeps would end by itself."""
 
     async def reserve(self, request_id: str, tenant: Tenant, tokens: int) -> Reservation | StrataError:
         """With the exchange that it may need."""
@@ -71,6 +73,7 @@ class NodeAtWork:
         except StrataError as error:
             return error
         assert reservation is not None
+        self.kept.append(reservation)
         return reservation
 
     async def flush(self) -> None:
