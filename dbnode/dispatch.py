@@ -16,8 +16,9 @@ import msgspec
 
 from dbnode.errors import HandoverFailed, NoWorker, WorkerLost, WorkerRefused, WorkersExhausted, WorkerUnreachable
 from dbnode.generate import FinishReason, PromptTiers, Sampling, TokenScore
-from dbnode.scheduler.scheduler import Plan, PromptKeys, Scheduler
-from dbnode.scheduler.workers import Sent, WorkerRecord
+from dbnode.scheduler.fleet import Sent, WorkerRecord
+from dbnode.scheduler.planner import Plan, PromptKeys
+from dbnode.scheduler.scheduler import Scheduler
 from dbnode.suspects import PromptId, Suspects, Trial, prompt_id
 from dbnode.worker_base import WorkerDoor
 from dbnode.worker_messages import KVTransfer, WorkerChunk, WorkerRequest, WorkerUsage
@@ -46,6 +47,8 @@ class Job:
     sampling: Sampling
     max_tokens: int
     deadline_s: float
+    tpot_max_s: float = 0.0
+    """What a token should take at most; 0: no matter."""
     traceparent: str | None = None
 
 
@@ -98,7 +101,9 @@ class Dispatch:
             raise WorkersExhausted(f"the request failed on {self._attempt} workers") from last_error
         avoid = frozenset(self._avoid)
         try:
-            return await self._scheduler.plan(job.request_id, job.model, job.keys, job.max_tokens, avoid, self._attempt)
+            return await self._scheduler.plan(
+                job.request_id, job.model, job.keys, job.max_tokens, avoid, self._attempt, job.tpot_max_s
+            )
         except NoWorker:
             if last_error is None:
                 raise

@@ -4,6 +4,8 @@ StrataError
 ├── InvalidRequest
 │   ├── Unauthenticated
 │   └── NotOffered           an endpoint that clients know and this node does not have
+├── Overloaded
+│   └── ExpectedTooLate      its first token would come too late
 ├── Unavailable
 │   ├── NoWorker
 │   ├── WorkerUnreachable    the request did not reach the worker
@@ -89,6 +91,12 @@ class WorkersExhausted(StrataError):
     code = "workers_exhausted"
     http_status = 502
     sqlstate = "XX000"
+
+
+class ExpectedTooLate(Overloaded):
+    """The load would make the first token come after the request's deadline or its class's target; nothing was done."""
+
+    code = "expected_too_late"
 
 
 class PoisonPrompt(StrataError):

@@ -52,8 +52,9 @@ class Node:
         model_dir = resolve(settings.model.name, settings.model.cache_dir.expanduser())
         tokenizer = load_tokenizer(model_dir)
         pool = PoolView(meta)
+        credentials = PoolCredentials.from_settings(settings.pool)
         self.client = AllWorkers(
-            WorkerClient(PoolCredentials.from_settings(settings.pool)),
+            WorkerClient(credentials),
             VllmClient(
                 vllm_addresses(settings.router.workers).values(),
                 self.model,
@@ -71,7 +72,9 @@ class Node:
         self.usage = UsageWriter(settings.database, self.metrics.usage_dropped.inc)
         self.upkeep = UsageUpkeep(settings.database, settings.usage)
         self.statements = StatementStats(settings.database, self.metrics.statements_dropped.inc)
-        self.directory = WorkerDirectory(settings.router, self.client, pool, self._on_workers_changed)
+        self.directory = WorkerDirectory(
+            settings.router, self.client, pool, self._on_workers_changed, credentials=credentials
+        )
         self.metrics.registry.register(RouterMetrics(self.directory))
         scheduler = Scheduler(settings.router, self.directory, pool, kv_bytes_per_token(model_dir))
         self.inference = InferenceService(
@@ -82,7 +85,7 @@ class Node:
             suspects=Suspects(settings.router.poison_prompt_s),
             observers=(self.metrics, self.usage),
             waiting_max={Source.REST: settings.rest.requests_max, Source.SQL: settings.sql.calls_waiting_max},
-            request_timeout_s=settings.router.request_timeout_s,
+            router=settings.router,
             quotas=self.quotas,
         )
         self.metrics.watch_admission(lambda: self.inference.admission.running, lambda: self.inference.admission.waiting)

@@ -14,8 +14,26 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-from dbnode.errors import AnswerCut, AnswerUnfit, NoWorker, PoisonPrompt, WorkerLost, WorkersExhausted
-from dbnode.generate import Answer, Caller, FinishReason, GenerateRequest, Settled, Source, StructuredOutputs, Usage
+from dbnode.errors import (
+    AnswerCut,
+    AnswerUnfit,
+    ExpectedTooLate,
+    NoWorker,
+    PoisonPrompt,
+    WorkerLost,
+    WorkersExhausted,
+)
+from dbnode.generate import (
+    Answer,
+    Caller,
+    FinishReason,
+    GenerateRequest,
+    Settled,
+    SloClass,
+    Source,
+    StructuredOutputs,
+    Usage,
+)
 from dbnode.inference import InferenceService
 from dbnode.sql.commands import NulInAnswer
 from dbnode.sql.service import CallCost, InferCall, NullAnswer
@@ -30,6 +48,7 @@ RESERVE_TIMEOUT_S = 5.0
 _OF_ONE_ROW = (
     ContextTooLong,
     DeadlineExceeded,
+    ExpectedTooLate,
     AnswerCut,
     AnswerUnfit,
     NulInAnswer,
@@ -171,6 +190,7 @@ def request_of(
         messages=tuple(messages),
         sampling=sampling(options),
         priority=options.get("priority", 0),
+        slo_class=SloClass(options["slo_class"]) if "slo_class" in options else None,
         cache_salt=options.get("cache_salt"),
         deadline_s=deadline_s,
         caller=caller,

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import NewType
 
 from dbnode.errors import PoisonPrompt
-from dbnode.scheduler.scheduler import PromptKeys
+from dbnode.scheduler.planner import PromptKeys
 from stratakv.errors import DeadlineExceeded
 from stratakv.log import EventLogger
 

@@ -76,6 +76,10 @@ class WorkerInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     max_model_len: int
     node: str | None = None
     """Its local daemon."""
+    events: str = ""
+    """ZeroMQ endpoint on which it tells which blocks it holds; empty: it does not."""
+    replay: str = ""
+    """ZeroMQ endpoint at which missed events can be asked for."""
 
 
 class WorkerLoad(msgspec.Struct, frozen=True, omit_defaults=True):

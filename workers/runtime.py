@@ -11,6 +11,9 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
 
 from stratakv.errors import ContextTooLong, DeadlineExceeded, Overloaded, StrataError, Unavailable
 from stratakv.keys import BlockKey, block_keys, salt_extra
@@ -87,6 +90,12 @@ class Runtime:
         self._warm = True
         if self._tiers is not None:
             self._tiers.open()
+
+    def publishes(self, events_port: int, replay_port: int) -> None:
+        """Blocks of L1 are told of at these ports."""
+        host = urlsplit(self.info.url).netloc.rpartition(":")[0]
+        events, replay = (f"tcp://{host}:{port}" for port in (events_port, replay_port))
+        self.info = msgspec.structs.replace(self.info, events=events, replay=replay)
 
     async def wait_idle(self) -> None:
         """Until nothing is in flight."""

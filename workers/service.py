@@ -31,6 +31,7 @@ from workers.handover.client import HandoverClient
 from workers.handover.incoming import HandoverTaker
 from workers.handover.outgoing import HandoverBook
 from workers.http import create_app
+from workers.kv_events import KvEventPublisher
 from workers.metrics import WorkerMetrics
 from workers.profiling import profile_key
 from workers.rates import Rates
@@ -54,6 +55,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     loop = asyncio.get_running_loop()
     parts = await asyncio.to_thread(_build, settings, credentials, loop)
     runtime = parts.runtime
+    events = KvEventPublisher(parts.engine.kv_cache, worker.host, worker.events_port, credentials)
+    runtime.publishes(events.events_port, events.replay_port)
     parts.engine.start()
     try:
         async with asyncio.TaskGroup() as tasks:
@@ -61,6 +64,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             await warm_up(parts.engine, parts.rates, parts.profiling)
             started()
             runtime.open()
+            telling = tasks.create_task(events.run(), name="kv-events")
             log.info(
                 "ready", worker=runtime.info.worker, url=runtime.info.url, model=runtime.info.model, role=worker.role
             )
@@ -68,10 +72,12 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             await stop.wait()
             await _drain(runtime)
             registration.cancel()
+            telling.cancel()
             server.stop()
             await http
     finally:
         await asyncio.to_thread(parts.engine.shutdown)
+        events.close()
         if parts.taker is not None:
             await parts.taker.close()
         if parts.tiers is not None:

@@ -207,6 +207,7 @@ def _request(given: _Given, asked: Asked, sampling: Sampling, index: int = 0, **
         model=given.get("model"),
         sampling=sampling,
         priority=given.get("priority", 0),
+        slo_class=given.get("slo_class"),
         cache_salt=given.get("cache_salt"),
         caller=asked.caller,
         trace_id=asked.trace_id,

@@ -1,15 +1,33 @@
-"""What a request reserves of its tenant's quota, and what it is charged in the end. Free of I/O."""
+"""What a request reserves of its tenant's quota, and what it is charged in the end."""
 
 from __future__ import annotations
 
 from dbnode.generate import GenerateRequest, Outcome, Usage
 from dbnode.tenants.account import Reservation
+from dbnode.tenants.quotas import Quotas
 from stratakv.tenancy.values import TOKEN_MICROS, Limits
 
 
 def reserved_tokens(request: GenerateRequest, prompt_tokens: int, max_tokens: int) -> int:
     """The most that a request can take; of several answers to one prompt, the first has the prompt."""
     return max_tokens + (0 if request.is_sibling else prompt_tokens)
+
+
+async def reserve(
+    quotas: Quotas, request: GenerateRequest, prompt_tokens: int, max_tokens: int, deadline_s: float
+) -> Reservation | None:
+    """Of a tenant with limits, unless that was done for several requests together. Raises QuotaExceeded, Unavailable."""
+    reservation = request.reservation
+    if reservation is None:
+        tokens = reserved_tokens(request, prompt_tokens, max_tokens)
+        requests = 0 if request.is_sibling else 1
+        tenant = request.caller.tenant
+        reservation = await quotas.reserve(request.request_id, tenant, tokens, deadline_s, requests=requests)
+    else:
+        await quotas.permit(reservation, deadline_s)
+    if reservation is not None:
+        reservation.is_started = True
+    return reservation
 
 
 def charged_micros(limits: Limits, usage: Usage, outcome: Outcome) -> int:

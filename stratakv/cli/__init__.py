@@ -18,6 +18,7 @@ from stratakv.cli import (
     model,
     profile,
     serve,
+    sim,
     sql,
     status,
     tenancy,
@@ -57,6 +58,7 @@ app.command("usage")(usage.usage)
 app.command("status")(status.status)
 app.add_typer(config.app, name="config")
 app.command("bench", context_settings=serve.PASS_ON)(bench.bench)
+app.command("sim", context_settings=serve.PASS_ON)(sim.sim)
 app.command("version")(version.version)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dbnode.errors import PoisonPrompt
-from dbnode.scheduler.scheduler import PromptKeys
+from dbnode.scheduler.planner import PromptKeys
 from dbnode.suspects import PromptId, Suspects, prompt_id
 from stratakv.errors import DeadlineExceeded
 
