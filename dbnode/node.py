@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dbnode.all_workers import AllWorkers
+from dbnode.conversations.service import Conversations
+from dbnode.conversations.store import ConversationStore
 from dbnode.generate import Source
 from dbnode.inference import InferenceService
 from dbnode.metadata import Metadata
@@ -88,6 +90,9 @@ class Node:
             router=settings.router,
             quotas=self.quotas,
         )
+        self.conversations = Conversations(
+            ConversationStore(self.metadata, settings.conversations), self.inference, settings.router.request_timeout_s
+        )
         self.metrics.watch_admission(lambda: self.inference.admission.running, lambda: self.inference.admission.waiting)
         self.metrics.watch_suspects(lambda: self.inference.suspects.num_remembered)
         self._rest = settings.rest
@@ -103,6 +108,7 @@ class Node:
             self._pool,
             self.tenants,
             self.quotas,
+            self.conversations,
         ).app()
 
     def not_ready(self) -> list[str]:
@@ -124,6 +130,7 @@ class Node:
             tasks.create_task(self.usage.run(), name="usage")
             tasks.create_task(self.statements.run(), name="statements")
             tasks.create_task(self.upkeep.run(), name="usage-upkeep")
+            tasks.create_task(self.conversations.run(), name="conversations")
 
     async def close(self) -> None:
         await self.quotas.close()

@@ -37,6 +37,7 @@ from dbnode.generate import (
 from dbnode.inference import InferenceService
 from dbnode.sql.commands import NulInAnswer
 from dbnode.sql.service import CallCost, InferCall, NullAnswer
+from dbnode.sql.topics import Asked
 from dbnode.sql_fold import FOLD, Fold, parse_fold
 from dbnode.sql_options import COUNT_TOKENS, MAX_TOKENS_DEFAULT, OnError, checked_options, sampling
 from dbnode.tenants.account import Reservation
@@ -163,7 +164,7 @@ def _reserved(call: InferCall, reservation: Reservation | None) -> InferCall:
     return replace(call, reservation=reservation)
 
 
-def caller_of(call: InferCall, directory: Directory) -> Caller:
+def caller_of(call: InferCall | Asked, directory: Directory) -> Caller:
     """Who calls: the tenant of the role that has logged in. Raises PermissionDenied, Unavailable."""
     login = call.login
     role, oid, cluster = (call.role, None, "") if login is None else (login.role, login.oid, login.cluster)
