@@ -115,6 +115,8 @@ class MetaSettings:
     policy: EvictionPolicy = setting(EvictionPolicy.COST, "which pages go first: cost, lru, lfu or s3fifo")
     demote_high: float = setting(0.80, "share of a memory segment in use at which its coldest pages go to its disk")
     demote_low: float = setting(0.70, "share of a memory segment in use down to which they go")
+    replicas_max: int = setting(1, "daemons at which a page that is read often may lie at once; 1: none is copied")
+    replica_reads: int = setting(3, "a page that was read so often from another daemon's host is copied there")
     kvcm_enabled: bool = setting(False, "serve the KVCM API too")
     kvcm_host: str = setting("127.0.0.1", "address the KVCM API listens on")
     kvcm_token: Secret | None = setting(
