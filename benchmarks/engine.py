@@ -2,7 +2,8 @@
 
 No cache anywhere: every prompt is new, prefix caching is off on all sides. Prefill: one prompt of 512, 3,000 or 7,500 tokens, one
 token out. Decode: 1, 8 or 32 requests at once, each with a prompt of 64 tokens; the time of 33 tokens less that of one.
-The engines take turns in one run.
+The engines take turns in one run. `share_of_bound`: the time that reading the weights and keys once, or the operations, would
+take at the rates measured of this machine's memory and matrix units, over the time that was needed.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from typing import Any
 
 import torch
 
+from benchmarks.engine_bounds import decode_cost, prefill_cost
 from benchmarks.harness import Spread, parse_options, report
 from benchmarks.vllm_process import VllmProcess, vllm_engine
 from stratakv import models
 from stratakv.keys import block_keys
 from stratakv.models import DEFAULT_MODEL
 from stratakv.settings import ModelSettings
-from workers.engine import Engine, EngineConfig, EngineDtype, EngineRequest, FinishedEvent, SamplingParams
+from workers.engine import Engine, EngineConfig, EngineDtype, EngineRequest, FinishedEvent, SamplingParams, kernels
+from workers.engine.model_config import read_model_config
 
 PREFILL = (512, 3000, 7500)
 DECODE = (1, 8, 32)
@@ -128,6 +131,21 @@ def measure(engines: dict[str, Generate], runs: int, rng: random.Random) -> dict
     return rates
 
 
+def share_of_bound(model: Path, tokens_per_s: dict[str, float]) -> dict[str, Any]:
+    """What was measured of the machine, and how near to it each figure comes."""
+    if not kernels.is_supported():
+        return {}
+    config, bounds = read_model_config(model), kernels.measure_bounds(torch.get_num_threads())
+    num_before = DECODE_PROMPT + (1 + DECODE_STEPS) / 2
+    least_s = {f"prefill_{n}": prefill_cost(config, n).seconds(bounds) / n for n in PREFILL}
+    least_s |= {f"decode_{n}": decode_cost(config, n, num_before).seconds(bounds) / n for n in DECODE}
+    return {
+        "machine_gb_per_s": round(bounds.bytes_per_s / 1e9, 1),
+        "machine_tflop_per_s": round(bounds.operations_per_s / 1e12, 2),
+        "share_of_bound": {what: round(tokens_per_s[what] * seconds, 2) for what, seconds in least_s.items()},
+    }
+
+
 def main() -> int:
     options = parse_options(__doc__)
     model = models.pull(DEFAULT_MODEL, ModelSettings().cache_dir.expanduser())
@@ -166,7 +184,7 @@ def main() -> int:
     report(
         "engine",
         {"model": DEFAULT_MODEL, "dtype": "bf16", "quick": options.quick, "seed": options.seed},
-        told["ours"],
+        told["ours"] | share_of_bound(model, medians["ours"]),
         {"vllm": told["vllm"], "transformers": told["transformers"]},
         ratio,
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -28,21 +27,23 @@ from dbnode.generate import (
     Timings,
     Usage,
 )
-from dbnode.scheduler.scheduler import PromptKeys, Scheduler
+from dbnode.prompt_tokens import PromptTokens
+from dbnode.scheduler.planner import PromptKeys
+from dbnode.scheduler.scheduler import Scheduler
+from dbnode.slo import SloTargets, targets_of
+from dbnode.suspects import Suspects
 from dbnode.worker_base import WorkerDoor
 from stratakv.errors import (
     Cancelled,
     ContextTooLong,
-    InvalidRequest,
     ModelNotFound,
     PermissionDenied,
     StrataError,
     Unavailable,
 )
 from stratakv.log import EventLogger
-from stratakv.text import Detokenizer, chat_text, encode
-from stratakv.text_cache import CachingEncoder
-from stratakv.token_text import TokenTexts
+from stratakv.settings import RouterSettings
+from stratakv.text import Detokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -51,9 +52,8 @@ log = EventLogger("dbnode.inference")
 
 RUNNING_PER_WORKER_MAX = 128
 """Requests one worker is given at once; the rest wait here, where they can still be routed."""
-TOKENIZE_INLINE_CHARS_MAX = 4096
-"""Longer texts are tokenised off the event loop, and longer prompts hashed there."""
 HASH_INLINE_TOKENS_MAX = 4096
+"""The keys of longer prompts are computed off the event loop."""
 STOP_SETTLE_S = 1.0
 """After a stop string, how long the worker is given to say what the prompt cost."""
 
@@ -75,6 +75,10 @@ class _Progress:
     first_token_s: float = 0.0
     prompt_tokens: int = 0
     dispatch: Dispatch | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.prompt_tokens + (len(self.dispatch.output) if self.dispatch else 0)
 
     def usage(self, now_s: float) -> Usage:
         arrived_s = self.request.arrived_s
@@ -104,27 +108,25 @@ class InferenceService:
         tokenizer: PreTrainedTokenizerFast,
         client: WorkerDoor,
         scheduler: Scheduler,
+        suspects: Suspects,
         observers: tuple[Observer, ...],
         waiting_max: dict[Source, int],
-        request_timeout_s: float,
+        router: RouterSettings,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model = model
         self.scheduler = scheduler
+        self.suspects = suspects
         self.draining = False
-        self.texts = TokenTexts(tokenizer)
-        self._tokenizer = tokenizer
-        self._encoder = CachingEncoder(tokenizer)
-        self._vocab_size: int = tokenizer.backend_tokenizer.get_vocab_size()
+        self.tokens = PromptTokens(tokenizer)
         self._client = client
         self._observers = observers
-        self._request_timeout_s = request_timeout_s
+        self._router = router
         self._clock = clock
-        self._tokenize = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self.admission = Admission(self._running_max, waiting_max)
+        self.admission = Admission(self._running_max, waiting_max, self._wait_s)
 
     @property
     def in_flight(self) -> int:
@@ -148,13 +150,27 @@ class InferenceService:
         self._idle.clear()
         try:
             job = await self._prepare(request, progress)
-            async with self.admission.slot(request.source, job.deadline_s, request.priority):
+            await self._check_time(job, request)
+            if self.admission.is_full:
+                self.scheduler.fetch_ahead(self.model, job.keys)
+            prompt_tokens = len(job.keys.token_ids)
+            async with self.admission.slot(
+                request.source,
+                job.deadline_s,
+                request.priority,
+                tenant=request.caller.tenant,
+                cost_tokens=prompt_tokens + job.max_tokens,
+                prompt_tokens=prompt_tokens,
+            ) as took:
                 progress.started_s = self._clock()
-                async with aclosing(self._answer(job, progress)) as chunks:
-                    async for chunk in chunks:
-                        if chunk.finish_reason is not None:
-                            outcome = Outcome.COMPLETED
-                        yield chunk
+                try:
+                    async with aclosing(self._answer(job, progress)) as chunks:
+                        async for chunk in chunks:
+                            if chunk.finish_reason is not None:
+                                outcome = Outcome.COMPLETED
+                            yield chunk
+                finally:
+                    took(progress.num_tokens)
         except StrataError as raised:
             outcome, error = Outcome.FAILED, raised
             raise
@@ -167,18 +183,7 @@ class InferenceService:
     async def count_tokens(self, text: str, model: str | None) -> int:
         """Tokens of the text itself, without what a chat puts around it. Raises ModelNotFound."""
         self.check_model(model)
-        make = partial(encode, self._tokenizer, text, special=False)
-        if len(text) <= TOKENIZE_INLINE_CHARS_MAX:
-            return len(make())
-        return len(await asyncio.get_running_loop().run_in_executor(self._tokenize, make))
-
-    async def count_each(self, texts: Sequence[str]) -> list[int]:
-        """As `count_tokens`, of many texts; off the event loop."""
-
-        def count() -> list[int]:
-            return [len(encode(self._tokenizer, text, special=False)) for text in texts]
-
-        return await asyncio.get_running_loop().run_in_executor(self._tokenize, count)
+        return len(await self.tokens.of_text(text, special=False))
 
     async def prompt_keys(self, requests: Sequence[GenerateRequest]) -> list[PromptKeys]:
         """Of requests that are not made; computed off the event loop. Raises ModelNotFound, PermissionDenied, InvalidRequest."""
@@ -187,22 +192,18 @@ class InferenceService:
         sizes = {r.facts.block_size for r in self.scheduler.directory.usable(self.model) if r.facts}
 
         def make() -> list[PromptKeys]:
-            texts = (chat_text(self._tokenizer, request.messages or ()) for request in requests)
-            found = [
-                PromptKeys(self._encoder.encode(t, r.caller.tenant.salt), r.kv_salt)
-                for t, r in zip(texts, requests, strict=True)
-            ]
+            found = [PromptKeys(self.tokens.of_chat(request), request.kv_salt) for request in requests]
             for keys in found:
                 for size in sizes:
                     keys.of_size(size)
             return found
 
-        return await asyncio.get_running_loop().run_in_executor(self._tokenize, make)
+        return await self.tokens.aside(make)
 
     async def keys_of(self, request: GenerateRequest) -> PromptKeys:
         """Of a request that is not made. Raises ModelNotFound, PermissionDenied, InvalidRequest."""
         self.check_allowed(request)
-        return await self._keys(await self._token_ids(request), request)
+        return await self._keys(await self.tokens.of(request), request)
 
     async def drained(self, timeout_s: float) -> bool:
         """Take nothing new, and wait until what is in flight has ended."""
@@ -215,14 +216,14 @@ class InferenceService:
         return True
 
     def close(self) -> None:
-        self._tokenize.shutdown(wait=False, cancel_futures=True)
+        self.tokens.close()
 
     async def _prepare(self, request: GenerateRequest, progress: _Progress) -> Job:
         """All that can refuse a request before it costs a worker anything."""
         if self.draining and request.source is Source.REST:  # statements that run may still ask for rows
             raise Unavailable("this DB node is shutting down")
         self.check_allowed(request)
-        token_ids = await self._token_ids(request)
+        token_ids = await self.tokens.of(request)
         progress.prompt_tokens = len(token_ids)
         context = self.max_model_len()
         if not context:
@@ -236,7 +237,7 @@ class InferenceService:
                 f" the context of {context} tokens",
                 param="messages" if request.messages is not None else "prompt",
             )
-        deadline_s = request.arrived_s + self._request_timeout_s
+        deadline_s = request.arrived_s + self._router.request_timeout_s
         if request.deadline_s is not None:
             deadline_s = min(deadline_s, request.deadline_s)
         keys = await self._keys(token_ids, request)
@@ -247,8 +248,23 @@ class InferenceService:
             sampling=request.sampling,
             max_tokens=max_tokens,
             deadline_s=deadline_s,
+            tpot_max_s=self._targets(request).tpot_s,
             traceparent=request.traceparent,
         )
+
+    async def _check_time(self, job: Job, request: GenerateRequest) -> None:
+        """Raises ExpectedTooLate."""
+        wanted_s = job.deadline_s
+        ttft_s = self._targets(request).ttft_s
+        if ttft_s:
+            wanted_s = min(wanted_s, request.arrived_s + ttft_s)
+        await self.scheduler.check_time(self.model, job.keys, wanted_s - self._clock(), self.admission.waiting_tokens)
+
+    def _targets(self, request: GenerateRequest) -> SloTargets:
+        return targets_of(self._router, request.slo_class, request.source)
+
+    def _wait_s(self) -> float | None:
+        return self.scheduler.least_wait_s(self.scheduler.able(self.model, 0))
 
     def check_model(self, name: str | None) -> None:
         """Raises ModelNotFound."""
@@ -264,46 +280,19 @@ class InferenceService:
                 f"model {self.model!r} is not among those that this tenant or key may use", param="model"
             )
 
-    async def _token_ids(self, request: GenerateRequest) -> list[int]:
-        if isinstance(request.prompt, tuple):
-            return self._checked_ids(request.prompt)
-        if request.messages is not None:
-            text = chat_text(self._tokenizer, request.messages, request.tools)
-            owner = request.caller.tenant.salt
-            make = partial(self._encoder.encode, text, owner)
-            inline = self._encoder.is_mostly_known(text, TOKENIZE_INLINE_CHARS_MAX, owner)
-        else:
-            text = request.prompt or ""
-            make = partial(encode, self._tokenizer, text)
-            inline = len(text) <= TOKENIZE_INLINE_CHARS_MAX
-        if inline:
-            token_ids = make()
-        else:
-            token_ids = await asyncio.get_running_loop().run_in_executor(self._tokenize, make)
-        if not token_ids:
-            raise InvalidRequest("the prompt must not be empty", param="prompt")
-        return token_ids
-
-    def _checked_ids(self, token_ids: tuple[int, ...]) -> list[int]:
-        if not token_ids:
-            raise InvalidRequest("the prompt must not be empty", param="prompt")
-        if min(token_ids) < 0 or max(token_ids) >= self._vocab_size:
-            raise InvalidRequest(f"prompt: token ids go from 0 to {self._vocab_size - 1}", param="prompt")
-        return list(token_ids)
-
     async def _keys(self, token_ids: list[int], request: GenerateRequest) -> PromptKeys:
         """Those of long prompts are computed where they do not hold up other requests."""
         keys = PromptKeys(token_ids, request.kv_salt)
         sizes = {r.facts.block_size for r in self.scheduler.directory.usable(self.model) if r.facts}
         if len(keys.token_ids) > HASH_INLINE_TOKENS_MAX:
             for size in sizes:
-                await asyncio.get_running_loop().run_in_executor(self._tokenize, keys.of_size, size)
+                await self.tokens.aside(partial(keys.of_size, size))
         return keys
 
     async def _answer(self, job: Job, progress: _Progress) -> AsyncGenerator[Chunk, None]:
         """Tokens to text; ends at a stop string or when the worker ends."""
-        dispatch = progress.dispatch = Dispatch(self._client, self.scheduler, job)
-        detokenizer = Detokenizer(self._tokenizer, job.sampling.stop)
+        dispatch = progress.dispatch = Dispatch(self._client, self.scheduler, self.suspects, job)
+        detokenizer = Detokenizer(self.tokens.tokenizer, job.sampling.stop)
         async with aclosing(dispatch.tokens()) as tokens:
             async for token_ids in tokens:
                 if not progress.first_token_s:

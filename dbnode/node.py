@@ -12,6 +12,7 @@ from pathlib import Path
 from dbnode.all_workers import AllWorkers
 from dbnode.generate import Source
 from dbnode.inference import InferenceService
+from dbnode.metadata import Metadata
 from dbnode.metrics import NodeMetrics
 from dbnode.rest.app import RestFace
 from dbnode.rest.http import Guard
@@ -20,6 +21,7 @@ from dbnode.scheduler.pool_view import MetaCalls, PoolView
 from dbnode.scheduler.scheduler import Scheduler
 from dbnode.scheduler.workers import WorkerDirectory
 from dbnode.statement_stats import StatementStats
+from dbnode.suspects import Suspects
 from dbnode.tenants.directory import Directory
 from dbnode.usage import UsageWriter
 from dbnode.usage_upkeep import UsageUpkeep
@@ -45,8 +47,9 @@ class Node:
         model_dir = resolve(settings.model.name, settings.model.cache_dir.expanduser())
         tokenizer = load_tokenizer(model_dir)
         pool = PoolView(meta)
+        credentials = PoolCredentials.from_settings(settings.pool)
         self.client = AllWorkers(
-            WorkerClient(PoolCredentials.from_settings(settings.pool)),
+            WorkerClient(credentials),
             VllmClient(
                 vllm_addresses(settings.router.workers).values(),
                 self.model,
@@ -57,11 +60,14 @@ class Node:
         )
         self.metrics = NodeMetrics(self.model)
         self._pool = pool
+        self.metadata = Metadata(settings.database)
         self.tenants = Directory(settings.database)
         self.usage = UsageWriter(settings.database, self.metrics.usage_dropped.inc)
         self.upkeep = UsageUpkeep(settings.database, settings.usage)
         self.statements = StatementStats(settings.database, self.metrics.statements_dropped.inc)
-        self.directory = WorkerDirectory(settings.router, self.client, pool, self._on_workers_changed)
+        self.directory = WorkerDirectory(
+            settings.router, self.client, pool, self._on_workers_changed, credentials=credentials
+        )
         self.metrics.registry.register(RouterMetrics(self.directory))
         scheduler = Scheduler(settings.router, self.directory, pool, kv_bytes_per_token(model_dir))
         self.inference = InferenceService(
@@ -69,11 +75,13 @@ class Node:
             tokenizer,
             self.client,
             scheduler,
+            suspects=Suspects(settings.router.poison_prompt_s),
             observers=(self.metrics, self.usage),
             waiting_max={Source.REST: settings.rest.requests_max, Source.SQL: settings.sql.calls_waiting_max},
-            request_timeout_s=settings.router.request_timeout_s,
+            router=settings.router,
         )
         self.metrics.watch_admission(lambda: self.inference.admission.running, lambda: self.inference.admission.waiting)
+        self.metrics.watch_suspects(lambda: self.inference.suspects.num_remembered)
         self._rest = settings.rest
 
     def rest_app(self) -> Guard:
@@ -103,6 +111,7 @@ class Node:
     async def close(self) -> None:
         await self.usage.close()
         await self.statements.close()
+        await self.metadata.close()
         await self.client.close()
         self.inference.close()
 

@@ -81,3 +81,29 @@ SELECT
 FROM stratakv.sql_statements
 WHERE $1::text IS NULL OR role = $1
 ORDER BY wait_ms DESC
+
+-- name: own_usage
+-- By day, of the tenant of a role; as the view my_usage.
+SELECT day, model, source, requests, cancelled, failed, prompt_tokens, cached_l1_tokens, cached_l2_tokens, cached_pool_tokens,
+       cached_disk_tokens, generated_tokens
+FROM stratakv.usage_daily WHERE tenant_id = (
+    SELECT m.tenant_id FROM stratakv.tenant_roles m JOIN stratakv.tenants t ON t.id = m.tenant_id AND t.deleted_at IS NULL
+    WHERE m.cluster = $1 AND m.role_name = $2 AND m.role_oid = $3
+)
+
+-- name: own_requests
+-- The latest requests of the tenant of a role; as the view my_requests.
+SELECT created_at, request_id, model, source, outcome, prompt_tokens, cached_l1_tokens, cached_l2_tokens, cached_pool_tokens,
+       cached_disk_tokens, generated_tokens, queue_ms, ttft_ms, generation_ms, mean_itl_ms
+FROM stratakv.usage_history WHERE tenant_id = (
+    SELECT m.tenant_id FROM stratakv.tenant_roles m JOIN stratakv.tenants t ON t.id = m.tenant_id AND t.deleted_at IS NULL
+    WHERE m.cluster = $1 AND m.role_name = $2 AND m.role_oid = $3
+)
+ORDER BY created_at DESC LIMIT $4
+
+-- name: own_limits
+-- Limits of the tenant of a role, and what is taken of them; as the view my_limits.
+SELECT l."limit", l.maximum, l.used FROM stratakv.limits_in_use l WHERE l.tenant_id = (
+    SELECT m.tenant_id FROM stratakv.tenant_roles m JOIN stratakv.tenants t ON t.id = m.tenant_id AND t.deleted_at IS NULL
+    WHERE m.cluster = $1 AND m.role_name = $2 AND m.role_oid = $3
+)

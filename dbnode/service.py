@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 
 from dbnode.node import Node
+from dbnode.own_usage import own_usage_topics
 from dbnode.sql.admin.login import check_name
 from dbnode.sql.front import SqlFront
 from dbnode.sql_explain import SqlExplainer
@@ -53,6 +54,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             postgres_uid=settings.sql.backend_uid,
             statements=node.statements,
             explainer=SqlExplainer(node.inference, node.tenants),
+            topics=own_usage_topics(node.metadata),
         )
         node.metrics.registry.register(SqlMetrics(sql))
         await sql.start()

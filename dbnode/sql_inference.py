@@ -14,8 +14,26 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-from dbnode.errors import AnswerCut, AnswerUnfit, NoWorker, WorkerLost, WorkersExhausted
-from dbnode.generate import Answer, Caller, FinishReason, GenerateRequest, Settled, Source, StructuredOutputs, Usage
+from dbnode.errors import (
+    AnswerCut,
+    AnswerUnfit,
+    ExpectedTooLate,
+    NoWorker,
+    PoisonPrompt,
+    WorkerLost,
+    WorkersExhausted,
+)
+from dbnode.generate import (
+    Answer,
+    Caller,
+    FinishReason,
+    GenerateRequest,
+    Settled,
+    SloClass,
+    Source,
+    StructuredOutputs,
+    Usage,
+)
 from dbnode.inference import InferenceService
 from dbnode.sql.commands import NulInAnswer
 from dbnode.sql.service import CallCost, InferCall, NullAnswer
@@ -24,7 +42,17 @@ from dbnode.sql_options import COUNT_TOKENS, MAX_TOKENS_DEFAULT, OnError, checke
 from dbnode.tenants.directory import Directory
 from stratakv.errors import ContextTooLong, DeadlineExceeded, StrataError
 
-_OF_ONE_ROW = (ContextTooLong, DeadlineExceeded, AnswerCut, AnswerUnfit, NulInAnswer, WorkerLost, WorkersExhausted)
+_OF_ONE_ROW = (
+    ContextTooLong,
+    DeadlineExceeded,
+    ExpectedTooLate,
+    AnswerCut,
+    AnswerUnfit,
+    NulInAnswer,
+    WorkerLost,
+    WorkersExhausted,
+    PoisonPrompt,
+)
 """What `on_error` is about. Other errors would meet every row alike, or say that the statement is to end."""
 
 
@@ -71,7 +99,7 @@ class SqlInference:
             instruction=asked.instruction,
             room_tokens=context - answer_tokens_max,
             answer_tokens_max=answer_tokens_max,
-            count=service.count_each,
+            count=service.tokens.count_each,
             count_prompt=count_prompt,
             answer=answer,
         )
@@ -117,6 +145,7 @@ def request_of(
         messages=tuple(messages),
         sampling=sampling(options),
         priority=options.get("priority", 0),
+        slo_class=SloClass(options["slo_class"]) if "slo_class" in options else None,
         cache_salt=options.get("cache_salt"),
         deadline_s=deadline_s,
         caller=caller,

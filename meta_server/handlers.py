@@ -102,6 +102,7 @@ class Handlers:
             wire.ListWorkers: lambda _: wire.Workers(self._workers.states()),
             wire.ListNodes: lambda _: wire.Nodes(self._nodes.states()),
             wire.MatchPrefix: self.match_prefix,
+            wire.FetchAhead: self.fetch_ahead,
             wire.FindBlocks: self.find_blocks,
             wire.ReleaseLease: self.release_lease,
             wire.GetEventSnapshot: self.event_snapshot,
@@ -188,6 +189,11 @@ class Handlers:
 
     def heartbeat_worker(self, request: wire.HeartbeatWorker) -> wire.WorkerOrders:
         return wire.WorkerOrders(known=self._workers.heartbeat(request))
+
+    def fetch_ahead(self, request: wire.FetchAhead) -> wire.Done:
+        check_keys(request.namespace, request.keys)
+        self._moves.fetch(self._index.match(request.namespace, request.keys))
+        return wire.Done()
 
     def match_prefix(self, request: wire.MatchPrefix) -> wire.Match:
         check_keys(request.namespace, request.keys)

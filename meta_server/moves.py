@@ -73,17 +73,20 @@ class Moves:
     def read(self, slots: SlotArray) -> None:
         """These pages are being read: those on disk for the second time go back to memory."""
         counts = self._catalog.index.count_read(slots)
-        often = slots[counts >= PROMOTE_READS_MIN]
-        if not len(often) or not any(node.segment.is_disk for node in self._catalog.nodes):
+        self.fetch(slots[counts >= PROMOTE_READS_MIN])
+
+    def fetch(self, slots: SlotArray) -> None:
+        """Those of these pages that lie on disk go back to memory, as far as there is room and the limit goes."""
+        if not len(slots) or not any(node.segment.is_disk for node in self._catalog.nodes):
             return
-        for segment in np.unique(self._catalog.index.segments(often)).tolist():
+        for segment in np.unique(self._catalog.index.segments(slots)).tolist():
             node = self._catalog.nodes.at(segment)
             memory = (
                 self._catalog.nodes.get(node.segment.disk_of) if node is not None and node.segment.is_disk else None
             )
             if node is not None and memory is not None and memory.reachable and not memory.is_draining:
-                room = int(self._high * memory.capacity_bytes) - memory.staying_bytes
-                node.moves_waiting += self.order(node, often[self._catalog.index.segments(often) == segment], room)
+                room = int(self._high * memory.capacity_bytes) - memory.staying_bytes - node.moving_bytes
+                node.moves_waiting += self.order(node, slots[self._catalog.index.segments(slots) == segment], room)
 
     async def report(self, request: ReportMoves) -> MovesTaken:
         """Take the copies for the pages. Raises StaleEpoch, Unavailable."""

@@ -29,11 +29,20 @@ class StrataError(Exception):
     sqlstate: ClassVar[str] = "XX000"
     retryable: ClassVar[bool] = False
 
-    def __init__(self, message: str, *, hint: str | None = None, param: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str | None = None,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        """`retry_after_s`: when the same request may go well, if that is known."""
         super().__init__(message)
         self.message = message
         self.hint = hint
         self.param = param
+        self.retry_after_s = retry_after_s
 
     def openai_body(self) -> dict[str, Any]:
         """The `error` object of an OpenAI-compatible response."""

@@ -341,6 +341,13 @@ class Pages(Message, frozen=True):
     last: int = -1
 
 
+class FetchAhead(Message, frozen=True):
+    """A request that begins with these blocks waits for its turn: those in the pool that lie on disk go back to memory now."""
+
+    namespace: bytes
+    keys: bytes
+
+
 class PinPrefix(Message, frozen=True):
     """Keep the leading blocks of `keys` that are in the pool where they are, whatever room is needed for.
 
@@ -440,6 +447,7 @@ Request = (
     | SetCacheRule
     | ListNamespaces
     | ListPages
+    | FetchAhead
     | PinPrefix
     | Unpin
     | SetDraining

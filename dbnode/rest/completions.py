@@ -15,7 +15,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
-from dbnode.generate import Chunk, Usage
+from dbnode.generate import Chunk, Source, Usage
 from dbnode.inference import InferenceService
 from dbnode.rest.answer_format import AnswerEvents, AnswerFormat, WholeAnswer
 from dbnode.rest.bodies import DONE, EventWriter, error_event, metrics_object, total, usage_object, whole
@@ -56,7 +56,9 @@ class Completions:
 
     async def serve(self, form: Form, parse: _Parse, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        if self._in_progress >= self._settings.requests_max:
+        tenant = caller_of(Request(scope)).tenant
+        is_full = self._in_progress >= self._settings.requests_max
+        if is_full and not self._service.admission.make_room(Source.REST, tenant):
             raise Overloaded(f"{self._in_progress} requests are in progress already")
         self._in_progress += 1
         try:
@@ -123,7 +125,7 @@ class Completions:
 
     def _format(self, form: Form, parsed: Parsed) -> AnswerFormat:
         num_top = parsed.request.sampling.logprobs
-        return AnswerFormat(form, parsed.tools, num_top, None if num_top is None else self._service.texts)
+        return AnswerFormat(form, parsed.tools, num_top, None if num_top is None else self._service.tokens.texts)
 
 
 def _asked(form: Form, scope: Scope) -> Asked:

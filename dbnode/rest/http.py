@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import uuid
 from collections.abc import AsyncIterator
@@ -69,7 +70,9 @@ def error_response(error: Exception) -> Response:
     if not isinstance(error, StrataError):
         log.exception("request_failed_unexpectedly")
         error = StrataError("internal error")
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if error.http_status in (429, 503) else {}
+    headers = {}
+    if error.http_status in (429, 503):
+        headers["Retry-After"] = str(math.ceil(error.retry_after_s or RETRY_AFTER_S))
     if isinstance(error, Unauthenticated):
         headers["WWW-Authenticate"] = "Bearer"
     return _json({"error": error.openai_body()}, error.http_status, headers)

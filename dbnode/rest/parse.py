@@ -119,6 +119,20 @@ PIN: dict[str, Field] = {
 }
 
 
+class DroppedTiers:
+    """Tiers that workers are to forget."""
+
+    schema: Schema = {"type": "array", "items": {"enum": ["l1", "l2"]}}  # noqa: RUF012
+
+    def read(self, name: str, value: Any) -> list[str]:
+        if not isinstance(value, list) or not all(tier in ("l1", "l2") for tier in value):
+            raise InvalidRequest(f"{name}: expected l1, l2 or both", param=name)
+        return value
+
+
+DROP: dict[str, Field] = {"tiers": DroppedTiers()}
+
+
 def parse_chat(body: bytes, asked: Asked) -> Parsed:
     """POST /v1/chat/completions."""
     given = read_fields(body, CHAT)
@@ -193,6 +207,7 @@ def _request(given: _Given, asked: Asked, sampling: Sampling, index: int = 0, **
         model=given.get("model"),
         sampling=sampling,
         priority=given.get("priority", 0),
+        slo_class=given.get("slo_class"),
         cache_salt=given.get("cache_salt"),
         caller=asked.caller,
         trace_id=asked.trace_id,

@@ -8,13 +8,14 @@
     explain PID ROLE DATABASE NAMES QUERY           look at what the query's calls would ask; answered with the query to run
     probe PID ROLE DATABASE MODEL OPTIONS PROMPT    a call of that query
     explained PID TOKEN ROWS                        it has ended: what it would cost; polled like a call
+    ask PID ROLE DATABASE TOPIC PAYLOAD             what else the DB node can be asked, by topic; polled like a call
     set client_encoding to '…'                      what libpq sends for dblink; all our text is ASCII
 
 ROLE, DATABASE and NONCE are hexadecimal UTF-8; behind the ROLE of `infer` and `probe` come, each after a colon, the OID and the
 name of the role that has logged in, which functions of former releases leave out. The cluster is told by the connection's
 application_name; MODEL and OPTIONS too, after `=`, or `-` for NULL, as is the ROLE of `statements`,
 where NULL means all. PROMPT is base64 after `=`, or `-` for NULL in `probe`; QUERY is base64 after `=`, and NAMES are
-separated by commas.
+separated by commas. The PAYLOAD of `ask` is a JSON object in base64 after `=`; its ROLE is as that of `infer`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from stratakv.errors import InvalidRequest, StrataError
 
 _INFER_WORDS = 6
 _BIND_WORDS = _STATEMENTS_WORDS = 2
+_ASK_WORDS = 5
 _EXPLAINING = {b"explain": 5, b"probe": _INFER_WORDS, b"explained": 3}
 """Words of each command."""
 _NULL = b"-"
@@ -138,7 +140,19 @@ class Explained:
     num_rows: int
 
 
-Command = Infer | Poll | Bind | SetEncoding | Statements | Explain | Probe | Explained
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A question or an order that is no infer()."""
+
+    pid: int
+    topic: str
+    payload: dict[str, Any] = field(repr=False)
+    role: str
+    database: str
+    login: Login | None
+
+
+Command = Ask | Infer | Poll | Bind | SetEncoding | Statements | Explain | Probe | Explained
 
 
 def cluster_of(application_name: str) -> str:
@@ -165,6 +179,8 @@ def parse_command(text: bytes, cluster: str = "") -> Command:
         words = rest.split(b" ")
         if len(words) == _STATEMENTS_WORDS:
             return Statements(_number(words[0]), _optional(words[1], "the role's name"))
+    if name == b"ask":
+        return _parse_ask(rest, cluster)
     if name in _EXPLAINING:
         return _parse_explaining(name, rest, cluster)
     if name.lower() == b"set" and rest.lower().startswith(b"client_encoding to "):
@@ -194,6 +210,28 @@ def _parse_infer(rest: bytes, cluster: str, *, is_within: bool) -> Infer:
         prompt=prompt_text,
         row=row,
         is_within=is_within,
+        login=_parse_login(login, cluster),
+    )
+
+
+def _parse_ask(rest: bytes, cluster: str) -> Ask:
+    words = rest.split(b" ", _ASK_WORDS - 1)
+    if len(words) != _ASK_WORDS or not words[3].isalpha():
+        raise ProtocolViolation("malformed command")
+    pid, role, database, topic, payload = words
+    role_word, _, login = role.partition(b":")
+    try:
+        asked = json.loads(_base64(payload, "what is asked"))
+    except (ValueError, RecursionError):
+        raise ProtocolViolation("malformed command") from None
+    if not isinstance(asked, dict):
+        raise ProtocolViolation("malformed command")
+    return Ask(
+        pid=_number(pid),
+        topic=topic.decode("ascii"),
+        payload=asked,
+        role=_unhex(role_word, "the role's name"),
+        database=_unhex(database, "the database's name"),
         login=_parse_login(login, cluster),
     )
 

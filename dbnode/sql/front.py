@@ -16,6 +16,7 @@ from dbnode.sql.memo import MemoLimits
 from dbnode.sql.relay import Relay
 from dbnode.sql.service import InferenceService
 from dbnode.sql.statement_meter import StatementBook, StatementLog
+from dbnode.sql.topics import Topics
 from stratakv.log import EventLogger
 from stratakv.process import require_loopback
 from stratakv.settings import SqlSettings
@@ -43,6 +44,7 @@ class SqlFront:
         postgres_uid: int | None = None,
         statements: StatementLog | None = None,
         explainer: Explainer | None = None,
+        topics: Topics | None = None,
     ) -> None:
         """Raises SetupError."""
         if trusted_backend:
@@ -56,7 +58,15 @@ class SqlFront:
         uid = _postgres_uid() if postgres_uid is None else postgres_uid
         self.book = StatementBook(statements)
         self.listener = Listener(
-            self.address, limits, service, registry, self.book, statements, explainer, postgres_uid=uid
+            self.address,
+            limits,
+            service,
+            registry,
+            self.book,
+            statements,
+            explainer,
+            topics or {},
+            postgres_uid=uid,
         )
         self.relay = Relay(
             settings,

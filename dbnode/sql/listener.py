@@ -26,6 +26,7 @@ from dbnode.sql.server_tls import own_tls
 from dbnode.sql.service import InferenceService
 from dbnode.sql.session_hints import SessionHints
 from dbnode.sql.statement_meter import MeteredService, StatementBook, StatementLog
+from dbnode.sql.topics import Topics
 from stratakv.errors import SetupError
 from stratakv.log import EventLogger
 from stratakv.process import port_taken
@@ -74,6 +75,7 @@ class Listener:
         book: StatementBook,
         statements: StatementLog | None,
         explainer: Explainer | None,
+        topics: Topics,
         *,
         postgres_uid: int,
     ) -> None:
@@ -83,6 +85,7 @@ class Listener:
         self.book = book
         self.statements = statements
         self.explainer = explainer
+        self.topics = topics
         self.explaining: set[Explaining] = set()
         self.registry = registry
         self.postgres_uid = postgres_uid

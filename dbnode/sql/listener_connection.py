@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, cast
 
 from dbnode.sql.binding import SessionBinding
 from dbnode.sql.commands import (
+    Ask,
     Bind,
     Explain,
     Explained,
@@ -33,7 +34,7 @@ from dbnode.sql.commands import (
 )
 from dbnode.sql.errors import MessageTooLong, ProtocolViolation, TlsRequired
 from dbnode.sql.explain import Explaining
-from dbnode.sql.hints import StatementHints
+from dbnode.sql.hints import PassEnded, StatementHints
 from dbnode.sql.memo import Hint
 from dbnode.sql.messages import (
     AuthenticationCode,
@@ -53,6 +54,7 @@ from dbnode.sql.sockets import keep_alive
 from dbnode.sql.startup import TLS_DECLINED, TLS_GIVEN, StartupKind, StartupReader
 from dbnode.sql.statement_meter import StatementMeter
 from dbnode.sql.tls_transport import TlsTransport
+from dbnode.sql.topics import Asked, Topic
 from stratakv.errors import Cancelled, ContextTooLong, Overloaded, PermissionDenied, StrataError, Unavailable
 from stratakv.log import EventLogger
 
@@ -283,6 +285,8 @@ class ListenerConnection(asyncio.Protocol):
                 case Explained():
                     self._drop_call()
                     self._start(self._explaining.end(command), command.pid)
+                case Ask():
+                    self._start_asked(command)
                 case SetEncoding():
                     self._transport.write(message(b"C", cstring("SET")) + ready_for_query())
         except ProtocolViolation:
@@ -322,6 +326,22 @@ class ListenerConnection(asyncio.Protocol):
         self._start(_run(listener, call, hints, hint, meter), command.pid)
         if hints is not None and hints.is_streaming:
             self._answer_wait(Status.FLUSH)
+
+    def _start_asked(self, command: Ask) -> None:
+        self._drop_call()
+        listener = self._listener
+        topic = listener.topics.get(command.topic)
+        if topic is None or listener.draining:
+            raise Unavailable(
+                f"the DB node does not answer about {command.topic!r} now", hint="Run the statement again."
+            )
+        hints = self._binding.hints.statement if self._binding is not None and self._binding.hints is not None else None
+        if topic.has_effects and hints is not None and (hints.is_collecting or hints.is_planning):
+            raise PassEnded("what has effects waits for the statement itself")
+        if listener.is_full:
+            raise Overloaded(f"{listener.limits.calls_max} calls are in progress, which is the limit")
+        asked = Asked(command.payload, command.role, command.database, self._session_name, command.login)
+        self._start(_answer_asked(topic, asked), command.pid)
 
     def _start(self, work: Coroutine[None, None, str], pid: int) -> None:
         """Run what PostgreSQL polls for."""
@@ -427,6 +447,16 @@ async def _run(
         raise
     finally:
         listener.book.finish_own(meter)
+
+
+async def _answer_asked(topic: Topic, asked: Asked) -> str:
+    try:
+        return await topic.answer(asked)
+    except StrataError:
+        raise
+    except Exception:
+        log.exception("asked_failed", session=asked.session, database=asked.database)
+        raise
 
 
 async def _read_statements(listener: Listener, role: str | None) -> str:

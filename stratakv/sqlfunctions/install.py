@@ -44,6 +44,10 @@ _FUNCTIONS = (
     "sql_explain_begin(text, text[])",
     "sql_explain_end(text, bigint)",
     "sql_statement_stats()",
+    "sql_my_usage()",
+    "sql_my_requests()",
+    "sql_my_limits()",
+    "sql_ask_node(text, jsonb)",
     "sql_call(text)",
     "sql_caller_word(text)",
     "sql_caller()",
@@ -54,6 +58,9 @@ _FUNCTIONS = (
     "sql_check_dblink()",
 )
 """All of them; whoever calls others comes before those."""
+
+_OWN_VIEWS = ("stratakv.my_usage", "stratakv.my_requests", "stratakv.my_limits")
+"""Where the metadata are, views of these names belong to them."""
 
 Connection = psycopg.Connection[tuple[object, ...]]
 
@@ -108,6 +115,8 @@ def uninstall(url: str, *, cascade: bool = False) -> None:
             if _is_our_wrapper(connection, function):
                 connection.execute(f"DROP FUNCTION public.{function} {last}".encode())
         connection.execute(f"DROP VIEW IF EXISTS stratakv.statement_stats {last}".encode())
+        if not _has_metadata(connection):
+            connection.execute(f"DROP VIEW IF EXISTS {', '.join(_OWN_VIEWS)} {last}".encode())
         for function in _FUNCTIONS:
             connection.execute(f"DROP FUNCTION IF EXISTS stratakv.{function} {last}".encode())
         connection.execute(sql.SQL("DROP SCHEMA IF EXISTS {}").format(sql.Identifier(PROBE_SCHEMA)))
@@ -290,6 +299,10 @@ def _make_wrapper(connection: Connection, function: str) -> bool:
     connection.execute(str(row[0]).encode())
     connection.execute(f"COMMENT ON FUNCTION public.{function} IS 'stratakv.{name}'".encode())
     return True
+
+
+def _has_metadata(connection: Connection) -> bool:
+    return connection.execute("SELECT to_regclass('stratakv.schema_version') IS NOT NULL").fetchone() == (True,)
 
 
 def _schema_is_empty(connection: Connection) -> bool:

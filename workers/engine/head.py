@@ -19,8 +19,8 @@ def make_head(weight: torch.Tensor) -> Head:
     vocab, hidden = weight.shape
     is_native = (
         weight.device.type == "cpu"
-        and vocab % kernels.WIDTH_MULTIPLE == 0
-        and hidden % kernels.HEAD_DIM_MULTIPLE == 0
+        and vocab % kernels.HEAD_MULTIPLE == 0
+        and hidden % kernels.WIDTH_MULTIPLE == 0
         and kernels.is_supported()
         and torch.equal(rounded.float(), weight)
     )
@@ -31,18 +31,12 @@ class NativeHead:
     """By the kernel, which splits fp32 rows into sums of bf16 numbers: as exact as products in fp32."""
 
     def __init__(self, weight: torch.Tensor) -> None:
-        self._weight = weight.contiguous()
+        """`weight` (bf16) [vocab, hidden] is copied."""
+        self._vocab, hidden = weight.shape
+        self._head = kernels.make_head(weight.data_ptr(), self._vocab, hidden)
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        num_rows, (vocab, hidden) = rows.shape[0], self._weight.shape
-        out = torch.empty(num_rows, vocab)
-        kernels.apply_head(
-            rows.contiguous().data_ptr(),
-            self._weight.data_ptr(),
-            num_rows,
-            vocab,
-            hidden,
-            out.data_ptr(),
-            torch.get_num_threads(),
-        )
+        rows = rows.contiguous()
+        out = torch.empty(len(rows), self._vocab)
+        self._head.apply(rows.data_ptr(), len(rows), out.data_ptr(), torch.get_num_threads())
         return out

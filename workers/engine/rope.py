@@ -61,13 +61,13 @@ class RotaryEmbedding:
         if config.llama3 is not None:
             frequencies = _llama3_frequencies(frequencies, config.llama3)
         angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), frequencies)
-        self._cos, self._sin = angles.cos().to(device), angles.sin().to(device)
+        self.cosines, self.sines = angles.cos().to(device), angles.sin().to(device)
         self.device = device
 
     def at(self, positions: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of `positions`, each [num_tokens, head_dim / 2]."""
         index = torch.tensor(positions, device=self.device)
-        return self._cos[index], self._sin[index]
+        return self.cosines[index], self.sines[index]
 
 
 def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -98,6 +98,10 @@ class _Hooks:
         self._saving = [t for t in transfers if t.save is not None]
         self._last = num_layers - 1
 
+    @property
+    def is_idle(self) -> bool:
+        return not self._loading and not self._saving
+
     def before_attention(self, layer: int) -> None:
         for transfers in self._loading:
             transfers.wait_layer(layer)

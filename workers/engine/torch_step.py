@@ -1,4 +1,4 @@
-"""The operations of a step in torch: for every type, device and shape."""
+"""What happens between the products of a layer, in torch, for the rows of one step."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch.nn import functional
 
 from workers.engine.block_table import Run
 from workers.engine.forward_batch import ForwardBatch
+from workers.engine.layer_weights import HeadNorms
 from workers.engine.model_config import ModelConfig
 from workers.engine.rope import RotaryEmbedding, rotate
-from workers.engine.step_ops import HeadNorms
 from workers.engine.torch_attention import TorchAttention
 
 _MAX_SLICE_WRITES = 4
@@ -19,7 +19,7 @@ _MAX_SLICE_WRITES = 4
 
 
 class TorchStep:
-    """Makes `StepOps` of plain torch operations."""
+    """Made once for a step, used in every layer."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, batch: ForwardBatch, rope: RotaryEmbedding) -> None:
         device = rope.device
@@ -29,20 +29,17 @@ class TorchStep:
         self._writer = _SlotWriter(batch.writes, device)
         self._attention = TorchAttention(batch.parts, device)
         self._qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
-        self.slices = (slice(0, len(batch.token_ids)),)
 
     def add_norm(self, hidden: torch.Tensor, added: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Add `added` to the fp32 residual stream `hidden`, in place; the norm of the sum, times `weight`, in the engine's type."""
         hidden += added
         return self._normalise(hidden, weight).to(self._dtype)
 
     def rotate_write(
-        self,
-        heads: torch.Tensor,
-        rows: slice,
-        norms: HeadNorms | None,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        self, heads: torch.Tensor, norms: HeadNorms | None, k_cache: torch.Tensor, v_cache: torch.Tensor
     ) -> None:
+        """Normalise and rotate q and k of `heads` [rows, num_heads + 2 × kv_heads, head_dim]. q is kept for `attend`; k and v go to
+        the step's slots of the caches [slots, kv_heads, head_dim]."""
         num_heads, num_kv_heads = self._config.num_heads, self._config.num_kv_heads
         qk, v = heads[:, : num_heads + num_kv_heads].float(), heads[:, num_heads + num_kv_heads :]
         if norms is not None:
@@ -54,10 +51,12 @@ class TorchStep:
         self._writer.write(v, v_cache)
 
     def attend(self, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
+        """Causal attention of every row to all written tokens of its sequence: [rows, num_heads × head_dim]."""
         assert self._qkv is not None
         return self._attention.attend(*self._qkv, k_cache, v_cache)
 
     def gated(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) × up, the two halves of `gate_up` [rows, 2 × inner]."""
         gate, up = gate_up.chunk(2, dim=-1)
         return functional.silu(gate).mul_(up)
 

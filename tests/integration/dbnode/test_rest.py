@@ -37,7 +37,7 @@ async def node(worker: StandInWorker) -> AsyncIterator[RunningNode]:
 
 
 def text_of(node: RunningNode, token_ids: list[int]) -> str:
-    return decode(node.node.inference._tokenizer, token_ids)
+    return decode(node.node.inference.tokens.tokenizer, token_ids)
 
 
 async def test_a_chat_answer_is_the_workers_tokens_as_text(node: RunningNode, worker: StandInWorker) -> None:
@@ -71,7 +71,7 @@ async def test_a_streamed_chat_has_the_same_text_and_usage_at_the_end(node: Runn
 
 
 async def test_completions_take_text_and_token_ids(node: RunningNode, worker: StandInWorker) -> None:
-    ids = encode(node.node.inference._tokenizer, "Once upon a time")
+    ids = encode(node.node.inference.tokens.tokenizer, "Once upon a time")
     by_text = await node.openai.completions.create(model=MODEL, prompt="Once upon a time", max_tokens=5)
     by_ids = await node.openai.completions.create(model=MODEL, prompt=ids, max_tokens=5)
     assert by_text.choices[0].text == by_ids.choices[0].text == text_of(node, expected_tokens(ids, 5))
@@ -81,7 +81,7 @@ async def test_text_ends_before_a_stop_string_and_the_worker_is_told_to_stop(
     node: RunningNode, worker: StandInWorker
 ) -> None:
     worker.token_delay_s = 0.005
-    ids = encode(node.node.inference._tokenizer, "Stop here")
+    ids = encode(node.node.inference.tokens.tokenizer, "Stop here")
     whole = text_of(node, expected_tokens(ids, 30))
     stop = whole[20:24]
     stream = await node.openai.completions.create(model=MODEL, prompt=ids, max_tokens=3000, stop=stop, stream=True)

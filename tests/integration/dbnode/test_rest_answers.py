@@ -40,11 +40,11 @@ async def node(worker: StandInWorker) -> AsyncIterator[RunningNode]:
 
 
 def text_of(node: RunningNode, token_ids: list[int]) -> str:
-    return decode(node.node.inference._tokenizer, token_ids)
+    return decode(node.node.inference.tokens.tokenizer, token_ids)
 
 
 def answers_with(node: RunningNode, worker: StandInWorker, text: str) -> None:
-    worker.answer = encode(node.node.inference._tokenizer, text, special=False)
+    worker.answer = encode(node.node.inference.tokens.tokenizer, text, special=False)
     worker.finish_reason = "stop"
 
 

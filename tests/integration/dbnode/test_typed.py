@@ -156,7 +156,7 @@ async def test_other_errors_are_raised(node: RunningNode, call: dict[str, Any], 
 
 async def test_tokens_are_counted_without_a_worker_and_without_a_chat_around_them() -> None:
     async with running_node() as node:
-        tokenizer = node.node.inference._tokenizer
+        tokenizer = node.node.inference.tokens.tokenizer
         for text in ("", "Hello world", "<|im_start|>", "é☕ " * 5000):
             assert await infer(node, text, at_count_tokens=True) == str(len(encode(tokenizer, text, special=False)))
         with pytest.raises(ModelNotFound):
@@ -166,5 +166,5 @@ async def test_tokens_are_counted_without_a_worker_and_without_a_chat_around_the
 async def test_right_choice_is_handed_on(node: RunningNode, worker: StandInWorker) -> None:
     worker.finish_reason = "stop"
     await node.openai.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=2)
-    text = decode(node.node.inference._tokenizer, expected_tokens(worker.requests[0]["prompt"], 2))
+    text = decode(node.node.inference.tokens.tokenizer, expected_tokens(worker.requests[0]["prompt"], 2))
     assert await infer(node, max_tokens=2, at_choices=["a", text]) == text

@@ -122,7 +122,7 @@ def front_thread(
     """A running face whose listener is in `directory`, or on TCP."""
     options = {
         name: settings.pop(name)
-        for name in ("trusted_backend", "postgres_uid", "statements", "explainer")
+        for name in ("trusted_backend", "postgres_uid", "statements", "explainer", "topics")
         if name in settings
     }
     own = SqlSettings(port=0, listener_dir=directory, **settings)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ import pytest
 from dbnode.admission import Admission
 from dbnode.generate import Source
 from stratakv.errors import DeadlineExceeded, Overloaded
+from stratakv.tenancy.values import Tenant
 from tests.support import eventually_async
 
 WAITING_MAX = {Source.REST: 2, Source.SQL: 100}
@@ -105,3 +106,43 @@ async def test_new_workers_let_more_in() -> None:
     await eventually_async(lambda: admission.running == 3)
     release.set()
     await asyncio.gather(*tasks)
+
+
+async def test_tenants_take_turns_by_weight_and_priority_is_among_ones_own() -> None:
+    admission, order = Admission(lambda: 1, WAITING_MAX), list[str]()
+    loud, light, heavy = (Tenant(n, name, weight=w) for n, name, w in ((1, "a", 100), (2, "b", 100), (3, "c", 300)))
+
+    async def run(tenant: Tenant, priority: int) -> None:
+        async with admission.slot(Source.SQL, soon(), priority, tenant=tenant, cost_tokens=10):
+            order.append(tenant.name)
+
+    async with admission.slot(Source.REST, soon()):
+        tasks = [asyncio.create_task(run(loud, -1000)) for _ in range(40)]
+        await eventually_async(lambda: admission.waiting == 40)
+        tasks += [asyncio.create_task(run(tenant, 1000)) for _ in range(15) for tenant in (light, heavy)]
+        await eventually_async(lambda: admission.waiting == 70)
+    await asyncio.gather(*tasks)
+    first = order[:25]
+    assert [first.count(name) for name in "abc"] == [5, 5, 15]
+
+
+async def test_a_full_queue_has_room_for_a_tenant_with_less_in_it() -> None:
+    admission, release, order = Admission(lambda: 1, WAITING_MAX), asyncio.Event(), list[Source]()
+
+    async def hold_for(tenant: Tenant) -> None:
+        async with admission.slot(Source.REST, soon(), tenant=tenant):
+            await release.wait()
+
+    holder = asyncio.create_task(hold(admission, Source.SQL, release, order))
+    await eventually_async(lambda: admission.running == 1)
+    loud = [asyncio.create_task(hold_for(Tenant(1, "loud"))) for _ in range(2)]
+    await eventually_async(lambda: admission.waiting == 2)
+    other = asyncio.create_task(hold_for(Tenant(2, "other")))
+    with pytest.raises(Overloaded):
+        await loud[1]
+    assert admission.waiting == 2
+    with pytest.raises(Overloaded):
+        await hold_for(Tenant(2, "other"))
+    release.set()
+    await asyncio.gather(holder, loud[0], other)
+    assert (admission.running, admission.waiting) == (0, 0)

@@ -86,15 +86,12 @@ constexpr AddValues kAddValues[4][2] = {{add_values<1, 32>, add_values<1, 64>},
 
 }  // namespace
 
-void Plan::attend(const LayerTensors& tensors) {
+void Plan::begin(const LayerTensors& tensors) {
   tensors_ = tensors;
   next_item_ = next_pack_ = next_merge_ = 0;
-  run_on_team(
-      num_threads_, [](void* plan, int thread, int) { static_cast<Plan*>(plan)->run(thread); }, this);
 }
 
 void Plan::run(int thread) {
-  const Tiles tiles;
   Scratch& scratch = *scratch_[size_t(thread)];
   if (!packs_.empty()) {
     for (int i; (i = next_pack_++) < int(packs_.size());) pack_values(packs_[size_t(i)]);

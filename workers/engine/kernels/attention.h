@@ -39,7 +39,10 @@ class Plan {
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
 
-  void attend(const LayerTensors& tensors);
+  // Says which layer comes next; no thread may be in `run`.
+  void begin(const LayerTensors& tensors);
+  // The part of one thread of a team of `num_threads`. When all have returned `tensors.out` is whole.
+  void run(int thread);
 
   struct Scratch;
 
@@ -54,7 +57,6 @@ class Plan {
   bool is_wide(const Segment& segment) const;
   void add_items(int index);
   void place_partials(int num_rows);
-  void run(int thread);
   void pack_values(const Pack& pack);
   void attend_wide(const Item& item, Scratch& scratch);
   void attend_narrow(const Item& item, Scratch& scratch);

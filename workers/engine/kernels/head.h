@@ -3,15 +3,26 @@
 
 #include <cstdint>
 
+#include "huge_pages.h"
+
 namespace strata {
 
-// out [rows, vocab] = rows [rows, width] (fp32) times weight [vocab, width] (bf16), as exact as in fp32.
-struct Head {
-  const float* rows;
-  const uint16_t* weight;
-  int64_t num_rows, vocab, width;
-  float* out;
+class Head {
+ public:
+  // `weight` [vocab, width] in bf16 is copied. Both are multiples: of 16 and of 32.
+  Head(const uint16_t* weight, int vocab, int width);
+
+  int width() const { return width_; }
+  // out [rows, vocab] = rows [rows, width] × weightᵀ, as exact as in fp32.
+  void apply(const float* rows, int num_rows, float* out, int num_threads) const;
+
+ private:
+  struct Work;
+
+  void apply_panel(const Work& work, int panel, int row_tile) const;
+
+  int vocab_, width_;
+  HugePages packed_;  // As the weight of a product; the last panel may be filled up with zeros.
 };
-void apply_head(const Head& work, int num_threads);
 
 }  // namespace strata

@@ -1,41 +1,38 @@
-// What lies between the products of a layer: norms, rotation, gates. One pass over memory each.
+// What lies between the products of a layer: norms and rotation, row by row.
 #pragma once
 
 #include <cstdint>
 
+#include "attention.h"
+
 namespace strata {
 
-// sums [rows, width] += added (bf16); out = sums normalised, times weight.
-struct AddNorm {
-  float* sums;
-  const uint16_t* added;
+// A norm over `width` numbers, which is a multiple of 16.
+struct Norm {
   const float* weight;
   float epsilon;
-  int64_t num_rows, width;
-  uint16_t* out;
+  int width;
 };
-void add_norm(const AddNorm& work, int num_threads);
 
-// heads [rows, num_heads + 2 * num_kv_heads, head_dim]: q and k are normalised if there are weights, and rotated; q goes to
-// q_out [rows, num_heads, head_dim], k and v to their slots of the caches.
+// `out` (bf16) = `row` normalised, times the weight.
+void normalise(const Norm& norm, const float* row, uint16_t* out);
+// The same in fp32.
+void normalise(const Norm& norm, const float* row, float* out);
+
+// `out` (fp32) = `row` (bf16).
+void widen_row(const uint16_t* row, int width, float* out);
+
+// Heads of one token: `heads` [num_heads + 2 * num_kv_heads, head_dim]. q and k are normalised if there are weights, and
+// rotated; q goes to `q_out`, k and v to the token's slot.
 struct RotateWrite {
-  const uint16_t* heads;
-  const float *cosines, *sines;  // [rows, head_dim / 2]
+  Shape shape;
   const float *q_norm, *k_norm;  // [head_dim], or null.
   float epsilon;
-  const int64_t* slots;
-  uint16_t *q_out, *k_cache, *v_cache;
-  int64_t num_rows;
-  int num_heads, num_kv_heads, head_dim;
 };
-void rotate_write(const RotateWrite& work, int num_threads);
-
-// out [rows, width] = silu(gate) * up, of gate_up [rows, 2 * width].
-struct Gated {
-  const uint16_t* gate_up;
-  int64_t num_rows, width;
-  uint16_t* out;
+struct HeadsOut {
+  uint16_t *q, *k, *v;
 };
-void gated(const Gated& work, int num_threads);
+void rotate_write(const RotateWrite& work, const uint16_t* heads, const float* cosines, const float* sines,
+                  const HeadsOut& out);
 
 }  // namespace strata

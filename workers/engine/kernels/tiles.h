@@ -19,6 +19,8 @@ struct TileShapes {
 class Tiles {
  public:
   Tiles() {
+    // The intrinsics name a part of what they read and write only; so the compiler is told of all of it.
+    asm volatile("" : : "r"(before_), "r"(&shapes_) : "memory");
     _tile_storeconfig(before_);
     _tile_loadconfig(&shapes_);
   }

@@ -32,6 +32,8 @@ LLAMA3_ROPE = {
 
 
 class NoHooks:
+    is_idle = True
+
     def before_attention(self, layer: int) -> None:
         pass
 
