@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 
 from dbnode.all_workers import AllWorkers
+from dbnode.conversations.service import Conversations
+from dbnode.conversations.store import ConversationStore
 from dbnode.generate import Source
 from dbnode.inference import InferenceService
 from dbnode.metadata import Metadata
@@ -80,6 +82,9 @@ class Node:
             waiting_max={Source.REST: settings.rest.requests_max, Source.SQL: settings.sql.calls_waiting_max},
             router=settings.router,
         )
+        self.conversations = Conversations(
+            ConversationStore(self.metadata, settings.conversations), self.inference, settings.router.request_timeout_s
+        )
         self.metrics.watch_admission(lambda: self.inference.admission.running, lambda: self.inference.admission.waiting)
         self.metrics.watch_suspects(lambda: self.inference.suspects.num_remembered)
         self._rest = settings.rest
@@ -87,7 +92,14 @@ class Node:
     def rest_app(self) -> Guard:
         """The REST face over this node."""
         return RestFace(
-            self._rest, self.inference, self.client, self.metrics.registry, self.not_ready, self._pool, self.tenants
+            self._rest,
+            self.inference,
+            self.client,
+            self.metrics.registry,
+            self.not_ready,
+            self._pool,
+            self.tenants,
+            self.conversations,
         ).app()
 
     def not_ready(self) -> list[str]:
@@ -107,6 +119,7 @@ class Node:
             tasks.create_task(self.usage.run(), name="usage")
             tasks.create_task(self.statements.run(), name="statements")
             tasks.create_task(self.upkeep.run(), name="usage-upkeep")
+            tasks.create_task(self.conversations.run(), name="conversations")
 
     async def close(self) -> None:
         await self.usage.close()

@@ -37,6 +37,7 @@ from dbnode.generate import (
 from dbnode.inference import InferenceService
 from dbnode.sql.commands import NulInAnswer
 from dbnode.sql.service import CallCost, InferCall, NullAnswer
+from dbnode.sql.topics import Asked
 from dbnode.sql_fold import FOLD, Fold, parse_fold
 from dbnode.sql_options import COUNT_TOKENS, MAX_TOKENS_DEFAULT, OnError, checked_options, sampling
 from dbnode.tenants.directory import Directory
@@ -121,7 +122,7 @@ class SqlInference:
         return text
 
 
-def caller_of(call: InferCall, directory: Directory) -> Caller:
+def caller_of(call: InferCall | Asked, directory: Directory) -> Caller:
     """Who calls: the tenant of the role that has logged in. Raises PermissionDenied, Unavailable."""
     login = call.login
     role, oid, cluster = (call.role, None, "") if login is None else (login.role, login.oid, login.cluster)

@@ -115,6 +115,8 @@ class MetaSettings:
     policy: EvictionPolicy = setting(EvictionPolicy.COST, "which pages go first: cost, lru, lfu or s3fifo")
     demote_high: float = setting(0.80, "share of a memory segment in use at which its coldest pages go to its disk")
     demote_low: float = setting(0.70, "share of a memory segment in use down to which they go")
+    replicas_max: int = setting(1, "daemons at which a page that is read often may lie at once; 1: none is copied")
+    replica_reads: int = setting(3, "a page that was read so often from another daemon's host is copied there")
     kvcm_enabled: bool = setting(False, "serve the KVCM API too")
     kvcm_host: str = setting("127.0.0.1", "address the KVCM API listens on")
     kvcm_token: Secret | None = setting(
@@ -309,6 +311,16 @@ class RouterSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class ConversationsSettings:
+    """[conversations] histories that DB nodes keep for their tenants."""
+
+    ttl_s: float = setting(30 * 86400.0, "a conversation that nobody adds to is deleted after so long")
+    items_max: int = setting(2000, "messages of one conversation")
+    bytes_max: Bytes = setting(Bytes(4 * MIB), "text of one conversation")
+    per_tenant_max: int = setting(100_000, "conversations of one tenant")
+
+
+@dataclass(frozen=True, slots=True)
 class UsageSettings:
     """[usage] how long usage is kept."""
 
@@ -349,6 +361,7 @@ class Settings:
     sql: SqlSettings = SqlSettings()
     rest: RestSettings = RestSettings()
     router: RouterSettings = RouterSettings()
+    conversations: ConversationsSettings = ConversationsSettings()
     usage: UsageSettings = UsageSettings()
     log: LogSettings = LogSettings()
     up: UpSettings = UpSettings()

@@ -12,10 +12,12 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
+from dbnode.conversations.service import Conversations
 from dbnode.errors import NotOffered
 from dbnode.inference import InferenceService
 from dbnode.rest.bodies import json_bytes
 from dbnode.rest.completions import Completions
+from dbnode.rest.conversations import ConversationRoutes
 from dbnode.rest.door import Door, caller_of
 from dbnode.rest.fields import read_fields
 from dbnode.rest.http import Guard, error_response
@@ -47,6 +49,7 @@ class RestFace:
         not_ready: Callable[[], list[str]],
         pool: PoolView,
         directory: Directory,
+        conversations: Conversations,
     ) -> None:
         self._settings = settings
         self._service = service
@@ -55,12 +58,14 @@ class RestFace:
         self._not_ready = not_ready
         self._pins = Pins(settings, service, pool)
         self._door = Door(settings, directory)
+        self._conversations = conversations
 
     def app(self) -> Guard:
         app = FastAPI(title="StrataKV", version=version())
         completions = Completions(self._settings, self._service)
         app.router.routes.append(Route("/v1/chat/completions", completions.chat(), methods=["POST"]))
         app.router.routes.append(Route("/v1/completions", completions.completion(), methods=["POST"]))
+        ConversationRoutes(self._conversations, completions, self._settings.body_bytes_max).add_to(app)
         tokens = TokenEndpoints(self._settings, self._service)
         app.add_api_route("/tokenize", tokens.tokenize, methods=["POST"])
         app.add_api_route("/detokenize", tokens.detokenize, methods=["POST"])

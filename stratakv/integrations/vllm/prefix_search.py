@@ -123,7 +123,7 @@ class PrefixSearch:
             return Match(0)
         keys = pack_keys(self.keys[group][span.start : span.stop])
         try:
-            request = MatchPrefix(spec.namespaces[group], keys, LEASE_S)
+            request = MatchPrefix(spec.namespaces[group], keys, LEASE_S, spec.node or "")
             return await self.meta.call(request, Match, timeout_s=self.timeout_s)
         except StrataError as error:
             log.debug("lookup_failed", error=error.message)
