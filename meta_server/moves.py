@@ -101,7 +101,8 @@ class Moves:
         by_slot: dict[int, MovedPage] = {}
         for page in request.pages:
             slot = self._slot(source, page.namespace, page.key, page.source)
-            if slot is not None:
+            # What lies elsewhere too needs no other place.
+            if slot is not None and not self._catalog.index.copies.are_several(np.array([slot], np.int64))[0]:
                 # Orders of an earlier start of this server may have had it copied twice.
                 by_slot.setdefault(slot, page)
         if by_slot:
@@ -135,7 +136,11 @@ class Moves:
         size = node.capacity_bytes
         staying = node.staying_bytes - node.moving_bytes
         if staying > self._high * size:
+            staying -= self._catalog.drop_spare(node, staying - int(self._low * size))
             cold = self._catalog.index.coldest(node.index, staying - int(self._low * size) + node.moving_bytes)
+            several = self._catalog.index.copies.are_several(cold)
+            self._catalog.remove(cold[several], "spare")
+            cold = cold[~several]
             node.moves_waiting += self.order(node, cold, disk.free_bytes)
 
     def _forget_late(self, node: Node) -> None:
@@ -158,6 +163,7 @@ class Moves:
         ticks = [index.ticks(run.namespace, run.keys) for run in runs]
         left = [self._slot(source, page.namespace, page.key, page.source) for page in pages]
         old = np.array([slot for slot in left if slot is not None], np.int64)
+        old = old[~index.copies.are_several(old)]
         is_there = self._catalog.nodes.at(target.index) is target
         self._catalog.remove(old, "moved", is_told=not is_there)
         if is_there:

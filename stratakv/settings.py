@@ -115,6 +115,8 @@ class MetaSettings:
     policy: EvictionPolicy = setting(EvictionPolicy.COST, "which pages go first: cost, lru, lfu or s3fifo")
     demote_high: float = setting(0.80, "share of a memory segment in use at which its coldest pages go to its disk")
     demote_low: float = setting(0.70, "share of a memory segment in use down to which they go")
+    replicas_max: int = setting(1, "daemons at which a page that is read often may lie at once; 1: none is copied")
+    replica_reads: int = setting(3, "a page that was read so often from another daemon's host is copied there")
     kvcm_enabled: bool = setting(False, "serve the KVCM API too")
     kvcm_host: str = setting("127.0.0.1", "address the KVCM API listens on")
     kvcm_token: Secret | None = setting(
@@ -207,6 +209,9 @@ class WorkerSettings:
     max_batched_tokens: int = setting(4096, "tokens computed in one step at most")
     pool_enabled: bool = setting(True, "use the memory pool (L2 and L3)")
     load_timeout_s: float = setting(5.0, "recompute what the pool has not delivered after so long")
+    journal_dir: Path | None = setting(
+        None, "directory in which it writes down what each request took, for tenants' quotas; without one, nowhere"
+    )
     profile_s: float = setting(
         5.0, "longest time a worker measures itself for at its start, where no fresh profile is kept; 0: never"
     )
@@ -280,6 +285,28 @@ class RestSettings:
     requests_max: int = setting(2048, "requests in progress at once")
 
 
+class WhenAway(enum.StrEnum):
+    """What becomes of requests of tenants with limits while the metadata database is away."""
+
+    LEASES = "leases"
+    """They go on from what the DB node has leased, then are refused."""
+    ALLOW = "allow"
+    """They go on uncounted when that is used up."""
+
+
+@dataclass(frozen=True, slots=True)
+class TenantSettings:
+    """[tenants] limits of tenants at a DB node."""
+
+    parallel_waiting_max: int = setting(
+        256, "requests of one tenant that wait for its limit of parallel requests, at one DB node"
+    )
+    when_away: WhenAway = setting(
+        WhenAway.LEASES,
+        "requests of tenants with limits while the metadata database is away: leases (what was leased, then refused) or allow",
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class RouterSettings:
     """[router] how the DB node chooses workers."""
@@ -306,6 +333,16 @@ class RouterSettings:
     batch_ttft_s: float = setting(0.0, "as interactive_ttft_s, of batch requests")
     batch_tpot_s: float = setting(0.0, "as interactive_tpot_s, of batch requests")
     poison_prompt_s: float = setting(600.0, "a prompt that two workers died of is refused for so long; 0: not at all")
+
+
+@dataclass(frozen=True, slots=True)
+class ConversationsSettings:
+    """[conversations] histories that DB nodes keep for their tenants."""
+
+    ttl_s: float = setting(30 * 86400.0, "a conversation that nobody adds to is deleted after so long")
+    items_max: int = setting(2000, "messages of one conversation")
+    bytes_max: Bytes = setting(Bytes(4 * MIB), "text of one conversation")
+    per_tenant_max: int = setting(100_000, "conversations of one tenant")
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,7 +385,9 @@ class Settings:
     worker: WorkerSettings = WorkerSettings()
     sql: SqlSettings = SqlSettings()
     rest: RestSettings = RestSettings()
+    tenants: TenantSettings = TenantSettings()
     router: RouterSettings = RouterSettings()
+    conversations: ConversationsSettings = ConversationsSettings()
     usage: UsageSettings = UsageSettings()
     log: LogSettings = LogSettings()
     up: UpSettings = UpSettings()

@@ -12,10 +12,12 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
+from dbnode.conversations.service import Conversations
 from dbnode.errors import NotOffered
 from dbnode.inference import InferenceService
 from dbnode.rest.bodies import json_bytes
 from dbnode.rest.completions import Completions
+from dbnode.rest.conversations import ConversationRoutes
 from dbnode.rest.door import Door, caller_of
 from dbnode.rest.fields import read_fields
 from dbnode.rest.http import Guard, error_response
@@ -25,6 +27,7 @@ from dbnode.rest.pins import Pins
 from dbnode.rest.tokens import TokenEndpoints
 from dbnode.scheduler.pool_view import PoolView
 from dbnode.tenants.directory import Directory
+from dbnode.tenants.quotas import Quotas
 from dbnode.worker_base import WorkerDoor
 from stratakv.errors import InvalidRequest, ModelNotFound, StrataError
 from stratakv.http_body import read_body
@@ -47,6 +50,8 @@ class RestFace:
         not_ready: Callable[[], list[str]],
         pool: PoolView,
         directory: Directory,
+        quotas: Quotas,
+        conversations: Conversations,
     ) -> None:
         self._settings = settings
         self._service = service
@@ -54,13 +59,15 @@ class RestFace:
         self._registry = registry
         self._not_ready = not_ready
         self._pins = Pins(settings, service, pool)
-        self._door = Door(settings, directory)
+        self._door = Door(settings, directory, quotas)
+        self._conversations = conversations
 
     def app(self) -> Guard:
         app = FastAPI(title="StrataKV", version=version())
         completions = Completions(self._settings, self._service)
         app.router.routes.append(Route("/v1/chat/completions", completions.chat(), methods=["POST"]))
         app.router.routes.append(Route("/v1/completions", completions.completion(), methods=["POST"]))
+        ConversationRoutes(self._conversations, completions, self._settings.body_bytes_max).add_to(app)
         tokens = TokenEndpoints(self._settings, self._service)
         app.add_api_route("/tokenize", tokens.tokenize, methods=["POST"])
         app.add_api_route("/detokenize", tokens.detokenize, methods=["POST"])

@@ -7,14 +7,15 @@ are not listed here appear as FastAPI describes them, with the errors that any e
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from dbnode.rest.answer_schemas import SCHEMAS, Schema, named
+from dbnode.rest.conversation_document import CONVERSATION_OPERATIONS, CONVERSATION_SCHEMAS
 from dbnode.rest.door import OPEN_PATHS
 from dbnode.rest.fields import object_schema
+from dbnode.rest.operation import GENERATED, WITH_BODY, Operation
 from dbnode.rest.parse import CHAT, COMPLETION, DROP, PIN
 from dbnode.rest.tokens import DETOKENIZE, TOKENIZE
 
@@ -24,6 +25,7 @@ _ERRORS = {
     403: "The key does not allow this.",
     404: "This is not here.",
     408: "The body did not arrive in time.",
+    409: "It is in use, or not as the request expects it.",
     413: "The body is too long.",
     429: "Too much is in progress or waiting; see Retry-After.",
     500: "A fault of ours.",
@@ -32,66 +34,46 @@ _ERRORS = {
     504: "The request's deadline passed.",
 }
 _ALWAYS = (401, 403, 429, 500, 503)
-_WITH_BODY = (400, 404, 408, 413)
-_WITH_WORKERS = (502, 504)
 _METHODS = ("get", "post", "put", "patch", "delete")
 
 
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """One endpoint."""
-
-    summary: str
-    answer: str
-    """Name of its schema."""
-    body: Schema | None = None
-    body_is_optional: bool = False
-    event: str | None = None
-    """Name of the schema of what it streams."""
-    errors: tuple[int, ...] = ()
-    """Beside those that any endpoint can have."""
-    media_type: str = "application/json"
-    more: dict[int, str] = field(default_factory=dict)
-    """Other statuses → names of schemas."""
-
-
-_GENERATED = (*_WITH_BODY, *_WITH_WORKERS)
 OPERATIONS: dict[tuple[str, str], Operation] = {
     ("post", "/v1/chat/completions"): Operation(
         "The model's answer to messages",
         "ChatCompletion",
         object_schema(CHAT, ("messages",)),
         event="ChatCompletionEvent",
-        errors=_GENERATED,
+        errors=GENERATED,
     ),
     ("post", "/v1/completions"): Operation(
         "What the model goes on with after a prompt",
         "Completion",
         object_schema(COMPLETION, ("prompt",)),
         event="CompletionEvent",
-        errors=_GENERATED,
+        errors=GENERATED,
     ),
     ("post", "/v1/embeddings"): Operation("Not offered", "Error", errors=(404,)),
     ("get", "/v1/models"): Operation("The model served", "Models"),
     ("get", "/v1/models/{model}"): Operation("One model", "Model", errors=(404,)),
     ("post", "/tokenize"): Operation(
-        "Tokens of a text or of messages", "Tokens", object_schema(TOKENIZE), errors=_WITH_BODY
+        "Tokens of a text or of messages", "Tokens", object_schema(TOKENIZE), errors=WITH_BODY
     ),
     ("post", "/detokenize"): Operation(
-        "The text of tokens", "DetokenizedText", object_schema(DETOKENIZE, ("tokens",)), errors=_WITH_BODY
+        "The text of tokens", "DetokenizedText", object_schema(DETOKENIZE, ("tokens",)), errors=WITH_BODY
     ),
     ("post", "/v1/stratakv/pin"): Operation(
-        "Keep a prompt in the pool", "Pinned", object_schema(PIN, ("seconds",)), errors=_WITH_BODY
+        "Keep a prompt in the pool", "Pinned", object_schema(PIN, ("seconds",)), errors=WITH_BODY
     ),
     ("get", "/health"): Operation("Whether the process lives", "Alive"),
     ("get", "/ready"): Operation("Whether requests can be served", "Ready", more={503: "Ready"}),
     ("get", "/version"): Operation("The version", "Version"),
     ("get", "/metrics"): Operation("Prometheus metrics", "", media_type="text/plain"),
     ("post", "/admin/cache/drop"): Operation(
-        "Make workers forget", "Object", object_schema(DROP), body_is_optional=True, errors=_WITH_BODY
+        "Make workers forget", "Object", object_schema(DROP), body_is_optional=True, errors=WITH_BODY
     ),
     ("get", "/admin/routes"): Operation("The last routing decisions", "Object"),
     ("get", "/admin/workers"): Operation("The workers that are known", "Object"),
+    **CONVERSATION_OPERATIONS,
 }
 
 
@@ -111,7 +93,7 @@ def _document(app: FastAPI) -> Schema:
     document = get_openapi(title=app.title, version=app.version, routes=app.routes)
     components = document.setdefault("components", {})
     found = {name: schema for name, schema in components.get("schemas", {}).items() if "ValidationError" not in name}
-    components["schemas"] = found | SCHEMAS
+    components["schemas"] = found | SCHEMAS | CONVERSATION_SCHEMAS
     components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     document["security"] = [{"key": []}]
     paths = {path.replace(":path}", "}"): item for path, item in document.get("paths", {}).items()}
@@ -128,7 +110,7 @@ def _operation(method: str, path: str, described: Schema) -> Schema:
     operation = OPERATIONS.get((method, path))
     responses = {status: answer for status, answer in described.get("responses", {}).items() if status != "422"}
     if operation is None:
-        errors = (*_ALWAYS, *(_WITH_BODY if method != "get" else (404,)))
+        errors = (*_ALWAYS, *(WITH_BODY if method != "get" else (404,)))
         return described | {"responses": responses | _errors(errors)}
     responses = _errors(() if path in OPEN_PATHS else (*_ALWAYS, *operation.errors))
     if operation.answer != "Error":
@@ -137,7 +119,8 @@ def _operation(method: str, path: str, described: Schema) -> Schema:
         either = {"anyOf": [named(name), named("Error")]}
         responses[str(status)] = {"description": _ERRORS[status], "content": _content("application/json", either)}
     told = {"summary": operation.summary, "operationId": f"{method}_{path.strip('/').replace('/', '_')}"}
-    kept = {name: described[name] for name in ("parameters",) if name in described}
+    parameters = [*described.get("parameters", ()), *operation.parameters]
+    kept: Schema = {"parameters": parameters} if parameters else {}
     if operation.body is not None:
         body = {"content": _content("application/json", operation.body), "required": not operation.body_is_optional}
         kept["requestBody"] = body

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dbnode.generate import Caller, GenerateRequest, Sampling, Source
-from dbnode.rest.fields import Boolean, Field, Integer, Number, Schema, read_fields
+from dbnode.rest.fields import Boolean, Field, Integer, Number, Schema, Unsupported, read_fields
 from dbnode.rest.messages_schema import MESSAGES_SCHEMA
 from dbnode.rest.sampling_fields import CACHE_SALT, CHOICES_MAX, INTEGER_MAX, LOGPROBS_MAX, MODEL, SAMPLING, SHARED
 from dbnode.rest.tools import ToolChoice, Tools, ToolUse, tool_use
@@ -110,6 +110,15 @@ CHAT: dict[str, Field] = {
     "parallel_tool_calls": Boolean(),
 }
 COMPLETION: dict[str, Field] = {**SHARED, "prompt": Prompts(), "logprobs": Integer(0, LOGPROBS_MAX)}
+TURN: dict[str, Field] = {
+    **CHAT,
+    "version": Integer(0, INTEGER_MAX),
+    "n": Unsupported((1,)),
+    "tools": Unsupported(([],)),
+    "tool_choice": Unsupported(("none", "auto")),
+    "parallel_tool_calls": Unsupported((True, False)),
+}
+"""Of a turn in a conversation, whose messages are those to add."""
 PIN: dict[str, Field] = {
     "messages": Messages(),
     "prompt": Prompts(),
@@ -135,7 +144,16 @@ DROP: dict[str, Field] = {"tiers": DroppedTiers()}
 
 def parse_chat(body: bytes, asked: Asked) -> Parsed:
     """POST /v1/chat/completions."""
-    given = read_fields(body, CHAT)
+    return _chat(read_fields(body, CHAT), asked)
+
+
+def parse_turn(body: bytes, asked: Asked) -> tuple[Parsed, int | None]:
+    """POST /v1/conversations/ID/messages: what a chat takes, and the version that the conversation is expected to have."""
+    given = read_fields(body, TURN)
+    return _chat(given, asked), given.get("version")
+
+
+def _chat(given: _Given, asked: Asked) -> Parsed:
     if "messages" not in given:
         raise InvalidRequest("messages: expected a list with at least one message", param="messages")
     top_logprobs = given.get("top_logprobs", 0)

@@ -189,7 +189,7 @@ class Tiers:
             return [], 0
         try:
             match = await self._meta.call(
-                MatchPrefix(self._namespace, pack_keys(keys), LEASE_S), Match, timeout_s=LOOKUP_S_MAX
+                MatchPrefix(self._namespace, pack_keys(keys), LEASE_S, self._node or ""), Match, timeout_s=LOOKUP_S_MAX
             )
         except StrataError as error:
             log.debug("lookup_failed", error=error.message)
