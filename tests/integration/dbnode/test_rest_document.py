@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,8 +25,8 @@ CHECKS = (
 SEED = 4
 
 
-async def schemathesis(node: RunningNode, *flags: str) -> tuple[int, str]:
-    """Its status and what it says."""
+async def schemathesis(node: RunningNode, directory: Path, *flags: str) -> tuple[int, str]:
+    """Its status and what it says; it remembers failures in the directory."""
     command = (
         "-m",
         "schemathesis.cli",
@@ -36,7 +37,7 @@ async def schemathesis(node: RunningNode, *flags: str) -> tuple[int, str]:
         *flags,
     )
     process = await asyncio.create_subprocess_exec(
-        sys.executable, *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+        sys.executable, *command, cwd=directory, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )
     try:
         output, _ = await process.communicate()
@@ -48,7 +49,7 @@ async def schemathesis(node: RunningNode, *flags: str) -> tuple[int, str]:
 
 
 @pytest.mark.timeout(180)
-async def test_no_request_finds_a_fault_or_an_answer_that_is_not_documented(postgres_url: str) -> None:
+async def test_no_request_finds_a_fault_or_an_answer_that_is_not_documented(postgres_url: str, tmp_path: Path) -> None:
     await asyncio.to_thread(migrate.upgrade, postgres_url)
     worker = await StandInWorker("w0").start()
     try:
@@ -59,6 +60,7 @@ async def test_no_request_finds_a_fault_or_an_answer_that_is_not_documented(post
             worker.finish_reason = "stop"
             status, output = await schemathesis(
                 node,
+                tmp_path,
                 "--checks",
                 CHECKS,
                 "--phases",
