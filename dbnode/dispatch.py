@@ -1,7 +1,7 @@
 """One admitted request on its way over the workers: split or whole, again elsewhere when a worker fails.
 
 Owned by `dbnode.inference`, one object per request. Tokens that have been handed on are never generated again: another worker
-continues from them. A request that saw two workers die fails, since it may be what kills them.
+continues from them. A request that saw two workers die fails, since it may be what kills them (`dbnode.suspects`).
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 
 import msgspec
 
 from dbnode.errors import HandoverFailed, NoWorker, WorkerLost, WorkerRefused, WorkersExhausted, WorkerUnreachable
 from dbnode.generate import FinishReason, PromptTiers, Sampling, TokenScore
-from dbnode.scheduler.scheduler import Plan, PromptKeys, Scheduler
-from dbnode.scheduler.workers import Sent, WorkerRecord
+from dbnode.scheduler.fleet import Sent, WorkerRecord
+from dbnode.scheduler.planner import Plan, PromptKeys
+from dbnode.scheduler.scheduler import Scheduler
+from dbnode.suspects import PromptId, Suspects, Trial, prompt_id
 from dbnode.worker_base import WorkerDoor
 from dbnode.worker_messages import KVTransfer, WorkerChunk, WorkerRequest, WorkerUsage
 from stratakv.errors import DeadlineExceeded, Overloaded, StrataError
@@ -45,16 +47,23 @@ class Job:
     sampling: Sampling
     max_tokens: int
     deadline_s: float
+    tpot_max_s: float = 0.0
+    """What a token should take at most; 0: no matter."""
     traceparent: str | None = None
 
 
 class Dispatch:
     """The workers' side of one request."""
 
-    def __init__(self, client: WorkerDoor, scheduler: Scheduler, job: Job) -> None:
+    def __init__(self, client: WorkerDoor, scheduler: Scheduler, suspects: Suspects, job: Job) -> None:
         self._client = client
         self._scheduler = scheduler
+        self._suspects = suspects
         self._job = job
+        self._prompt: PromptId = prompt_id(job.keys)
+        self._trial: Trial | None = None
+        """Of a request that saw a worker die."""
+        self._is_cause = False
         self._avoid: set[str] = set()
         self._attempt = 0
         self._failures = 0
@@ -73,6 +82,7 @@ class Dispatch:
 
     async def tokens(self) -> AsyncGenerator[list[int], None]:
         """Generated tokens as they come. Closing it cancels the request in the worker. Raises what cannot be helped."""
+        self._suspects.check(self._prompt)
         last_error: StrataError | None = None
         while self.finish_reason is None:
             plan = await self._plan(last_error)
@@ -91,7 +101,9 @@ class Dispatch:
             raise WorkersExhausted(f"the request failed on {self._attempt} workers") from last_error
         avoid = frozenset(self._avoid)
         try:
-            return await self._scheduler.plan(job.request_id, job.model, job.keys, job.max_tokens, avoid, self._attempt)
+            return await self._scheduler.plan(
+                job.request_id, job.model, job.keys, job.max_tokens, avoid, self._attempt, job.tpot_max_s
+            )
         except NoWorker:
             if last_error is None:
                 raise
@@ -202,7 +214,11 @@ class Dispatch:
         self, record: WorkerRecord, request: WorkerRequest, num_tokens: int, after: asyncio.Event | None = None
     ) -> AsyncGenerator[WorkerChunk, None]:
         """One worker's answer as it streams; its tokens are handed on, `after` those of another one. Raises _Failed."""
-        with self._scheduler.sent(record, self._job.keys, num_tokens) as sent:
+        async with AsyncExitStack() as stack:
+            if self._deaths:
+                trial = await stack.enter_async_context(self._suspects.trial(record.url, self._job.deadline_s))
+                self._trial = trial
+            sent = stack.enter_context(self._scheduler.sent(record, self._job.keys, num_tokens))
             try:
                 async with _unless_silent(record, sent, self._job.deadline_s):
                     stream = await self._client.stream(record.url, request, self._job.deadline_s)
@@ -213,11 +229,14 @@ class Dispatch:
                     async for chunk in chunks:
                         if chunk.token_ids:
                             self._scheduler.prefilled(record, sent)
+                            if self._trial is not None:
+                                self._trial.passed()
                             self._take_scores(record, chunk)
                             self.output.extend(chunk.token_ids)
                         self._take_usage(chunk.usage)
                         yield chunk
             except _ELSEWHERE as error:
+                self._count_death(error)
                 raise _Failed(record, error) from error
 
     def _body(self, transfer: KVTransfer) -> WorkerRequest:
@@ -274,6 +293,13 @@ class Dispatch:
         self.tiers = PromptTiers(num_prompt - num_cached, said.l1, said.l2, said.pool, said.disk)
         self.queue_ms = said.queue_ms
 
+    def _count_death(self, error: StrataError) -> None:
+        """Before the trial is over, which a death decides."""
+        if isinstance(error, WorkerLost):
+            self._deaths += 1
+            if self._deaths >= DEATHS_MAX:
+                self._is_cause = self._suspects.is_cause(self._prompt, self._trial)
+
     def _give_up_or_go_on(self, record: WorkerRecord, error: StrataError) -> StrataError:
         """Count a failure. Raises when the request may not be tried again, else returns the error to remember."""
         self._attempt += 1
@@ -281,10 +307,8 @@ class Dispatch:
         log.warning("worker_failed_request", url=record.url, error=error.message, tokens=len(self.output))
         if isinstance(error, WorkerUnreachable | WorkerLost):
             self._scheduler.directory.mark_dead(record)
-        if isinstance(error, WorkerLost):
-            self._deaths += 1
-            if self._deaths >= DEATHS_MAX:
-                raise WorkersExhausted(f"{self._deaths} workers were lost with this request in hand") from error
+        if self._is_cause:
+            raise WorkersExhausted(f"{self._deaths} workers were lost with this request in hand") from error
         if isinstance(error, WorkerRefused | WorkerLost):
             self._failures += 1
             if self._failures > (RETRIES_AFTER_TOKENS_MAX if self.output else RETRIES_BEFORE_TOKENS_MAX):

@@ -2,7 +2,10 @@
 
 StrataError
 ├── InvalidRequest
-│   └── Unauthenticated
+│   ├── Unauthenticated
+│   └── NotOffered           an endpoint that clients know and this node does not have
+├── Overloaded
+│   └── ExpectedTooLate      its first token would come too late
 ├── Unavailable
 │   ├── NoWorker
 │   ├── WorkerUnreachable    the request did not reach the worker
@@ -11,12 +14,13 @@ StrataError
 ├── AnswerCut                a typed answer does not fit max_tokens
 ├── AnswerUnfit              a worker's answer is not of its type
 ├── WorkerLost               the worker went away with the request in hand
-└── WorkersExhausted         what was tried on several workers failed on all
+├── WorkersExhausted         what was tried on several workers failed on all
+└── PoisonPrompt             workers died of the same prompt not long ago
 """
 
 from __future__ import annotations
 
-from stratakv.errors import InvalidRequest, StrataError, Unavailable
+from stratakv.errors import InvalidRequest, Overloaded, StrataError, Unavailable
 
 
 class Unauthenticated(InvalidRequest):
@@ -26,6 +30,14 @@ class Unauthenticated(InvalidRequest):
     code = "invalid_api_key"
     http_status = 401
     sqlstate = "28000"
+
+
+class NotOffered(InvalidRequest):
+    """Clients know this endpoint from elsewhere; it is not here."""
+
+    code = "not_offered"
+    http_status = 404
+    sqlstate = "0A000"
 
 
 class NoWorker(Unavailable):
@@ -65,6 +77,21 @@ class WorkersExhausted(StrataError):
 
     code = "workers_exhausted"
     http_status = 502
+    sqlstate = "XX000"
+
+
+class ExpectedTooLate(Overloaded):
+    """The load would make the first token come after the request's deadline or its class's target; nothing was done."""
+
+    code = "expected_too_late"
+
+
+class PoisonPrompt(StrataError):
+    """Workers died of this prompt; it is given to none for a while."""
+
+    openai_type = "invalid_request_error"
+    code = "poison_prompt"
+    http_status = 422
     sqlstate = "XX000"
 
 

@@ -21,6 +21,14 @@ class Source(enum.StrEnum):
     SQL = "sql"
 
 
+class SloClass(enum.StrEnum):
+    """What a request is for (`dbnode.slo`)."""
+
+    INTERACTIVE = "interactive"
+    """Somebody waits for it."""
+    BATCH = "batch"
+
+
 class FinishReason(enum.StrEnum):
     """OpenAI's reasons for the end of an answer."""
 
@@ -99,6 +107,8 @@ class GenerateRequest:
     """What the model is told that it may call, in OpenAI's form."""
     priority: int = 0
     """Requests with a lower one are let in first, as in vLLM."""
+    slo_class: SloClass | None = None
+    """None: that of its face."""
     cache_salt: str | None = None
     """What the request itself asks to be kept apart by."""
     deadline_s: float | None = None

@@ -28,7 +28,10 @@ from dbnode.generate import (
     Usage,
 )
 from dbnode.prompt_tokens import PromptTokens
-from dbnode.scheduler.scheduler import PromptKeys, Scheduler
+from dbnode.scheduler.planner import PromptKeys
+from dbnode.scheduler.scheduler import Scheduler
+from dbnode.slo import SloTargets, targets_of
+from dbnode.suspects import Suspects
 from dbnode.worker_base import WorkerDoor
 from stratakv.errors import (
     Cancelled,
@@ -39,6 +42,7 @@ from stratakv.errors import (
     Unavailable,
 )
 from stratakv.log import EventLogger
+from stratakv.settings import RouterSettings
 from stratakv.text import Detokenizer
 
 if TYPE_CHECKING:
@@ -104,23 +108,25 @@ class InferenceService:
         tokenizer: PreTrainedTokenizerFast,
         client: WorkerDoor,
         scheduler: Scheduler,
+        suspects: Suspects,
         observers: tuple[Observer, ...],
         waiting_max: dict[Source, int],
-        request_timeout_s: float,
+        router: RouterSettings,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model = model
         self.scheduler = scheduler
+        self.suspects = suspects
         self.draining = False
         self.tokens = PromptTokens(tokenizer)
         self._client = client
         self._observers = observers
-        self._request_timeout_s = request_timeout_s
+        self._router = router
         self._clock = clock
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self.admission = Admission(self._running_max, waiting_max)
+        self.admission = Admission(self._running_max, waiting_max, self._wait_s)
 
     @property
     def in_flight(self) -> int:
@@ -144,13 +150,17 @@ class InferenceService:
         self._idle.clear()
         try:
             job = await self._prepare(request, progress)
-            cost_tokens = len(job.keys.token_ids) + job.max_tokens
+            await self._check_time(job, request)
+            if self.admission.is_full:
+                self.scheduler.fetch_ahead(self.model, job.keys)
+            prompt_tokens = len(job.keys.token_ids)
             async with self.admission.slot(
                 request.source,
                 job.deadline_s,
                 request.priority,
                 tenant=request.caller.tenant,
-                cost_tokens=cost_tokens,
+                cost_tokens=prompt_tokens + job.max_tokens,
+                prompt_tokens=prompt_tokens,
             ) as took:
                 progress.started_s = self._clock()
                 try:
@@ -227,7 +237,7 @@ class InferenceService:
                 f" the context of {context} tokens",
                 param="messages" if request.messages is not None else "prompt",
             )
-        deadline_s = request.arrived_s + self._request_timeout_s
+        deadline_s = request.arrived_s + self._router.request_timeout_s
         if request.deadline_s is not None:
             deadline_s = min(deadline_s, request.deadline_s)
         keys = await self._keys(token_ids, request)
@@ -238,8 +248,23 @@ class InferenceService:
             sampling=request.sampling,
             max_tokens=max_tokens,
             deadline_s=deadline_s,
+            tpot_max_s=self._targets(request).tpot_s,
             traceparent=request.traceparent,
         )
+
+    async def _check_time(self, job: Job, request: GenerateRequest) -> None:
+        """Raises ExpectedTooLate."""
+        wanted_s = job.deadline_s
+        ttft_s = self._targets(request).ttft_s
+        if ttft_s:
+            wanted_s = min(wanted_s, request.arrived_s + ttft_s)
+        await self.scheduler.check_time(self.model, job.keys, wanted_s - self._clock(), self.admission.waiting_tokens)
+
+    def _targets(self, request: GenerateRequest) -> SloTargets:
+        return targets_of(self._router, request.slo_class, request.source)
+
+    def _wait_s(self) -> float | None:
+        return self.scheduler.least_wait_s(self.scheduler.able(self.model, 0))
 
     def check_model(self, name: str | None) -> None:
         """Raises ModelNotFound."""
@@ -266,7 +291,7 @@ class InferenceService:
 
     async def _answer(self, job: Job, progress: _Progress) -> AsyncGenerator[Chunk, None]:
         """Tokens to text; ends at a stop string or when the worker ends."""
-        dispatch = progress.dispatch = Dispatch(self._client, self.scheduler, job)
+        dispatch = progress.dispatch = Dispatch(self._client, self.scheduler, self.suspects, job)
         detokenizer = Detokenizer(self.tokens.tokenizer, job.sampling.stop)
         async with aclosing(dispatch.tokens()) as tokens:
             async for token_ids in tokens:

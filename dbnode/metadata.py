@@ -37,6 +37,10 @@ class Metadata:
         self._pool: asyncpg.Pool | None = None
         self._opening = asyncio.Lock()
 
+    @property
+    def is_configured(self) -> bool:
+        return self._settings.url is not None
+
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[asyncpg.Connection]:
         """One of the connections. Raises Unavailable, also if the database goes away inside."""

@@ -51,6 +51,9 @@ class NodeMetrics:
         )
         self._running = Gauge("stratakv_num_requests_running", "Requests workers have.", [name], registry=self.registry)
         self._waiting = Gauge("stratakv_num_requests_waiting", "Requests waiting here.", [name], registry=self.registry)
+        self._poison = Gauge(
+            "stratakv_poison_prompts", "Prompts refused because workers died of them.", registry=self.registry
+        )
         self.usage_dropped = Counter(
             "stratakv_usage_events_dropped", "Usage events lost because the database was away.", registry=self.registry
         )
@@ -65,6 +68,10 @@ class NodeMetrics:
         """Read these two whenever metrics are scraped."""
         self._running.labels(self._model).set_function(running)
         self._waiting.labels(self._model).set_function(waiting)
+
+    def watch_suspects(self, num_remembered: Callable[[], float]) -> None:
+        """Read it whenever metrics are scraped."""
+        self._poison.set_function(num_remembered)
 
     def first_token(self, source: Source, ttft_s: float) -> None:
         self._ttft.labels(self._model).observe(ttft_s)

@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 
 from dbnode.all_workers import AllWorkers
+from dbnode.conversations.service import Conversations
+from dbnode.conversations.store import ConversationStore
 from dbnode.generate import Source
 from dbnode.inference import InferenceService
 from dbnode.metadata import Metadata
@@ -21,6 +23,7 @@ from dbnode.scheduler.pool_view import MetaCalls, PoolView
 from dbnode.scheduler.scheduler import Scheduler
 from dbnode.scheduler.workers import WorkerDirectory
 from dbnode.statement_stats import StatementStats
+from dbnode.suspects import Suspects
 from dbnode.tenants.directory import Directory
 from dbnode.usage import UsageWriter
 from dbnode.usage_upkeep import UsageUpkeep
@@ -46,8 +49,9 @@ class Node:
         model_dir = resolve(settings.model.name, settings.model.cache_dir.expanduser())
         tokenizer = load_tokenizer(model_dir)
         pool = PoolView(meta)
+        credentials = PoolCredentials.from_settings(settings.pool)
         self.client = AllWorkers(
-            WorkerClient(PoolCredentials.from_settings(settings.pool)),
+            WorkerClient(credentials),
             VllmClient(
                 vllm_addresses(settings.router.workers).values(),
                 self.model,
@@ -63,7 +67,9 @@ class Node:
         self.usage = UsageWriter(settings.database, self.metrics.usage_dropped.inc)
         self.upkeep = UsageUpkeep(settings.database, settings.usage)
         self.statements = StatementStats(settings.database, self.metrics.statements_dropped.inc)
-        self.directory = WorkerDirectory(settings.router, self.client, pool, self._on_workers_changed)
+        self.directory = WorkerDirectory(
+            settings.router, self.client, pool, self._on_workers_changed, credentials=credentials
+        )
         self.metrics.registry.register(RouterMetrics(self.directory))
         scheduler = Scheduler(settings.router, self.directory, pool, kv_bytes_per_token(model_dir))
         self.inference = InferenceService(
@@ -71,17 +77,29 @@ class Node:
             tokenizer,
             self.client,
             scheduler,
+            suspects=Suspects(settings.router.poison_prompt_s),
             observers=(self.metrics, self.usage),
             waiting_max={Source.REST: settings.rest.requests_max, Source.SQL: settings.sql.calls_waiting_max},
-            request_timeout_s=settings.router.request_timeout_s,
+            router=settings.router,
+        )
+        self.conversations = Conversations(
+            ConversationStore(self.metadata, settings.conversations), self.inference, settings.router.request_timeout_s
         )
         self.metrics.watch_admission(lambda: self.inference.admission.running, lambda: self.inference.admission.waiting)
+        self.metrics.watch_suspects(lambda: self.inference.suspects.num_remembered)
         self._rest = settings.rest
 
     def rest_app(self) -> Guard:
         """The REST face over this node."""
         return RestFace(
-            self._rest, self.inference, self.client, self.metrics.registry, self.not_ready, self._pool, self.tenants
+            self._rest,
+            self.inference,
+            self.client,
+            self.metrics.registry,
+            self.not_ready,
+            self._pool,
+            self.tenants,
+            self.conversations,
         ).app()
 
     def not_ready(self) -> list[str]:
@@ -101,6 +119,7 @@ class Node:
             tasks.create_task(self.usage.run(), name="usage")
             tasks.create_task(self.statements.run(), name="statements")
             tasks.create_task(self.upkeep.run(), name="usage-upkeep")
+            tasks.create_task(self.conversations.run(), name="conversations")
 
     async def close(self) -> None:
         await self.usage.close()

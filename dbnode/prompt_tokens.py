@@ -50,15 +50,18 @@ class PromptTokens:
             token_ids = self.checked(request.prompt, "prompt")
         elif request.messages is not None:
             text = chat_text(self.tokenizer, request.messages, request.tools)
-            owner = request.caller.tenant.salt
-            make = partial(self._encoder.encode, text, owner)
-            is_short = self._encoder.is_mostly_known(text, INLINE_CHARS_MAX, owner)
-            token_ids = make() if is_short else await self.aside(make)
+            token_ids = await self.of_chat_text(text, request.caller.tenant.salt)
         else:
             token_ids = await self.of_text(request.prompt or "", special=True)
         if not token_ids:
             raise InvalidRequest("the prompt must not be empty", param="prompt")
         return token_ids
+
+    async def of_chat_text(self, text: str, owner: str) -> list[int]:
+        """Of what a chat template has written, or of its end from a special token on; `owner` as the cache's."""
+        make = partial(self._encoder.encode, text, owner)
+        is_short = self._encoder.is_mostly_known(text, INLINE_CHARS_MAX, owner)
+        return make() if is_short else await self.aside(make)
 
     def of_chat(self, request: GenerateRequest) -> list[int]:
         """Of a prompt of messages; may be called on any thread. Raises InvalidRequest."""

@@ -11,6 +11,7 @@ from dbnode.node import Node
 from dbnode.own_usage import own_usage_topics
 from dbnode.sql.admin.login import check_name
 from dbnode.sql.front import SqlFront
+from dbnode.sql_conversations import SqlConversations
 from dbnode.sql_explain import SqlExplainer
 from dbnode.sql_inference import SqlInference
 from dbnode.sql_metrics import SqlMetrics
@@ -54,7 +55,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             postgres_uid=settings.sql.backend_uid,
             statements=node.statements,
             explainer=SqlExplainer(node.inference, node.tenants),
-            topics=own_usage_topics(node.metadata),
+            topics={**own_usage_topics(node.metadata), **SqlConversations(node.conversations, node.tenants).topics()},
         )
         node.metrics.registry.register(SqlMetrics(sql))
         await sql.start()

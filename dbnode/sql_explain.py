@@ -11,7 +11,7 @@ from statistics import median_low
 from dbnode.generate import GenerateRequest
 from dbnode.inference import InferenceService
 from dbnode.scheduler.cost import DECODE_TOKENS_MAX
-from dbnode.scheduler.scheduler import PromptKeys
+from dbnode.scheduler.planner import PromptKeys
 from dbnode.sql.explain import Estimate
 from dbnode.sql.service import InferCall
 from dbnode.sql_inference import caller_of, request_of

@@ -14,17 +14,46 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-from dbnode.errors import AnswerCut, AnswerUnfit, NoWorker, WorkerLost, WorkersExhausted
-from dbnode.generate import Answer, Caller, FinishReason, GenerateRequest, Settled, Source, StructuredOutputs, Usage
+from dbnode.errors import (
+    AnswerCut,
+    AnswerUnfit,
+    ExpectedTooLate,
+    NoWorker,
+    PoisonPrompt,
+    WorkerLost,
+    WorkersExhausted,
+)
+from dbnode.generate import (
+    Answer,
+    Caller,
+    FinishReason,
+    GenerateRequest,
+    Settled,
+    SloClass,
+    Source,
+    StructuredOutputs,
+    Usage,
+)
 from dbnode.inference import InferenceService
 from dbnode.sql.commands import NulInAnswer
 from dbnode.sql.service import CallCost, InferCall, NullAnswer
+from dbnode.sql.topics import Asked
 from dbnode.sql_fold import FOLD, Fold, parse_fold
 from dbnode.sql_options import COUNT_TOKENS, MAX_TOKENS_DEFAULT, OnError, checked_options, sampling
 from dbnode.tenants.directory import Directory
 from stratakv.errors import ContextTooLong, DeadlineExceeded, StrataError
 
-_OF_ONE_ROW = (ContextTooLong, DeadlineExceeded, AnswerCut, AnswerUnfit, NulInAnswer, WorkerLost, WorkersExhausted)
+_OF_ONE_ROW = (
+    ContextTooLong,
+    DeadlineExceeded,
+    ExpectedTooLate,
+    AnswerCut,
+    AnswerUnfit,
+    NulInAnswer,
+    WorkerLost,
+    WorkersExhausted,
+    PoisonPrompt,
+)
 """What `on_error` is about. Other errors would meet every row alike, or say that the statement is to end."""
 
 
@@ -93,7 +122,7 @@ class SqlInference:
         return text
 
 
-def caller_of(call: InferCall, directory: Directory) -> Caller:
+def caller_of(call: InferCall | Asked, directory: Directory) -> Caller:
     """Who calls: the tenant of the role that has logged in. Raises PermissionDenied, Unavailable."""
     login = call.login
     role, oid, cluster = (call.role, None, "") if login is None else (login.role, login.oid, login.cluster)
@@ -117,6 +146,7 @@ def request_of(
         messages=tuple(messages),
         sampling=sampling(options),
         priority=options.get("priority", 0),
+        slo_class=SloClass(options["slo_class"]) if "slo_class" in options else None,
         cache_salt=options.get("cache_salt"),
         deadline_s=deadline_s,
         caller=caller,

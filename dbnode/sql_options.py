@@ -10,7 +10,7 @@ import enum
 from collections.abc import Mapping
 from typing import Any
 
-from dbnode.generate import Sampling, StructuredOutputs
+from dbnode.generate import Sampling, SloClass, StructuredOutputs
 from dbnode.sql_fold import FOLD
 from stratakv.errors import InvalidRequest
 
@@ -33,7 +33,7 @@ _INTEGERS = {
     "timeout_ms": (1, 2**31 - 1),
     "priority": (-(2**31), 2**31 - 1),
 }
-OPTIONS = frozenset({"system", "stop", "on_error", "dedupe", "cache_salt", *_NUMBERS, *_INTEGERS})
+OPTIONS = frozenset({"system", "stop", "on_error", "dedupe", "cache_salt", "slo_class", *_NUMBERS, *_INTEGERS})
 _TYPED = frozenset({JSON_SCHEMA, CHOICES, COUNT_TOKENS})
 _PRIVATE = _TYPED | {FOLD}
 
@@ -80,6 +80,9 @@ def _problem(name: str, value: Any) -> str | None:
     if name == "on_error":
         known = isinstance(value, str) and value in frozenset(OnError)
         return None if known else f"on_error must be one of {', '.join(OnError)}"
+    if name == "slo_class":
+        known = isinstance(value, str) and value in frozenset(SloClass)
+        return None if known else f"slo_class must be one of {', '.join(SloClass)}"
     if name == "dedupe":
         return None if isinstance(value, bool) else "dedupe must be true or false"
     if name in _PRIVATE:

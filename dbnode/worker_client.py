@@ -12,13 +12,15 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from dbnode.errors import HandoverFailed, WorkerRefused, WorkerUnreachable
+from dbnode.errors import HandoverFailed, WorkerLost, WorkerRefused, WorkerUnreachable
 from dbnode.worker_http import EventStream, HttpDoor, decode_state
 from dbnode.worker_messages import UsageOptions, WorkerChunk, WorkerError, WorkerFacts, WorkerRequest, is_namespace
 from stratakv.errors import DeadlineExceeded, InvalidRequest, Overloaded, StrataError
 from stratakv.pool.auth import PoolCredentials, RequestSigner
 from stratakv.wire import WorkerLoad
 
+ENGINE_FAILED = "engine_failed"
+"""The process is there still; what computed in it has died."""
 _NO_HEADERS: Mapping[str, str] = {}
 
 _encode = msgspec.json.Encoder().encode
@@ -124,6 +126,8 @@ def told(url: str, error: WorkerError, status: int | None) -> StrataError:
         return Overloaded(error.message)
     if error.code == HandoverFailed.code:
         return HandoverFailed(f"{url}: {error.message}")
+    if error.code == ENGINE_FAILED:
+        return WorkerLost(f"{url}: {error.message}")
     return WorkerRefused(f"{url}: {error.message}")
 
 

@@ -10,6 +10,7 @@ import msgspec
 from dbnode.generate import FinishReason, PromptTiers, StructuredOutputs, TokenScore
 from stratakv.keys import NAMESPACE_BYTES
 from stratakv.wire import WorkerRole
+from stratakv.worker_profile import WorkerProfile
 
 _NAMESPACE = re.compile(rf"[0-9a-f]{{{2 * NAMESPACE_BYTES}}}")
 
@@ -175,6 +176,8 @@ class WorkerFacts(msgspec.Struct, frozen=True):
     """How it computes block keys, as far as it tells."""
     hands_over: bool = False
     """Prompts can be handed over, to it and from it, while they are computed."""
+    profile: WorkerProfile = WorkerProfile()
+    """What it measured of itself at its start; `stratakv.worker_profile.Curves` draws the curves."""
 
 
 def is_namespace(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""Copies pages of a draining daemon to other daemons, as the meta server orders; each batch is a put of this daemon's own.
+"""Copies pages to other daemons, as the meta server orders: of a draining daemon, or hot ones. Each batch is a put of its own.
 
 A page is found at its old place until its put has ended, and what becomes of a put that is broken off anywhere is settled like
 any writer's: this daemon, its target or the meta server may die at any moment. One thread copies.

@@ -48,7 +48,10 @@ class Administration:
         if request.namespace:
             check_keys(request.namespace, b"")
         slots = [self._index.unpinned(node.index, request.namespace) for node in self._catalog.nodes]
-        num_blocks = self._catalog.remove(np.concatenate(slots), "flushed") if slots else 0
+        before = self._index.num_blocks
+        if slots:
+            self._catalog.remove(np.concatenate(slots), "flushed")
+        num_blocks = before - self._index.num_blocks
         await confirmed(self._journal.all_written())
         return wire.Flushed(num_blocks=num_blocks)
 
@@ -72,7 +75,7 @@ class Administration:
                     namespace,
                     sorted({info.model for info in workers}),
                     workers[0].block_size if workers else 0,
-                    sum(blocks for blocks, _ in segments.values()),
+                    self._index.count(namespace),
                     {names[segment]: size for segment, (_, size) in segments.items()},
                     self._rules.get(namespace),
                     {names[segment]: blocks for segment, (blocks, _) in segments.items()},

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from meta_server.copies import Heirs
 from meta_server.counts import PoolCounts
 from meta_server.events import EventLog
-from meta_server.index import BlockIndex, ExtentArray
+from meta_server.index import BlockIndex, ExtentArray, Removed
 from meta_server.journal import Journal
 from meta_server.leases import LeaseTable
 from meta_server.nodes import Node, NodeTable
@@ -57,8 +58,9 @@ class Catalog:
         pins: LeaseTable,
         events: EventLog,
         last_removal_id: int = 0,
+        places_max: int = 1,
     ) -> None:
-        """`pins` stay with their pages when these move; read leases stay with their places."""
+        """`pins` stay with their pages when these move; read leases stay with their places. `places_max`: of one block."""
         self.index = index
         self._pins = pins
         self.nodes = nodes
@@ -66,6 +68,7 @@ class Catalog:
         self._journal = journal
         self._events = events
         self._last_removal_id = last_removal_id
+        self._places_max = places_max
         self._unfreed: Counter[int] = Counter()
         """Removal → pages the daemon has not freed."""
         self._held_back: dict[int, _HeldBack] = {}
@@ -81,13 +84,13 @@ class Catalog:
         if node.reachable != reachable:
             self._events.node(EventKind.NODE_UP if reachable else EventKind.NODE_DOWN, node)
         node.reachable = reachable
-        self.index.set_available(node.index, reachable)
+        self._succeed(self.index.set_available(node.index, reachable))
 
     def void_segment(self, node: Node) -> None:
         """The node's epoch is over: its pages are gone, and its memory is no concern of ours any more."""
-        self.index.set_available(node.index, False)
+        self._succeed(self.index.set_available(node.index, False))
         self.counts.removal(node, "void", node.committed_pages, node.committed_bytes)
-        self.index.remove(self.index.in_segment(node.index))
+        self._count_copies(self.index.remove(self.index.in_segment(node.index)))
         for slot in [slot for slot, held in self._held_back.items() if held.segment == node.index]:
             del self._held_back[slot]
         for removal_id, _ in node.freeing.values():
@@ -113,8 +116,7 @@ class Catalog:
         node.committed_bytes += (len(extents) - len(surplus)) * page_bytes
         node.committed_pages += len(extents) - len(surplus)
         if len(surplus):
-            sizes = np.full(len(surplus), page_bytes, np.int64)
-            self._take_out(node, surplus, sizes, "surplus", pinned={})
+            self._take_out_surplus(node, surplus, page_bytes)
             # Those that were there already stay where they are.
             keys = self.index.packed_keys(np.unique(self.index.lying_in(namespace, keys, node.index)[1]))
         self._events.blocks(kind, node, namespace, keys)
@@ -124,21 +126,45 @@ class Catalog:
     ) -> None:
         """Copies on `target` take the places of the pages on `source`.
 
-        What has left `source` meanwhile (flushed, found corrupt) stays out; unless all of `source` is gone.
+        What has left `source` meanwhile (flushed, found corrupt) stays out, and so does what lies elsewhere already; unless all of
+        `source` is gone.
         """
         if self.nodes.at(source.index) is not source:
             self.insert(target, namespace, keys, extents, page_bytes)
             return
         there, old = self.index.lying_in(namespace, keys, source.index)
+        are_several = self.index.copies.are_several(old)
+        self.remove(old[are_several], "moved")
+        there, old = there[~are_several], old[~are_several]
         moved = b"".join(keys[i * KEY_BYTES : (i + 1) * KEY_BYTES] for i in there.tolist())
         history = self.index.history(old)
         self.remove(old, "moved", is_told=False)
         self.insert(target, namespace, moved, extents[there], page_bytes, EventKind.BLOCKS_MOVED)
         self.index.set_history(namespace, moved, history)
-        late = np.delete(extents, there, axis=0)
-        if len(late):
-            self._take_out(target, late, np.full(len(late), page_bytes, np.int64), "surplus", pinned={})
+        self._take_out_surplus(target, np.delete(extents, there, axis=0), page_bytes)
         self.moved(old, self.index.lying_in(namespace, moved, target.index)[1])
+
+    def replicate(
+        self, source: Node, target: Node, namespace: bytes, keys: bytes, extents: ExtentArray, page_bytes: int
+    ) -> None:
+        """Copies on `target` are further places of the blocks on `source`; what has left that meanwhile stays out, as above."""
+        if self.nodes.at(source.index) is not source:
+            self.insert(target, namespace, keys, extents, page_bytes)
+            return
+        there, first = self.index.lying_in(namespace, keys, source.index)
+        if not source.reachable:
+            there, first = there[:0], first[:0]
+        taken = there[self._add_copies(target, first, extents[there], page_bytes)]
+        self.counts.replicas_made += len(taken)
+        self._take_out_surplus(target, np.delete(extents, taken, axis=0), page_bytes)
+
+    def drop_spare(self, node: Node, size_bytes: int, namespace: bytes = b"") -> int:
+        """Give up pages whose blocks lie elsewhere too, coldest first, to free `size_bytes`; how many bytes that are."""
+        slots = self.index.spare(node.index, size_bytes, namespace)
+        size_freed = int(self.index.extents(slots)[1].sum())
+        if len(slots):
+            self.remove(slots, "spare")
+        return size_freed
 
     def moved(self, old: SlotArray, new: SlotArray) -> None:
         """Pages have moved from some slots to others."""
@@ -149,9 +175,9 @@ class Catalog:
     def remove(self, slots: SlotArray, reason: str, *, is_told: bool = True) -> int:
         """Take pages out of the index, and see to it that they are freed; how many.
 
-        With `is_told` False followers are not told: the same pages are inserted elsewhere next.
+        Followers are told of blocks that lie nowhere any more, unless `is_told` is False: the same are inserted elsewhere next.
         """
-        for namespace, segment, mine in self.index.by_place(slots) if is_told else ():
+        for namespace, segment, mine in self.index.by_place(self.index.copies.last_of(slots)) if is_told else ():
             keys = self.index.packed_keys(mine)
             self._events.blocks(EventKind.BLOCKS_REMOVED, self._node(segment), namespace, keys)
         removed = self.index.remove(slots)
@@ -164,6 +190,7 @@ class Catalog:
             pinned_slots = removed.slots[mine & removed.pinned].tolist()
             pinned_at = np.flatnonzero(removed.pinned[mine]).tolist()
             self._take_out(node, extents, sizes, reason, dict(zip(pinned_at, pinned_slots, strict=True)))
+        self._count_copies(removed)
         return len(removed)
 
     def unpinned(self, slots: Iterable[SlotArray]) -> None:
@@ -198,7 +225,40 @@ class Catalog:
                 keys = b"".join(keys[i * KEY_BYTES : (i + 1) * KEY_BYTES] for i in kept)
                 extents = extents[kept]
             if keys:
-                self.insert(nodes[run.epoch], run.namespace, keys, extents, run.page_bytes)
+                self._restore_run(nodes[run.epoch], run.namespace, keys, extents, run.page_bytes)
+
+    def _restore_run(self, node: Node, namespace: bytes, keys: bytes, extents: ExtentArray, page_bytes: int) -> None:
+        """Pages whose blocks lie in memory elsewhere are further places of them, as far as there may be any; others are new."""
+        is_new = np.ones(len(extents), np.bool_)
+        if self._places_max > 1:
+            there, first = self.index.present(namespace, keys)
+            is_new[there[self._add_copies(node, first, extents[there], page_bytes)]] = False
+        rest = b"".join(keys[i * KEY_BYTES : (i + 1) * KEY_BYTES] for i in np.flatnonzero(is_new).tolist())
+        if rest:
+            self.insert(node, namespace, rest, extents[is_new], page_bytes)
+
+    def _add_copies(self, node: Node, first: SlotArray, extents: ExtentArray, page_bytes: int) -> NDArray[np.bool_]:
+        """Which of them were taken. Only memory is copied, and only to memory."""
+        index = self.index
+        taken = np.array([not self._node(at).segment.is_disk for at in index.segments(first).tolist()], np.bool_)
+        taken &= not node.segment.is_disk
+        taken[taken] = index.add_copies(first[taken], node.index, extents[taken], page_bytes, self._places_max)
+        node.committed_bytes += int(taken.sum()) * page_bytes
+        node.committed_pages += int(taken.sum())
+        return taken
+
+    def _count_copies(self, removed: Removed) -> None:
+        self.counts.replicas_removed += removed.num_copies
+        self.counts.replicas_promoted += len(removed.heirs)
+        self._succeed(removed.heirs)
+
+    def _succeed(self, heirs: Heirs) -> None:
+        """Blocks are looked for at other places of theirs now."""
+        if len(heirs):
+            for namespace, segment, mine in self.index.by_place(heirs.new):
+                keys = self.index.packed_keys(mine)
+                self._events.blocks(EventKind.BLOCKS_MOVED, self._node(segment), namespace, keys)
+            self.moved(heirs.old, heirs.new)
 
     def _node(self, segment: int) -> Node:
         node = self.nodes.at(segment)
@@ -210,6 +270,10 @@ class Catalog:
         self._unfreed[removal.id] = len(extents)
         node.freeing_bytes += int(sizes.sum())
         node.order_free(removal.id, extents, sizes.tolist())
+
+    def _take_out_surplus(self, node: Node, extents: ExtentArray, page_bytes: int) -> None:
+        if len(extents):
+            self._take_out(node, extents, np.full(len(extents), page_bytes, np.int64), "surplus", pinned={})
 
     def _take_out(
         self, node: Node, extents: ExtentArray, sizes: NDArray[np.int64], reason: str, pinned: dict[int, int]

@@ -53,6 +53,13 @@ class PoolCounts:
     removed: Counter[tuple[Tier, str]] = field(default_factory=Counter)
     """By tier and reason."""
     removed_bytes: Counter[tuple[Tier, str]] = field(default_factory=Counter)
+    replicas_made: int = 0
+    replicas_removed: int = 0
+    """Further places of blocks that lie elsewhere still."""
+    replicas_promoted: int = 0
+    """Those that took the stead of a first place that was lost."""
+    replica_reads: int = 0
+    """Of `found`, pages at further places."""
     evicted_ages: defaultdict[Tier, Histogram] = field(default_factory=lambda: defaultdict(Histogram))
     """Time since those evicted had been asked for last."""
 

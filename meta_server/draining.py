@@ -55,6 +55,8 @@ class Draining:
         """What the node's daemon shall copy to other daemons now; what only its disk has room for is ordered with its moves."""
         if not node.is_draining:
             return []
+        staying = [n.index for n in self._catalog.nodes if n.reachable and not n.is_draining]
+        self._catalog.remove(self._catalog.index.copies.redundant(node.index, staying), "spare")
         slots = self._left(node)
         if not len(slots):
             return []
@@ -79,6 +81,7 @@ class Draining:
         """Pages that are to move, hottest first."""
         index = self._catalog.index
         slots = index.in_segment(node.index) if node.drains_whole else index.worth_keeping(node.index)
+        slots = index.copies.without_further(slots)
         if node.move_failures and len(slots):
             extents = extent_list(index.extents(slots)[0])
             slots = slots[np.array([node.move_failures[extent] < FAILURES_MAX for extent in extents], np.bool_)]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import zmq
 
-from meta_server.router_socket import listen_on
 from stratakv.pool.auth import PoolCredentials
+from stratakv.pool.member_sockets import listen_on, serve_members
 from stratakv.wire_events import PoolEvent, encode_event
 
 EVENTS_QUEUED_MAX = 1000
@@ -19,9 +19,7 @@ class EventSocket:
         """In the context of the ROUTER socket, whose gatekeeper asks subscribers for their key, too."""
         self._socket = context.socket(zmq.PUB)
         if credentials is not None:
-            keys = credentials.curve_keys("server")
-            self._socket.curve_server = True
-            self._socket.curve_publickey, self._socket.curve_secretkey = keys.public, keys.secret
+            serve_members(self._socket, credentials)
 
     def bind(self, host: str, port: int) -> int:
         """Listen; the port (a free one for 0). Raises SetupError."""

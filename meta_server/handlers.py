@@ -31,6 +31,7 @@ from meta_server.presence import Clock
 from meta_server.puts import PutTable
 from meta_server.reclaim import Reclaimer
 from meta_server.records import Snapshot
+from meta_server.replicas import Replicas
 from meta_server.rules import Rules
 from meta_server.store import Store
 from meta_server.validate import (
@@ -76,14 +77,26 @@ class Handlers:
         self.events = EventLog(self._epoch, clock)
         self.snapshots = Snapshots(self.events, self._index, self._nodes)
         self._catalog = Catalog(
-            self._index, self._nodes, self.journal, self._pins, self.events, snapshot.last_removal_id
+            self._index,
+            self._nodes,
+            self.journal,
+            self._pins,
+            self.events,
+            snapshot.last_removal_id,
+            settings.replicas_max,
         )
         ages = Ages(clock)
         self._rules = Rules(self._catalog, self.journal, clock, ages, snapshot.rules)
         self._reclaimer = Reclaimer(self._catalog, clock, ages, high=settings.reclaim_high, low=settings.reclaim_low)
         self._moves = Moves(self._catalog, self.journal, clock, settings)
-        placement = Placement(self._nodes, self._reclaimer.make_room, high=settings.reclaim_high)
-        self._puts = PutTable(self._catalog, self.journal, store, clock, settings, placement)
+        placement = Placement(
+            self._nodes,
+            self._reclaimer.make_room,
+            high=settings.reclaim_high,
+            low=min(settings.reclaim_low, settings.demote_low),
+        )
+        self._replicas = Replicas(self._catalog, placement, clock, settings)
+        self._puts = PutTable(self._catalog, self.journal, store, clock, settings, placement, self._replicas)
         self._draining = Draining(self._catalog, self._moves, placement)
         self.administration = Administration(self._catalog, self.journal, self._workers, self._pins, self._rules)
         self.term = 0
@@ -102,6 +115,7 @@ class Handlers:
             wire.ListWorkers: lambda _: wire.Workers(self._workers.states()),
             wire.ListNodes: lambda _: wire.Nodes(self._nodes.states()),
             wire.MatchPrefix: self.match_prefix,
+            wire.FetchAhead: self.fetch_ahead,
             wire.FindBlocks: self.find_blocks,
             wire.ReleaseLease: self.release_lease,
             wire.GetEventSnapshot: self.event_snapshot,
@@ -189,6 +203,11 @@ class Handlers:
     def heartbeat_worker(self, request: wire.HeartbeatWorker) -> wire.WorkerOrders:
         return wire.WorkerOrders(known=self._workers.heartbeat(request))
 
+    def fetch_ahead(self, request: wire.FetchAhead) -> wire.Done:
+        check_keys(request.namespace, request.keys)
+        self._moves.fetch(self._index.match(request.namespace, request.keys))
+        return wire.Done()
+
     def match_prefix(self, request: wire.MatchPrefix) -> wire.Match:
         check_keys(request.namespace, request.keys)
         slots = self._index.match(request.namespace, request.keys)
@@ -197,10 +216,12 @@ class Handlers:
         self._catalog.counts.asked += len(request.keys) // KEY_BYTES if request.lease_s else 0
         if not len(slots) or request.lease_s == 0:
             return wire.Match(num_blocks=len(slots))
-        lease_id = self._leases.grant(slots, request.lease_s)
-        self._index.touch(slots)
+        read_at = self._replicas.read_at(slots, request.node)
+        lease_id = self._leases.grant(read_at, request.lease_s)
+        self._index.touch(slots, read_at)
         self._moves.read(slots)
-        indexes, segment_of, extents = self._index.packed_places(slots)
+        self._replicas.count(slots, read_at, request.node)
+        indexes, segment_of, extents = self._index.packed_places(read_at)
         self._count_found(indexes, segment_of)
         segments = [self._segment_of(index) for index in indexes]
         return wire.Match(len(slots), segments, segment_of, extents, lease_id)
@@ -257,6 +278,12 @@ class Handlers:
             demoted=self._moves.demoted,
             promoted=self._moves.promoted,
             pins=len(self._pins),
+            replicas=len(self._index.copies),
+            replica_bytes=self._index.copies.size_bytes,
+            replicas_made=self.counts.replicas_made,
+            replicas_removed=self.counts.replicas_removed,
+            replicas_promoted=self.counts.replicas_promoted,
+            replica_reads=self.counts.replica_reads,
         )
 
     def _restore(self, snapshot: Snapshot) -> None:
@@ -294,7 +321,7 @@ class Handlers:
         return wire.NodeOrders(
             known=True,
             free=self._reclaimer.orders(node),
-            moves_away=self._draining.orders(node),
+            moves_away=self._draining.orders(node) or self._replicas.orders(node),
             moves=self._moves.orders(node),
             committed_puts=list(committed),
             void_puts=list(void),

@@ -3,6 +3,8 @@
 Per namespace, a table (`stratakv._native.KeyTable`) leads from a key to a slot, whose full key is compared on every hit.
 Recency is exact: each touch stamps pages with a growing tick, a prefix's later blocks just colder than its earlier ones, so
 that reclaiming takes leaves before what they hang on. A policy (`meta_server.policies`) chooses among them.
+
+A block may lie at several places (`meta_server.copies`). Its key leads to the first one, which can be reached if any of them can.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from meta_server.copies import Copies, Heirs
 from meta_server.policies import Candidates, Lru, Policy
 from meta_server.slots import KEY_WORDS, NO_SEGMENT, SlotArray, SlotTable
 from stratakv._native import KeyTable, make_key_table
@@ -46,6 +49,10 @@ class Removed:
     extents: ExtentArray
     page_bytes: NDArray[np.int64]
     pinned: NDArray[np.bool_]
+    num_copies: int
+    """Those that were not the first places of their blocks."""
+    heirs: Heirs
+    """Of the others, where their blocks lie further on."""
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -60,11 +67,12 @@ class History:
 
 
 class BlockIndex:
-    """Every committed page of every live segment; one place per key."""
+    """Every committed page of every live segment."""
 
     def __init__(self, policy: Policy | None = None) -> None:
         """`policy` chooses what goes first; by default the least recently used."""
         self._table = SlotTable()
+        self.copies = Copies(self._table, self._is_reachable)
         self._policy = policy or Lru()
         self._names: dict[bytes, _Names] = {}
         self._names_by_id: dict[int, _Names] = {}
@@ -81,11 +89,14 @@ class BlockIndex:
         tables = (table for n in self._names.values() for table in (n.by_key, n.by_low) if table is not None)
         return self._table.size_bytes + sum(table.size_bytes for table in tables)
 
-    def set_available(self, segment: int, available: bool) -> None:
-        """Whether the pages of a segment may be found (its daemon is alive)."""
+    def set_available(self, segment: int, available: bool) -> Heirs:
+        """Whether the pages of a segment may be found (its daemon is alive); the places that take others' steads by that."""
         while segment >= len(self._available):
             self._available = np.concatenate([self._available, np.zeros_like(self._available)])
         self._available[segment] = available
+        heirs = self.copies.succeed_unreachable()
+        self._enter_heirs(heirs)
+        return heirs
 
     def match(self, namespace: bytes, keys: bytes) -> SlotArray:
         """Slots of the leading keys that are there and can be reached now."""
@@ -106,14 +117,16 @@ class BlockIndex:
         if names.by_low is None:
             names.by_low = make_key_table(KEY_WORDS, KEY_WORDS - 1, 1)
             live = np.flatnonzero((table.segment != NO_SEGMENT) & (table.namespace == names.id))
-            names.by_low.enter(live, table.key)
+            names.by_low.enter(self.copies.without_further(live), table.key)
         names.by_low.find(np.asarray(low_keys, np.int64).astype(">i8").view(np.uint64), table.key, slots)
         return self._reachable(slots)
 
-    def touch(self, slots: SlotArray) -> None:
-        """The pages were asked for just now, in this order."""
+    def touch(self, slots: SlotArray, read_at: SlotArray | None = None) -> None:
+        """The pages were asked for just now, in this order, and are read at those places."""
         self._tick += len(slots)
         self._table.tick[slots] = self._tick - np.arange(len(slots))
+        if read_at is not None and read_at is not slots:
+            self._table.tick[read_at] = self._table.tick[slots]
 
     def lying_in(self, namespace: bytes, keys: bytes, segment: int) -> tuple[NDArray[np.int64], SlotArray]:
         """Positions of the keys whose pages lie in a segment, and their slots."""
@@ -121,9 +134,15 @@ class BlockIndex:
         there = np.flatnonzero((slots != _ABSENT) & (self._table.segment[slots] == segment))
         return there, slots[there]
 
+    def present(self, namespace: bytes, keys: bytes) -> tuple[NDArray[np.int64], SlotArray]:
+        """Positions of the keys that are there, in reach or not, and their slots."""
+        slots = self._find(namespace, keys, reachable_only=False)
+        there = np.flatnonzero(slots != _ABSENT)
+        return there, slots[there]
+
     def worth_keeping(self, segment: int) -> SlotArray:
         """Pages of a segment that somebody has read there, or wants to stay."""
-        table, slots = self._table, self._table.live_in(segment)
+        table, slots = self._table, self.copies.without_further(self._table.live_in(segment))
         kept = np.isin(table.namespace[slots], list(self._kept))
         worthy: SlotArray = slots[(table.reads[slots] > 0) | (table.pins[slots] > 0) | kept]
         return worthy
@@ -217,12 +236,33 @@ class BlockIndex:
         found = self._find(namespace, keys, reachable_only=False)
         there = np.unique(found[found != _ABSENT])
         away: SlotArray = there[~self._available[self._table.segment[there]]]
-        return away
+        return self.copies.with_further(away)
+
+    def add_copies(
+        self, slots: SlotArray, segment: int, extents: ExtentArray, page_bytes: int, places_max: int
+    ) -> NDArray[np.bool_]:
+        """Further places for the blocks of these first places; which were taken: others lie there already, or at enough places."""
+        table = self._table
+        taken, seen = np.zeros(len(slots), np.bool_), set()
+        for at, slot in enumerate(slots.tolist()):
+            lies_in = self.copies.segments_of(slot)
+            taken[at] = segment not in lies_in and len(lies_in) < places_max and slot not in seen
+            seen.add(slot)
+        first, new = slots[taken], table.allocate(int(taken.sum()))
+        for column in (table.key, table.namespace, table.tick, table.reads):
+            column[new] = column[first]
+        table.segment[new], table.page_bytes[new] = segment, page_bytes
+        table.offset[new], table.generation[new] = extents[taken, 0], extents[taken, 1]
+        table.enter(new)
+        for slot, copy in zip(first.tolist(), new.tolist(), strict=True):
+            self.copies.add(slot, copy)
+        self.bytes_committed += page_bytes * len(new)
+        return taken
 
     def at(self, namespace: bytes, key: bytes, segment: int, offset: int, generation: int) -> SlotArray:
         """The slot of a key, if it lies exactly there; else none."""
         slots = self._find(namespace, key, reachable_only=False)
-        slots, table = slots[slots != _ABSENT], self._table
+        slots, table = self.copies.with_further(slots[slots != _ABSENT]), self._table
         same = (table.segment[slots] == segment) & (table.offset[slots] == offset)
         exact: SlotArray = slots[same & (table.generation[slots] == generation)]
         return exact
@@ -275,9 +315,9 @@ class BlockIndex:
         return found
 
     def groups(self, first: int, count: int) -> tuple[list[tuple[bytes, int, SlotArray]], int]:
-        """Of `count` slots from `first` on, those with pages, by namespace and segment; the slot behind them, 0 at the end."""
+        """Of `count` slots from `first` on, first places by namespace and segment; the slot behind them, 0 at the end."""
         table, end = self._table, min(first + count, self._table.num_rows)
-        slots = first + np.flatnonzero(table.segment[first:end] != NO_SEGMENT)
+        slots = self.copies.without_further(first + np.flatnonzero(table.segment[first:end] != NO_SEGMENT))
         return self.by_place(slots), end if first < end < table.num_rows else 0
 
     def unpinned(self, segment: int, namespace: bytes = b"") -> SlotArray:
@@ -290,12 +330,21 @@ class BlockIndex:
             slots = slots[table.namespace[slots] == names.id] if names else slots[:0]
         return slots
 
+    def spare(self, segment: int, size_bytes: int, namespace: bytes = b"") -> SlotArray:
+        """The unpinned pages of a segment that are further places of their blocks, coldest first, to free `size_bytes`."""
+        slots = self.copies.further_in(segment)
+        if size_bytes <= 0 or not len(slots):
+            return slots[:0]
+        table, slots = self._table, np.intersect1d(slots, self.unpinned(segment, namespace))
+        slots = slots[np.argsort(table.tick[slots], kind="stable")]
+        return slots[: int(np.searchsorted(np.cumsum(table.page_bytes[slots]), size_bytes)) + 1]
+
     def coldest(self, segment: int, size_bytes: int, namespace: bytes = b"") -> SlotArray:
         """The unpinned pages of a segment that go first, and together free `size_bytes`; all there are, if too few.
 
-        Of one namespace, or of all that are not kept.
+        First places of their blocks only (before these go the `spare` ones); of one namespace, or of all that are not kept.
         """
-        slots = self.unpinned(segment, namespace)
+        slots = self.copies.without_further(self.unpinned(segment, namespace))
         if not namespace and self._kept:
             slots = slots[~np.isin(self._table.namespace[slots], list(self._kept))]
         costs = np.full(self._next_names_id, np.nan)
@@ -335,6 +384,10 @@ class BlockIndex:
         """Of the page that was asked for last."""
         return self._tick
 
+    def count(self, namespace: bytes) -> int:
+        """Blocks of a namespace."""
+        return len(names.by_key) if (names := self._names.get(namespace)) is not None else 0
+
     def usage(self) -> dict[bytes, dict[int, tuple[int, int]]]:
         """Namespace → segment → pages and bytes. Takes time with the number of pages."""
         table = self._table
@@ -349,14 +402,18 @@ class BlockIndex:
         return found
 
     def remove(self, slots: SlotArray) -> Removed:
-        """Take pages out; nothing finds them from here on."""
+        """Take pages out; nothing finds them there from here on."""
         table = self._table
+        heirs, num_copies = self.copies.drop(slots)
+        self._enter_heirs(heirs)
         removed = Removed(
             slots=slots,
             segments=table.segment[slots],
             extents=np.stack([table.offset[slots], table.generation[slots]], axis=1),
             page_bytes=table.page_bytes[slots],
             pinned=table.pins[slots] > 0,
+            num_copies=num_copies,
+            heirs=heirs,
         )
         names_of = table.namespace[slots]
         for names_id in np.unique(names_of).tolist():
@@ -366,7 +423,7 @@ class BlockIndex:
                 names.by_low.leave(mine, table.key)
             self._forget_if_empty(names)
         table.release(slots)
-        self.num_blocks -= len(slots)
+        self.num_blocks -= len(slots) - num_copies - len(heirs)
         self.bytes_committed -= int(removed.page_bytes.sum())
         return removed
 
@@ -383,6 +440,24 @@ class BlockIndex:
         hits = np.flatnonzero(slots != _ABSENT)
         slots[hits[~self._available[self._table.segment[slots[hits]]]]] = _ABSENT
         return slots
+
+    def _is_reachable(self, slot: int) -> bool:
+        return bool(self._available[self._table.segment[slot]])
+
+    def _enter_heirs(self, heirs: Heirs) -> None:
+        """Lead the keys to other places, which are worth what the old ones were."""
+        if not len(heirs):
+            return
+        table = self._table
+        names_of = table.namespace[heirs.new]
+        for names_id in np.unique(names_of).tolist():
+            names, mine = self._names_by_id[names_id], names_of == names_id
+            for keys in (names.by_key, names.by_low):
+                if keys is not None:
+                    keys.leave(heirs.old[mine], table.key)
+                    keys.enter(heirs.new[mine], table.key)
+        for column in (table.tick, table.reads, table.in_main):
+            column[heirs.new] = np.maximum(column[heirs.new], column[heirs.old])
 
     def _names_of(self, namespace: bytes) -> _Names:
         names = self._names.get(namespace)

@@ -75,6 +75,12 @@ def _totals(stats: Stats) -> Iterator[Metric]:
     yield _counter("lookup_hits", "Those that found at least one block", stats.lookup_hits)
     yield _counter("demoted_pages", "Pages that went from memory to disk", stats.demoted)
     yield _counter("promoted_pages", "Pages that came back from disk", stats.promoted)
+    yield _gauge("replicas", "Pages whose blocks lie at another daemon first, now", stats.replicas)
+    yield _gauge("replica_bytes", "Their bytes", stats.replica_bytes)
+    yield _counter("replicas_made", "Pages copied because they are hot", stats.replicas_made)
+    yield _counter("replicas_removed", "Copies that were removed", stats.replicas_removed)
+    yield _counter("replicas_promoted", "Copies that took the stead of a lost page", stats.replicas_promoted)
+    yield _counter("replica_reads", "Pages that readers were told of at a copy", stats.replica_reads)
 
 
 def _segments(nodes: Iterable[Node]) -> Iterator[Metric]:

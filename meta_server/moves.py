@@ -73,17 +73,20 @@ class Moves:
     def read(self, slots: SlotArray) -> None:
         """These pages are being read: those on disk for the second time go back to memory."""
         counts = self._catalog.index.count_read(slots)
-        often = slots[counts >= PROMOTE_READS_MIN]
-        if not len(often) or not any(node.segment.is_disk for node in self._catalog.nodes):
+        self.fetch(slots[counts >= PROMOTE_READS_MIN])
+
+    def fetch(self, slots: SlotArray) -> None:
+        """Those of these pages that lie on disk go back to memory, as far as there is room and the limit goes."""
+        if not len(slots) or not any(node.segment.is_disk for node in self._catalog.nodes):
             return
-        for segment in np.unique(self._catalog.index.segments(often)).tolist():
+        for segment in np.unique(self._catalog.index.segments(slots)).tolist():
             node = self._catalog.nodes.at(segment)
             memory = (
                 self._catalog.nodes.get(node.segment.disk_of) if node is not None and node.segment.is_disk else None
             )
             if node is not None and memory is not None and memory.reachable and not memory.is_draining:
-                room = int(self._high * memory.capacity_bytes) - memory.staying_bytes
-                node.moves_waiting += self.order(node, often[self._catalog.index.segments(often) == segment], room)
+                room = int(self._high * memory.capacity_bytes) - memory.staying_bytes - node.moving_bytes
+                node.moves_waiting += self.order(node, slots[self._catalog.index.segments(slots) == segment], room)
 
     async def report(self, request: ReportMoves) -> MovesTaken:
         """Take the copies for the pages. Raises StaleEpoch, Unavailable."""
@@ -98,7 +101,8 @@ class Moves:
         by_slot: dict[int, MovedPage] = {}
         for page in request.pages:
             slot = self._slot(source, page.namespace, page.key, page.source)
-            if slot is not None:
+            # What lies elsewhere too needs no other place.
+            if slot is not None and not self._catalog.index.copies.are_several(np.array([slot], np.int64))[0]:
                 # Orders of an earlier start of this server may have had it copied twice.
                 by_slot.setdefault(slot, page)
         if by_slot:
@@ -132,7 +136,11 @@ class Moves:
         size = node.capacity_bytes
         staying = node.staying_bytes - node.moving_bytes
         if staying > self._high * size:
+            staying -= self._catalog.drop_spare(node, staying - int(self._low * size))
             cold = self._catalog.index.coldest(node.index, staying - int(self._low * size) + node.moving_bytes)
+            several = self._catalog.index.copies.are_several(cold)
+            self._catalog.remove(cold[several], "spare")
+            cold = cold[~several]
             node.moves_waiting += self.order(node, cold, disk.free_bytes)
 
     def _forget_late(self, node: Node) -> None:
@@ -155,6 +163,7 @@ class Moves:
         ticks = [index.ticks(run.namespace, run.keys) for run in runs]
         left = [self._slot(source, page.namespace, page.key, page.source) for page in pages]
         old = np.array([slot for slot in left if slot is not None], np.int64)
+        old = old[~index.copies.are_several(old)]
         is_there = self._catalog.nodes.at(target.index) is target
         self._catalog.remove(old, "moved", is_told=not is_there)
         if is_there:

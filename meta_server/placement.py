@@ -13,11 +13,12 @@ MakeRoom = Callable[[Node, int], None]
 class Placement:
     """Chooses among the nodes as they are now."""
 
-    def __init__(self, nodes: NodeTable, make_room: MakeRoom, *, high: float) -> None:
-        """`high`: share of a segment in use beyond which pages would be removed again."""
+    def __init__(self, nodes: NodeTable, make_room: MakeRoom, *, high: float, low: float) -> None:
+        """Shares of a segment in use: beyond `high` pages would be removed again; up to `low` is room to spare."""
         self._nodes = nodes
         self._make_room = make_room
         self._high = high
+        self._low = low
 
     def for_put(self, prefer_node: str | None, num_pages: int, page_bytes: int) -> Node:
         """The preferred node if all fits, else the one with most room; raises PoolFull if that has none."""
@@ -49,5 +50,17 @@ class Placement:
         """Bytes that fit before anything is removed."""
         return min(node.free_bytes, int(self._high * node.capacity_bytes) - node.staying_bytes)
 
+    def for_replicas(self, reader: Node) -> list[Node]:
+        """Where more copies may go, best first: to the reader's own node, then by room."""
+        return sorted(self._takers(), key=lambda node: (node is not reader, -self.room_for_replicas(node)))
+
+    def room_for_replicas(self, node: Node) -> int:
+        """Bytes that nobody needs for anything better."""
+        return min(node.free_bytes, int(self._low * node.capacity_bytes) - node.staying_bytes)
+
+    def takes(self, node: Node) -> bool:
+        """Whether the node gets new pages."""
+        return node.reachable and not node.segment.is_disk and not node.is_draining
+
     def _takers(self) -> list[Node]:
-        return [n for n in self._nodes if n.reachable and not n.segment.is_disk and not n.is_draining]
+        return [node for node in self._nodes if self.takes(node)]

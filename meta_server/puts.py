@@ -22,6 +22,7 @@ from meta_server.nodes import Node
 from meta_server.placement import Placement
 from meta_server.presence import Clock
 from meta_server.records import StartedPut, extent_array, extent_list, pack_extents, unpack_extents
+from meta_server.replicas import Replicas
 from meta_server.store import DECIDED_MAX, STATEMENT_TIMEOUT_S, Store
 from stratakv.errors import InvalidRequest, Overloaded, Unavailable
 from stratakv.keys import BlockKey, unpack_keys
@@ -51,6 +52,8 @@ class _Put:
     cost_us: int = 0
     source: Node | None = None
     """Where the pages lie of which these are copies."""
+    is_replica: bool = False
+    """The pages stay there, too."""
     state: PutState = PutState.PENDING
     extents: bytes = b""
     """As the writer sent them; kept while the outcome is open."""
@@ -72,6 +75,7 @@ class PutTable:
         clock: Clock,
         settings: MetaSettings,
         placement: Placement,
+        replicas: Replicas,
     ) -> None:
         self._catalog = catalog
         self._journal = journal
@@ -79,6 +83,7 @@ class PutTable:
         self._clock = clock
         self._settings = settings
         self._placement = placement
+        self._replicas = replicas
         self._puts: dict[bytes, _Put] = {}
         self._pending_keys: dict[bytes, set[BlockKey]] = {}
         self._decided: dict[bytes, str] = {}
@@ -112,12 +117,9 @@ class PutTable:
         if len(self._puts) >= self._settings.puts_pending_max:
             raise Overloaded(f"{self._settings.puts_pending_max} puts are in progress already")
         source = self._catalog.nodes.get(request.copies_from)
-        if source is not None:
-            node = self._placement.for_copies(source, request.page_bytes)
-            wanted = wanted[: self._placement.room_for_copies(node) // request.page_bytes]
-        else:
-            node = self._placement.for_put(request.prefer_node, len(wanted), request.page_bytes)
-            wanted = wanted[: node.free_bytes // request.page_bytes]
+        node, wanted = self._room(request, source, wanted)
+        if node is None or not wanted:
+            return PutGrant(wanted=[])
         row = StartedPut(
             put_id=request.put_id,
             namespace=request.namespace,
@@ -128,7 +130,8 @@ class PutTable:
             keys=b"".join(keys[i] for i in wanted),
             left_s=min(request.timeout_s, self._settings.put_timeout_s_max),
         )
-        self._add(row, node, request.cost_us, source)
+        is_replica = source is not None and not source.is_draining
+        self._add(row, node, request.cost_us, source, is_replica)
         self._journal.start_put(row)
         return PutGrant(wanted=wanted, segment=node.segment)
 
@@ -203,6 +206,17 @@ class PutTable:
                 seen.add(keys[i])
                 wanted.append(i)
         return wanted
+
+    def _room(self, request: PutStart, source: Node | None, wanted: list[int]) -> tuple[Node | None, list[int]]:
+        """Where to, and which of the wanted pages. Raises PoolFull."""
+        if source is None:
+            node = self._placement.for_put(request.prefer_node, len(wanted), request.page_bytes)
+            return node, wanted[: node.free_bytes // request.page_bytes]
+        if source.is_draining:
+            node = self._placement.for_copies(source, request.page_bytes)
+            return node, wanted[: self._placement.room_for_copies(node) // request.page_bytes]
+        target, granted = self._replicas.grant(source, request.namespace, request.keys, request.page_bytes)
+        return target, [at for at in wanted if at in granted]
 
     def _candidates(self, request: PutStart) -> list[int]:
         index = self._catalog.index
@@ -279,6 +293,9 @@ class PutTable:
         if source is None:
             self._catalog.insert(put.node, row.namespace, row.keys, extents, row.page_bytes)
             return
+        if put.is_replica:
+            self._catalog.replicate(source, put.node, row.namespace, row.keys, extents, row.page_bytes)
+            return
         _, slots = self._catalog.index.lying_in(row.namespace, row.keys, source.index)
         for extent in extent_list(self._catalog.index.extents(slots)[0]):
             source.moving.pop(extent, None)
@@ -294,8 +311,10 @@ class PutTable:
     def _is_current(self, put: _Put) -> bool:
         return self._catalog.nodes.at(put.node.index) is put.node
 
-    def _add(self, row: StartedPut, node: Node, cost_us: int = 0, source: Node | None = None) -> None:
-        put = _Put(row, node, unpack_keys(row.keys), self._clock() + row.left_s, cost_us, source)
+    def _add(
+        self, row: StartedPut, node: Node, cost_us: int = 0, source: Node | None = None, is_replica: bool = False
+    ) -> None:
+        put = _Put(row, node, unpack_keys(row.keys), self._clock() + row.left_s, cost_us, source, is_replica)
         self._puts[row.put_id] = put
         self._pending_keys.setdefault(row.namespace, set()).update(put.keys)
         node.pending_bytes += put.size_bytes

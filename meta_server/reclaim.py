@@ -52,6 +52,7 @@ class Reclaimer:
         size = node.capacity_bytes
         target = min(int(self._low * size), size - min(size_bytes, size))
         excess = node.staying_bytes - target
+        excess -= self._catalog.drop_spare(node, excess)
         slots = self._catalog.index.coldest(node.index, excess)[:PAGES_MAX]
         if len(slots):
             self._count_ages(node, slots)

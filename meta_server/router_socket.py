@@ -6,15 +6,13 @@ Read straight from zmq's file descriptor, which costs a third of a round trip le
 from __future__ import annotations
 
 import asyncio
-import hmac
 from collections.abc import Callable
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from stratakv.errors import SetupError
 from stratakv.pool.auth import PoolCredentials
-from stratakv.process import port_taken
+from stratakv.pool.member_sockets import gatekeeper, listen_on, serve_members
 from stratakv.wire import MESSAGE_BYTES_MAX
 
 READS_PER_TURN_MAX = 64
@@ -25,16 +23,6 @@ REQUEST_ID_BYTES = 8
 
 OnMessage = Callable[[bytes, bytes, bytes], None]
 """Client, request id, payload."""
-
-
-class _OneKey:
-    """ZeroMQ asks it about every client that connects."""
-
-    def __init__(self, public_key: bytes) -> None:
-        self._public_key = public_key
-
-    def callback(self, domain: str, key: bytes) -> bool:
-        return hmac.compare_digest(key, self._public_key)
 
 
 class RouterSocket:
@@ -57,13 +45,8 @@ class RouterSocket:
         return self._context
 
     def _guard(self, credentials: PoolCredentials) -> ThreadAuthenticator:
-        keys = credentials.curve_keys("server")
-        self._socket.curve_server = True
-        self._socket.curve_publickey, self._socket.curve_secretkey = keys.public, keys.secret
-        gatekeeper = ThreadAuthenticator(self._context)
-        gatekeeper.start()
-        gatekeeper.configure_curve_callback(credentials_provider=_OneKey(credentials.curve_keys("client").public))
-        return gatekeeper
+        serve_members(self._socket, credentials)
+        return gatekeeper(self._context, credentials)
 
     def bind(self, host: str, port: int) -> int:
         """Listen; the port (a free one for 0). Raises SetupError."""
@@ -114,18 +97,3 @@ class RouterSocket:
         finally:
             self._reading = False
         self._loop.call_soon(self._read)
-
-
-def listen_on(socket: zmq.Socket[bytes], host: str, port: int, setting: str) -> int:
-    """Bind; the port (a free one for 0). Raises SetupError that names the setting."""
-    socket.setsockopt(zmq.IPV6, int(":" in host))
-    where = f"[{host}]" if ":" in host else host
-    try:
-        socket.bind(f"tcp://{where}:{port or '*'}")
-    except zmq.ZMQError as error:
-        if error.errno == zmq.EADDRINUSE:
-            raise port_taken(host, port, setting) from None
-        raise SetupError(f"meta.host: cannot listen on {host}:{port}: {error}") from None
-    endpoint = socket.getsockopt(zmq.LAST_ENDPOINT)
-    assert isinstance(endpoint, bytes)
-    return int(endpoint.rstrip(b"\0").rpartition(b":")[2])

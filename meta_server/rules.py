@@ -83,8 +83,10 @@ class Rules:
 
     def _shrink(self, namespace: bytes, bytes_max: int, nodes: list[Node]) -> None:
         index = self._catalog.index
+        excess = sum(index.size_of(namespace, node.index) for node in nodes) - bytes_max
+        for node in nodes:
+            excess -= self._catalog.drop_spare(node, excess, namespace)
         sizes = {node.index: index.size_of(namespace, node.index) for node in nodes}
-        excess = sum(sizes.values()) - bytes_max
         for segment, size in sorted(sizes.items(), key=lambda item: -item[1]):
             if excess <= 0:
                 return

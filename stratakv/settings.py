@@ -30,6 +30,17 @@ class EvictionPolicy(enum.StrEnum):
     S3FIFO = "s3fifo"
 
 
+class RouterPolicy(enum.StrEnum):
+    """How the worker for a request is chosen (`dbnode.scheduler.policies`)."""
+
+    COST = "cost"
+    PREFIX = "prefix"
+    LEAST_LOAD = "least_load"
+    ROUND_ROBIN = "round_robin"
+    DYNAMO = "dynamo"
+    AIBRIX = "aibrix"
+
+
 class TlsMode(enum.StrEnum):
     """What the DB node does when a PostgreSQL client asks for TLS."""
 
@@ -104,6 +115,8 @@ class MetaSettings:
     policy: EvictionPolicy = setting(EvictionPolicy.COST, "which pages go first: cost, lru, lfu or s3fifo")
     demote_high: float = setting(0.80, "share of a memory segment in use at which its coldest pages go to its disk")
     demote_low: float = setting(0.70, "share of a memory segment in use down to which they go")
+    replicas_max: int = setting(1, "daemons at which a page that is read often may lie at once; 1: none is copied")
+    replica_reads: int = setting(3, "a page that was read so often from another daemon's host is copied there")
     kvcm_enabled: bool = setting(False, "serve the KVCM API too")
     kvcm_host: str = setting("127.0.0.1", "address the KVCM API listens on")
     kvcm_token: Secret | None = setting(
@@ -182,6 +195,9 @@ class WorkerSettings:
     host: str = setting("127.0.0.1", "address to listen on")
     public_host: str = setting("", "where DB nodes reach it; by default `host`, which must be given for all addresses")
     port: int = setting(8100, "HTTP port")
+    events_port: int = setting(
+        0, "ZeroMQ port on which it tells which blocks it holds, and the next one for replays; 0 takes free ones"
+    )
     dtype: str = setting("bf16", "bf16 or fp32")
     device: str = setting("auto", "auto, cpu or cuda")
     threads: int = setting(0, "CPU threads of the engine; 0 takes all cores")
@@ -193,6 +209,9 @@ class WorkerSettings:
     max_batched_tokens: int = setting(4096, "tokens computed in one step at most")
     pool_enabled: bool = setting(True, "use the memory pool (L2 and L3)")
     load_timeout_s: float = setting(5.0, "recompute what the pool has not delivered after so long")
+    profile_s: float = setting(
+        5.0, "longest time a worker measures itself for at its start, where no fresh profile is kept; 0: never"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,10 +290,34 @@ class RouterSettings:
         (), "workers known from the start, besides those that register: http://host:port, vllm://host:port,key=value"
     )
     vllm_api_key: Secret | None = setting(None, "what vLLM servers were given as --api-key")
+    policy: RouterPolicy = setting(
+        RouterPolicy.COST,
+        "how a worker is chosen: cost, prefix, least_load or round_robin; dynamo and aibrix are there to compare with",
+    )
     split_tokens_min: int = setting(512, "uncached prompt tokens from which prefill and decode are split")
     refresh_s: float = setting(1.0, "how often worker states are read")
     index_blocks_max: int = setting(200_000, "blocks remembered per worker")
     request_timeout_s: float = setting(600.0, "deadline of every request; infer() may ask for a shorter one")
+    interactive_ttft_s: float = setting(
+        0.0,
+        "refuse interactive requests whose first token is expected later because of the load; 0: only at the deadline",
+    )
+    interactive_tpot_s: float = setting(
+        0.0, "avoid workers that take longer per token for interactive requests; 0: do not"
+    )
+    batch_ttft_s: float = setting(0.0, "as interactive_ttft_s, of batch requests")
+    batch_tpot_s: float = setting(0.0, "as interactive_tpot_s, of batch requests")
+    poison_prompt_s: float = setting(600.0, "a prompt that two workers died of is refused for so long; 0: not at all")
+
+
+@dataclass(frozen=True, slots=True)
+class ConversationsSettings:
+    """[conversations] histories that DB nodes keep for their tenants."""
+
+    ttl_s: float = setting(30 * 86400.0, "a conversation that nobody adds to is deleted after so long")
+    items_max: int = setting(2000, "messages of one conversation")
+    bytes_max: Bytes = setting(Bytes(4 * MIB), "text of one conversation")
+    per_tenant_max: int = setting(100_000, "conversations of one tenant")
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,6 +361,7 @@ class Settings:
     sql: SqlSettings = SqlSettings()
     rest: RestSettings = RestSettings()
     router: RouterSettings = RouterSettings()
+    conversations: ConversationsSettings = ConversationsSettings()
     usage: UsageSettings = UsageSettings()
     log: LogSettings = LogSettings()
     up: UpSettings = UpSettings()

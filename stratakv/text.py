@@ -55,11 +55,15 @@ def render_chat(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Any]) -> 
 
 
 def chat_text(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Any], tools: Sequence[Mapping[str, Any]] = ()
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Sequence[Any],
+    tools: Sequence[Mapping[str, Any]] = (),
+    *,
+    begins_answer: bool = True,
 ) -> str:
     """A conversation as the model's chat template writes it, with what may be called. Raises InvalidRequest that names the field.
 
-    A template that knows no tools is given them in words.
+    A template that knows no tools is given them in words. `begins_answer` ends the text where the assistant's answer begins.
     """
     import jinja2
 
@@ -72,7 +76,7 @@ def chat_text(
         plain, tools = in_words(plain, tools), ()
     told: dict[str, Any] = {"tools": list(tools)} if tools else {}
     try:
-        return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True, **told))
+        return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=begins_answer, **told))
     except (jinja2.TemplateError, TypeError) as error:
         raise InvalidRequest(f"messages do not fit the model's chat template: {error}", param="messages") from error
 

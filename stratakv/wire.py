@@ -262,7 +262,8 @@ class PutStart(Message, frozen=True):
     cost_us: int = 0
     """To compute one page again, in microseconds; 0 while that is not known. What a page is worth depends on it."""
     copies_from: str = ""
-    """The pages are copied from this node, which gives them up: wanted are those that lie there. `block_size` may be 0."""
+    """The pages are copied from this node: wanted are those that lie there. If it is drained it gives them up, else they are
+    replicas, and only those are wanted that it was ordered to copy. `block_size` may be 0."""
 
 
 class PutGrant(Message, frozen=True):
@@ -341,6 +342,13 @@ class Pages(Message, frozen=True):
     last: int = -1
 
 
+class FetchAhead(Message, frozen=True):
+    """A request that begins with these blocks waits for its turn: those in the pool that lie on disk go back to memory now."""
+
+    namespace: bytes
+    keys: bytes
+
+
 class PinPrefix(Message, frozen=True):
     """Keep the leading blocks of `keys` that are in the pool where they are, whatever room is needed for.
 
@@ -415,6 +423,15 @@ class Stats(Message, frozen=True):
     pins: int = 0
     evicted_age_s: float = 0.0
     """Median time since the pages that were evicted last had been asked for."""
+    replicas: int = 0
+    """Pages whose blocks lie at another place first."""
+    replica_bytes: int = 0
+    replicas_made: int = 0
+    replicas_removed: int = 0
+    replicas_promoted: int = 0
+    """Those that took the stead of a first place that was lost."""
+    replica_reads: int = 0
+    """Pages that readers were told of at such a place."""
 
 
 Request = (
@@ -440,6 +457,7 @@ Request = (
     | SetCacheRule
     | ListNamespaces
     | ListPages
+    | FetchAhead
     | PinPrefix
     | Unpin
     | SetDraining

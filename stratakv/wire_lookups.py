@@ -18,6 +18,8 @@ class MatchPrefix(Message, frozen=True):
     keys: bytes
     lease_s: float = 0.0
     """Pin what is found for so long; 0 asks only for the count (routers do) and returns no places."""
+    node: str = ""
+    """The reader's own daemon: of several places of a block it is told the one there."""
 
 
 class Match(Message, frozen=True):

@@ -76,6 +76,10 @@ class WorkerInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     max_model_len: int
     node: str | None = None
     """Its local daemon."""
+    events: str = ""
+    """ZeroMQ endpoint on which it tells which blocks it holds; empty: it does not."""
+    replay: str = ""
+    """ZeroMQ endpoint at which missed events can be asked for."""
 
 
 class WorkerLoad(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -91,6 +95,8 @@ class WorkerLoad(msgspec.Struct, frozen=True, omit_defaults=True):
     decode_step_s: float = 0.0
     load_bytes_per_s: dict[str, float] = {}
     """By tier; 0 or absent while not measured."""
+    slowdown: float = 1.0
+    """How much longer prefills take now than the worker's profile says."""
     draining: bool = False
 
 

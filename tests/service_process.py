@@ -20,7 +20,7 @@ class ServiceProcess:
     def __init__(self, module: str, flags: Sequence[str], env: Mapping[str, str], log_file: Path) -> None:
         self.log_file = log_file
         self._command = [sys.executable, "-m", module, *flags]
-        self._env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+        self._env = {**os.environ, "OMP_NUM_THREADS": "1", "STRATAKV_WORKER_PROFILE_S": "0", **env}
 
     def start(self) -> None:
         with self.log_file.open("ab") as log:

@@ -1,13 +1,14 @@
 """A worker's HTTP face without a model: deterministic tokens, a cache that is only a set of keys, faults on demand.
 
 The DB node's tests run it in their own process, or as one of its own where it must be killed:
-`python -m tests.stand_in_worker PORT NAME ROLE [TOKEN_DELAY_S]`.
+`python -m tests.stand_in_worker PORT NAME ROLE [TOKEN_DELAY_S [POISON_TOKEN]]`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,8 @@ from stratakv.keys import block_keys
 MODEL = "smollm2-135m"
 BLOCK_SIZE = 16
 MAX_MODEL_LEN = 4096
+POISON_WORKS_S = 0.2
+"""Others are let into the batch meanwhile."""
 
 
 def token_at(prompt: list[int], index: int) -> int:
@@ -45,6 +48,8 @@ class StandInWorker:
     token_delay_s: float = 0.0
     lose_after_tokens: int | None = None
     """Break the connection when so many tokens of a request have been sent."""
+    poison_token: int | None = None
+    """Kill the process, after a while, on prompts that begin with it."""
     lose_prefills: bool = False
     refuse_status: int | None = None
     pool_writes_fail: bool = False
@@ -119,6 +124,9 @@ class StandInWorker:
         if self.refuse_status is not None:
             error = {"message": "refused", "type": "server_error", "param": None, "code": "overloaded"}
             return web.json_response({"error": error}, status=self.refuse_status)
+        if body["prompt"][0] == self.poison_token:
+            await asyncio.sleep(POISON_WORKS_S)
+            os.kill(os.getpid(), signal.SIGKILL)
         if self.hang:
             await asyncio.sleep(3600)
         transfer = body.get("kv_transfer_params") or {}
@@ -209,11 +217,11 @@ def _event(chunk: dict[str, Any]) -> bytes:
     return b"data: " + msgspec.json.encode(head | chunk) + b"\n\n"
 
 
-async def main(port: int, name: str, role: str, token_delay_s: float = 0.0) -> None:
-    await StandInWorker(name, role, token_delay_s).start(port)
+async def main(port: int, name: str, role: str, token_delay_s: float = 0.0, poison_token: float = -1) -> None:
+    await StandInWorker(name, role, token_delay_s, poison_token=int(poison_token)).start(port)
     print("ready", flush=True)
     await asyncio.Event().wait()
 
 
 if __name__ == "__main__":
-    asyncio.run(main(int(sys.argv[1]), sys.argv[2], sys.argv[3], *map(float, sys.argv[4:5])))
+    asyncio.run(main(int(sys.argv[1]), sys.argv[2], sys.argv[3], *map(float, sys.argv[4:6])))

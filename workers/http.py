@@ -148,7 +148,8 @@ class _Face:
     async def info(self, request: Request) -> Response:
         info = self._runtime.info
         facts = msgspec.to_builtins(info) | {"epoch": info.epoch.hex(), "namespace": info.namespace.hex()}
-        return JSONResponse(facts | {"dtype": self._runtime.dtype, "hands_over": self._runtime.hands_over})
+        more = {"hands_over": self._runtime.hands_over, "profile": msgspec.to_builtins(self._runtime.profile)}
+        return JSONResponse(facts | {"dtype": self._runtime.dtype} | more)
 
     async def load(self, request: Request) -> Response:
         return Response(_json(self._runtime.load()), media_type="application/json")

@@ -13,6 +13,7 @@ from stratakv.wire import WorkerLoad
 from workers.engine.connector import Tier
 from workers.engine.kv_cache import KVCache
 from workers.engine.requests import RequestUsage
+from workers.engine.stats import EngineStats
 
 _TTFT_BUCKETS = (
     0.001,
@@ -87,6 +88,10 @@ class WorkerMetrics:
         """Tell what these hold too."""
         self.registry.register(_Caches(self._model, l1, num_l2_pages, page_bytes))
 
+    def watch_engine(self, stats: Callable[[], EngineStats]) -> None:
+        """Tell what the engine counts too."""
+        self.registry.register(_Preemptions(self._model, stats))
+
     def time_to_first_token(self, seconds: float) -> None:
         self._ttft.labels(self._model).observe(seconds)
 
@@ -127,6 +132,29 @@ class WorkerMetrics:
             self._load_rate.labels(self._model, tier).set(rate)
         if load.l1_blocks_total:
             self._kv_usage.labels(self._model).set(1 - load.l1_blocks_free / load.l1_blocks_total)
+
+
+class _Preemptions(Collector):
+    """What the engine had to take back, and how it was made good."""
+
+    def __init__(self, model: str, stats: Callable[[], EngineStats]) -> None:
+        self._model = model
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats()
+        preempted = CounterMetricFamily(
+            "stratakv_num_preemptions", "Requests that gave their blocks back for others", labels=["model_name"]
+        )
+        preempted.add_metric([self._model], stats.preemptions)
+        recovered = CounterMetricFamily(
+            "stratakv_preempted_tokens",
+            "Tokens that those had computed, by where their KV came from when they went on",
+            labels=["model_name", "source"],
+        )
+        for tier in Tier:
+            recovered.add_metric([self._model, tier.value], stats.recovered_tokens[tier])
+        yield from (preempted, recovered)
 
 
 class _Caches(Collector):

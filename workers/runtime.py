@@ -11,12 +11,16 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
 
 from stratakv.errors import ContextTooLong, DeadlineExceeded, Overloaded, StrataError, Unavailable
 from stratakv.keys import BlockKey, block_keys, salt_extra
 from stratakv.log import EventLogger
 from stratakv.text import Detokenizer
 from stratakv.wire import WorkerInfo, WorkerLoad
+from stratakv.worker_profile import WorkerProfile
 from workers.api import CompletionRequest
 from workers.engine.engine import Engine
 from workers.engine.requests import EngineEvent, EngineRequest, FinishedEvent, OnEvent
@@ -82,6 +86,12 @@ class Runtime:
         self._warm = True
         if self._tiers is not None:
             self._tiers.open()
+
+    def publishes(self, events_port: int, replay_port: int) -> None:
+        """Blocks of L1 are told of at these ports."""
+        host = urlsplit(self.info.url).netloc.rpartition(":")[0]
+        events, replay = (f"tcp://{host}:{port}" for port in (events_port, replay_port))
+        self.info = msgspec.structs.replace(self.info, events=events, replay=replay)
 
     async def wait_idle(self) -> None:
         """Until nothing is in flight."""
@@ -259,6 +269,11 @@ class Runtime:
             dropped["l2_blocks"] = self._tiers.drop_l2()
         return dropped
 
+    @property
+    def profile(self) -> WorkerProfile:
+        """What it measured of itself at its start."""
+        return self._rates.profile
+
     def load(self) -> WorkerLoad:
         """What the router wants to know."""
         stats = self._engine.stats()
@@ -271,5 +286,6 @@ class Runtime:
             prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
             decode_step_s=self._rates.decode_step_s,
             load_bytes_per_s=self._rates.load_bytes_per_s(),
+            slowdown=self._rates.slowdown,
             draining=self.draining,
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from dataclasses import dataclass
 
 from stratakv.errors import SetupError
 from stratakv.http_server import HttpServer
@@ -19,6 +20,7 @@ from stratakv.pool.meta_client import MetaClient
 from stratakv.pool.mooncake import transfer_engine
 from stratakv.pool.shards import of_namespace
 from stratakv.process import advertised_host, started
+from stratakv.profile_store import ProfileStore
 from stratakv.settings import Settings
 from stratakv.text import load_tokenizer
 from stratakv.wire import EPOCH_BYTES, WorkerInfo
@@ -29,12 +31,14 @@ from workers.handover.client import HandoverClient
 from workers.handover.incoming import HandoverTaker
 from workers.handover.outgoing import HandoverBook
 from workers.http import create_app
+from workers.kv_events import KvEventPublisher
 from workers.metrics import WorkerMetrics
+from workers.profiling import profile_key
 from workers.rates import Rates
 from workers.registration import stay_registered
 from workers.runtime import Runtime
 from workers.tiers.tiers import Tiers
-from workers.warmup import warm_up
+from workers.warmup import Profiling, warm_up
 
 log = EventLogger("workers")
 
@@ -48,35 +52,52 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     require_credentials(worker.host, "worker.host", credentials)
     server = HttpServer(worker.host, worker.port, "worker")
     loop = asyncio.get_running_loop()
-    runtime, meta, engine, tiers, taker, rates = await asyncio.to_thread(_build, settings, credentials, loop)
-    engine.start()
+    parts = await asyncio.to_thread(_build, settings, credentials, loop)
+    runtime = parts.runtime
+    events = KvEventPublisher(parts.engine.kv_cache, worker.host, worker.events_port, credentials)
+    runtime.publishes(events.events_port, events.replay_port)
+    parts.engine.start()
     try:
         async with asyncio.TaskGroup() as tasks:
             http = tasks.create_task(server.run(create_app(runtime, credentials)), name="http")
-            await warm_up(engine, rates)
+            await warm_up(parts.engine, parts.rates, parts.profiling)
             started()
             runtime.open()
+            telling = tasks.create_task(events.run(), name="kv-events")
             log.info(
                 "ready", worker=runtime.info.worker, url=runtime.info.url, model=runtime.info.model, role=worker.role
             )
-            registration = tasks.create_task(stay_registered(runtime, meta), name="registration")
+            registration = tasks.create_task(stay_registered(runtime, parts.meta), name="registration")
             await stop.wait()
             await _drain(runtime)
             registration.cancel()
+            telling.cancel()
             server.stop()
             await http
     finally:
-        await asyncio.to_thread(engine.shutdown)
-        if taker is not None:
-            await taker.close()
-        if tiers is not None:
-            await tiers.close()
-        await meta.close()
+        await asyncio.to_thread(parts.engine.shutdown)
+        events.close()
+        if parts.taker is not None:
+            await parts.taker.close()
+        if parts.tiers is not None:
+            await parts.tiers.close()
+        await parts.meta.close()
 
 
-def _build(
-    settings: Settings, credentials: PoolCredentials | None, loop: asyncio.AbstractEventLoop
-) -> tuple[Runtime, MetaClient, Engine, Tiers | None, HandoverTaker | None, Rates]:
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What a worker is put together of, as far as it has to be started and ended."""
+
+    runtime: Runtime
+    engine: Engine
+    rates: Rates
+    profiling: Profiling
+    meta: MetaClient
+    tiers: Tiers | None
+    taker: HandoverTaker | None
+
+
+def _build(settings: Settings, credentials: PoolCredentials | None, loop: asyncio.AbstractEventLoop) -> _Parts:
     worker = settings.worker
     directory = resolve(settings.model.name, settings.model.cache_dir)
     identity = model_identity(directory)
@@ -129,11 +150,18 @@ def _build(
         client = HandoverClient(credentials)
         taker = HandoverTaker(namespace, tiers, engine.reservations, engine.num_cached_blocks, client, metrics)
     metrics.watch(engine.kv_cache, lambda: tiers.num_l2_pages if tiers is not None else 0, layout.page_bytes)
+    metrics.watch_engine(engine.stats)
     engine.attach(tiers)
     tokenizer = load_tokenizer(directory)
     structures = Structures(tokenizer, facts.vocab_size, sorted(facts.eos_token_ids))
     runtime = Runtime(info, facts.dtype, engine, tiers, tokenizer, structures, rates, metrics, handovers, taker)
-    return runtime, meta, engine, tiers, taker, rates
+    profiling = Profiling(
+        ProfileStore(settings.model.cache_dir),
+        profile_key(info.model, identity, engine),
+        worker.profile_s,
+        tiers.bandwidth_probe(engine.reservations, engine.config.num_blocks).measure if tiers is not None else None,
+    )
+    return _Parts(runtime, engine, rates, profiling, meta, tiers, taker)
 
 
 def _dtype(name: str) -> EngineDtype:

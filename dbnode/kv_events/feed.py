@@ -1,7 +1,8 @@
 """From one worker's events to the index of what it holds: order, gaps, restarts, trust. No I/O, no clock.
 
-Events are believed once the first block of a prompt shows that its key is computed as ours are (algorithm, seed, block
-size): with other keys the index would never match. Until then, and without events, the router goes by what it sent.
+Our own workers' events are believed from the first one on. Others' are once the first block of a prompt shows that its key is
+computed as ours are (algorithm, seed, block size): with other keys the index would never match. Until then, and without events,
+the router goes by what it sent.
 Driven by `dbnode.kv_events.subscriber`.
 """
 
@@ -61,11 +62,14 @@ class FeedStatus:
 class KvFeed:
     """One worker's events on their way into its index."""
 
-    def __init__(self, index: BlockIndex, block_size: int, hash_algorithm: str = "") -> None:
-        """An algorithm that is not told shows in the events."""
+    def __init__(
+        self, index: BlockIndex, block_size: int, hash_algorithm: str = "", *, has_our_keys: bool = False
+    ) -> None:
+        """An algorithm that is not told shows in the events; `has_our_keys` is what is known of our own workers."""
         self.status = FeedStatus()
         self._index = index
         self._block_size = block_size
+        self._has_our_keys = has_our_keys
         self._at_unix_s = 0.0
         self._other_groups: set[int] = set()
         """Layers that keep only a window of a prefix: what they drop says nothing of the others."""
@@ -89,6 +93,8 @@ class KvFeed:
         """Take a batch as the next one."""
         self.status.sequence, self._at_unix_s = batch.sequence, batch.at_unix_s
         self.status.batches += 1
+        if self._has_our_keys:
+            self._go_live()
         for event in batch.events:
             self._apply(event)
 
@@ -134,7 +140,10 @@ class KvFeed:
             return  # images or an adapter: says nothing of our keys
         keys = block_keys(event.token_ids, event.block_size, first_block_extra=salt_extra(salt))
         if tuple(tails(keys)) == event.tails:
-            self.status.state, self.status.detail = FeedState.LIVE, ""
-            self._index.believe()
+            self._go_live()
         elif salt is None:
             self.refuse(f"its blocks have other keys than ours: {HASH_HINT}")
+
+    def _go_live(self) -> None:
+        self.status.state, self.status.detail = FeedState.LIVE, ""
+        self._index.believe()

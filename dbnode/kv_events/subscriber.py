@@ -17,6 +17,8 @@ import zmq.asyncio
 from dbnode.kv_events.feed import FeedState, KvFeed, Step
 from dbnode.kv_events.wire import EventBatch, MalformedEvents, read_batch
 from stratakv.log import EventLogger
+from stratakv.pool.auth import PoolCredentials
+from stratakv.pool.member_sockets import as_member
 
 log = EventLogger("dbnode.kv_events")
 
@@ -34,8 +36,18 @@ QUEUED_MAX = 10_000
 class KvSubscriber:
     """One worker's events; `run` until cancelled."""
 
-    def __init__(self, name: str, events_url: str, replay_url: str, feed: KvFeed, silence_s: float = SILENCE_S) -> None:
+    def __init__(
+        self,
+        name: str,
+        events_url: str,
+        replay_url: str,
+        feed: KvFeed,
+        silence_s: float = SILENCE_S,
+        credentials: PoolCredentials | None = None,
+    ) -> None:
+        """With `credentials` the publisher is a member of the pool, and lets only members connect."""
         self.feed = feed
+        self._credentials = credentials
         self._name = name
         self._events_url = events_url
         self._replay_url = replay_url
@@ -57,7 +69,7 @@ class KvSubscriber:
 
     async def _follow(self) -> None:
         with zmq.asyncio.Context.instance().socket(zmq.SUB) as socket:
-            _limit(socket)
+            self._prepare(socket, self._events_url)
             socket.subscribe(b"")
             socket.connect(self._events_url)
             await self._begin_anew(None)
@@ -112,7 +124,7 @@ class KvSubscriber:
         if not self._replay_url:
             return
         with zmq.asyncio.Context.instance().socket(zmq.DEALER) as socket:
-            _limit(socket)
+            self._prepare(socket, self._replay_url)
             socket.connect(self._replay_url)
             await socket.send_multipart([b"", start.to_bytes(8, "big")])
             for _ in range(REPLAY_BATCHES_MAX):
@@ -126,13 +138,15 @@ class KvSubscriber:
                     return
                 yield batch
 
-
-def _limit(socket: zmq.asyncio.Socket) -> None:
-    for option, value in (
-        (zmq.LINGER, 0),
-        (zmq.RCVHWM, QUEUED_MAX),
-        (zmq.MAXMSGSIZE, MESSAGE_BYTES_MAX),
-        (zmq.RECONNECT_IVL, 100),
-        (zmq.RECONNECT_IVL_MAX, 2000),
-    ):
-        socket.setsockopt(option, value)
+    def _prepare(self, socket: zmq.asyncio.Socket, url: str) -> None:
+        for option, value in (
+            (zmq.LINGER, 0),
+            (zmq.RCVHWM, QUEUED_MAX),
+            (zmq.MAXMSGSIZE, MESSAGE_BYTES_MAX),
+            (zmq.RECONNECT_IVL, 100),
+            (zmq.RECONNECT_IVL_MAX, 2000),
+            (zmq.IPV6, int("[" in url)),
+        ):
+            socket.setsockopt(option, value)
+        if self._credentials is not None:
+            as_member(socket, self._credentials)

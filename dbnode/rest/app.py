@@ -12,12 +12,19 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
+from dbnode.conversations.service import Conversations
+from dbnode.errors import NotOffered
 from dbnode.inference import InferenceService
 from dbnode.rest.bodies import json_bytes
 from dbnode.rest.completions import Completions
+from dbnode.rest.conversations import ConversationRoutes
 from dbnode.rest.door import Door, caller_of
+from dbnode.rest.fields import read_fields
 from dbnode.rest.http import Guard, error_response
+from dbnode.rest.openapi import document_of
+from dbnode.rest.parse import DROP
 from dbnode.rest.pins import Pins
+from dbnode.rest.tokens import TokenEndpoints
 from dbnode.scheduler.pool_view import PoolView
 from dbnode.tenants.directory import Directory
 from dbnode.worker_base import WorkerDoor
@@ -27,6 +34,7 @@ from stratakv.settings import RestSettings
 from stratakv.version import version
 
 CACHE_DROP_TIMEOUT_S = 10.0
+ALL_TIERS = {"tiers": ["l1", "l2"]}
 
 
 class RestFace:
@@ -41,6 +49,7 @@ class RestFace:
         not_ready: Callable[[], list[str]],
         pool: PoolView,
         directory: Directory,
+        conversations: Conversations,
     ) -> None:
         self._settings = settings
         self._service = service
@@ -49,12 +58,18 @@ class RestFace:
         self._not_ready = not_ready
         self._pins = Pins(settings, service, pool)
         self._door = Door(settings, directory)
+        self._conversations = conversations
 
     def app(self) -> Guard:
         app = FastAPI(title="StrataKV", version=version())
         completions = Completions(self._settings, self._service)
         app.router.routes.append(Route("/v1/chat/completions", completions.chat(), methods=["POST"]))
         app.router.routes.append(Route("/v1/completions", completions.completion(), methods=["POST"]))
+        ConversationRoutes(self._conversations, completions, self._settings.body_bytes_max).add_to(app)
+        tokens = TokenEndpoints(self._settings, self._service)
+        app.add_api_route("/tokenize", tokens.tokenize, methods=["POST"])
+        app.add_api_route("/detokenize", tokens.detokenize, methods=["POST"])
+        app.add_api_route("/v1/embeddings", self._embeddings, methods=["POST"])
         app.add_api_route("/v1/models", self._models, methods=["GET"])
         app.add_api_route("/v1/models/{model:path}", self._model, methods=["GET"])
         app.add_api_route("/v1/stratakv/pin", self._pins.pin, methods=["POST"])
@@ -67,7 +82,11 @@ class RestFace:
         app.add_api_route("/admin/workers", self._workers, methods=["GET"])
         app.add_exception_handler(StrataError, _on_error)
         app.add_exception_handler(HTTPException, _on_error)
+        app.openapi = document_of(app)  # type: ignore[method-assign]
         return Guard(app, self._door)
+
+    async def _embeddings(self) -> None:
+        raise NotOffered("embeddings are not offered: the model served here generates text")
 
     async def _models(self, request: Request) -> dict[str, Any]:
         models = caller_of(request).models
@@ -108,6 +127,7 @@ class RestFace:
     async def _drop_cache(self, request: Request) -> dict[str, Any]:
         """Make all workers forget the tiers named in the body, and the router what it believes they hold."""
         body = await read_body(request, self._settings.body_bytes_max)
+        body = json_bytes(read_fields(body, DROP) or ALL_TIERS) if body else b""
         records = [r for r in self._service.scheduler.directory.records if r.usable]
         answers = await asyncio.gather(
             *(self._client.drop_cache(r.url, body, CACHE_DROP_TIMEOUT_S) for r in records), return_exceptions=True

@@ -19,7 +19,7 @@ from dbnode.generate import Chunk, Source, Usage
 from dbnode.inference import InferenceService
 from dbnode.rest.answer_format import AnswerEvents, AnswerFormat, WholeAnswer
 from dbnode.rest.bodies import DONE, EventWriter, error_event, metrics_object, total, usage_object, whole
-from dbnode.rest.choices import answers
+from dbnode.rest.choices import Generate, answers
 from dbnode.rest.door import caller_of
 from dbnode.rest.form import Form
 from dbnode.rest.http import cancelled_by_disconnect, error_response
@@ -54,8 +54,16 @@ class Completions:
     def completion(self) -> Endpoint:
         return Endpoint(self, Form.COMPLETION, parse_completion)
 
-    async def serve(self, form: Form, parse: _Parse, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+    async def serve(
+        self,
+        form: Form,
+        parse: _Parse,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        generate: Generate | None = None,
+    ) -> None:
+        """Answer one request; another way of generating than the service's may be given."""
         tenant = caller_of(Request(scope)).tenant
         is_full = self._in_progress >= self._settings.requests_max
         if is_full and not self._service.admission.make_room(Source.REST, tenant):
@@ -66,7 +74,7 @@ class Completions:
             parsed = parse(body, _asked(form, scope))
             async with (
                 cancelled_by_disconnect(receive),
-                aclosing(answers(self._service.generate, parsed)) as chunks,
+                aclosing(answers(generate or self._service.generate, parsed)) as chunks,
             ):
                 await (self._stream if parsed.stream else self._whole)(form, parsed, chunks, send)
         except Cancelled as error:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dbnode.generate import Caller, GenerateRequest, Sampling, Source
-from dbnode.rest.fields import Boolean, Field, Integer, Number, Schema, read_fields
+from dbnode.rest.fields import Boolean, Field, Integer, Number, Schema, Unsupported, read_fields
 from dbnode.rest.messages_schema import MESSAGES_SCHEMA
 from dbnode.rest.sampling_fields import CACHE_SALT, CHOICES_MAX, INTEGER_MAX, LOGPROBS_MAX, MODEL, SAMPLING, SHARED
 from dbnode.rest.tools import ToolChoice, Tools, ToolUse, tool_use
@@ -110,6 +110,15 @@ CHAT: dict[str, Field] = {
     "parallel_tool_calls": Boolean(),
 }
 COMPLETION: dict[str, Field] = {**SHARED, "prompt": Prompts(), "logprobs": Integer(0, LOGPROBS_MAX)}
+TURN: dict[str, Field] = {
+    **CHAT,
+    "version": Integer(0, INTEGER_MAX),
+    "n": Unsupported((1,)),
+    "tools": Unsupported(([],)),
+    "tool_choice": Unsupported(("none", "auto")),
+    "parallel_tool_calls": Unsupported((True, False)),
+}
+"""Of a turn in a conversation, whose messages are those to add."""
 PIN: dict[str, Field] = {
     "messages": Messages(),
     "prompt": Prompts(),
@@ -119,9 +128,32 @@ PIN: dict[str, Field] = {
 }
 
 
+class DroppedTiers:
+    """Tiers that workers are to forget."""
+
+    schema: Schema = {"type": "array", "items": {"enum": ["l1", "l2"]}}  # noqa: RUF012
+
+    def read(self, name: str, value: Any) -> list[str]:
+        if not isinstance(value, list) or not all(tier in ("l1", "l2") for tier in value):
+            raise InvalidRequest(f"{name}: expected l1, l2 or both", param=name)
+        return value
+
+
+DROP: dict[str, Field] = {"tiers": DroppedTiers()}
+
+
 def parse_chat(body: bytes, asked: Asked) -> Parsed:
     """POST /v1/chat/completions."""
-    given = read_fields(body, CHAT)
+    return _chat(read_fields(body, CHAT), asked)
+
+
+def parse_turn(body: bytes, asked: Asked) -> tuple[Parsed, int | None]:
+    """POST /v1/conversations/ID/messages: what a chat takes, and the version that the conversation is expected to have."""
+    given = read_fields(body, TURN)
+    return _chat(given, asked), given.get("version")
+
+
+def _chat(given: _Given, asked: Asked) -> Parsed:
     if "messages" not in given:
         raise InvalidRequest("messages: expected a list with at least one message", param="messages")
     top_logprobs = given.get("top_logprobs", 0)
@@ -193,6 +225,7 @@ def _request(given: _Given, asked: Asked, sampling: Sampling, index: int = 0, **
         model=given.get("model"),
         sampling=sampling,
         priority=given.get("priority", 0),
+        slo_class=given.get("slo_class"),
         cache_salt=given.get("cache_salt"),
         caller=asked.caller,
         trace_id=asked.trace_id,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dbnode.generate import StructuredOutputs
+from dbnode.generate import SloClass, StructuredOutputs
 from dbnode.rest.fields import Boolean, Field, Integer, Number, Schema, Text, Unsupported, check_names
 from stratakv.errors import InvalidRequest
 
@@ -140,6 +140,18 @@ def _json_schema(place: str, value: Any) -> dict[str, Any]:
     return schema
 
 
+@dataclass(frozen=True, slots=True)
+class Service:
+    @property
+    def schema(self) -> Schema:
+        return {"enum": list(SloClass)}
+
+    def read(self, name: str, value: Any) -> SloClass:
+        if not isinstance(value, str) or value not in frozenset(SloClass):
+            raise InvalidRequest(f"{name}: expected one of {', '.join(SloClass)}", param=name)
+        return SloClass(value)
+
+
 SAMPLING: dict[str, Field] = {
     "temperature": Number(0.0, 2.0),
     "top_p": Number(0.0, 1.0, above_low=True),
@@ -168,6 +180,7 @@ SHARED: dict[str, Field] = {
     "stream_options": StreamOptions(),
     "user": Text(USER_CHARS_MAX),
     "priority": Integer(-PRIORITY_MAX, PRIORITY_MAX),
+    "slo_class": Service(),
     "cache_salt": CACHE_SALT,
     # known, not supported
     "best_of": Unsupported((1,)),

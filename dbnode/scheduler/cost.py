@@ -13,6 +13,8 @@ DECODE_STEP_S_DEFAULT = 0.05
 POOL_BYTES_PER_S_DEFAULT = 1e9
 DECODE_TOKENS_MAX = 64
 """An answer's length is not known beforehand; more than so many tokens are not counted."""
+TPOT_MISS_WEIGHT = 10.0
+"""What a millisecond counts by which a worker is too slow for the request's class."""
 ROLE_MISMATCH_MS = 200.0
 """What a worker of the wrong role must be faster by."""
 
@@ -40,6 +42,12 @@ class Candidate:
     """0 for these three: not measured yet."""
     free_tokens: int | None = None
     """Tokens it has room for beside what it is running; None: not told."""
+    held_tokens: int = 0
+    """Prompt tokens of all requests that this node has sent it and that have not ended."""
+    last_turn: int = 0
+    """Which of all requests it was sent last; 0: none yet."""
+    sent_tokens_mean: float = 0.0
+    """Tokens it had to compute for one request, on average."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +57,8 @@ class Work:
     prompt_tokens: int
     max_tokens: int
     kv_bytes_per_token: int
+    tpot_max_s: float = 0.0
+    """A token should not take longer; 0: no matter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +98,13 @@ def decode_cost(candidate: Candidate, work: Work, preferred: frozenset[WorkerRol
     """Cost of an answer whose prompt is computed elsewhere and read from the pool."""
     tokens_per_ms = (candidate.prefill_tokens_per_s or PREFILL_TOKENS_PER_S_DEFAULT) / 1000
     num_loaded = max(0, work.prompt_tokens - candidate.l1_tokens)
-    steps = min(work.max_tokens, DECODE_TOKENS_MAX)
     return Cost(
         queue_ms=candidate.queued_tokens / tokens_per_ms,
         load_ms=_load_ms(candidate, num_loaded, work.kv_bytes_per_token),
         prefill_ms=0.0,
-        decode_ms=_step_ms(candidate) * (candidate.running + steps) + _room_ms(candidate, work.prompt_tokens),
+        decode_ms=_step_ms(candidate) * candidate.running
+        + _answer_ms(candidate, work)
+        + _room_ms(candidate, work.prompt_tokens),
         role_ms=0.0 if candidate.role in preferred else ROLE_MISMATCH_MS,
     )
 
@@ -101,10 +112,14 @@ def decode_cost(candidate: Candidate, work: Work, preferred: frozenset[WorkerRol
 def whole_cost(candidate: Candidate, work: Work, preferred: frozenset[WorkerRole]) -> Cost:
     """Cost of prompt and answer on one worker."""
     cost = prefill_cost(candidate, work, preferred)
-    steps = min(work.max_tokens, DECODE_TOKENS_MAX)
-    return Cost(
-        cost.queue_ms, cost.load_ms, cost.prefill_ms, cost.decode_ms + _step_ms(candidate) * steps, cost.role_ms
-    )
+    decode_ms = cost.decode_ms + _answer_ms(candidate, work)
+    return Cost(cost.queue_ms, cost.load_ms, cost.prefill_ms, decode_ms, cost.role_ms)
+
+
+def backlog_ms(candidate: Candidate) -> float:
+    """What it has to do already: prompts to compute, sequences to decode."""
+    tokens_per_ms = (candidate.prefill_tokens_per_s or PREFILL_TOKENS_PER_S_DEFAULT) / 1000
+    return candidate.queued_tokens / tokens_per_ms + _step_ms(candidate) * candidate.running
 
 
 def forecast_s(candidates: Sequence[Candidate], computed_tokens: int, decode_steps: int, num_at_once: int) -> float:
@@ -124,6 +139,13 @@ def _room_ms(candidate: Candidate, num_tokens: int) -> float:
         return 0.0
     missing = max(0, num_tokens - candidate.free_tokens) / num_tokens
     return missing * _step_ms(candidate) * DECODE_TOKENS_MAX
+
+
+def _answer_ms(candidate: Candidate, work: Work) -> float:
+    """The steps of the answer, and what they miss the wanted time per token by."""
+    step_ms = _step_ms(candidate)
+    missed_ms = max(0.0, step_ms - work.tpot_max_s * 1000) if work.tpot_max_s else 0.0
+    return (step_ms + TPOT_MISS_WEIGHT * missed_ms) * min(work.max_tokens, DECODE_TOKENS_MAX)
 
 
 def _step_ms(candidate: Candidate) -> float:

@@ -51,6 +51,8 @@ class BlockIndex:
         """The media of each, as plain numbers: thousands are looked up for one prompt."""
         self.is_told = False
         """Whether the worker's own word counts."""
+        self.holds_below = False
+        """Whether it has told of blocks anywhere but in device memory."""
 
     def __len__(self) -> int:
         return len(self._told) if self.is_told else len(self._sent)
@@ -64,10 +66,12 @@ class BlockIndex:
         return self._match(keys, Medium.DEVICE | Medium.HOST | Medium.STORAGE)
 
     def _match(self, keys: Sequence[BlockKey], media: Medium) -> int:
-        told, sent, is_told, wanted = self._told.get, self._sent.get, self.is_told, int(media)
+        told: Callable[[bytes, int], int] = self._told.get  # type: ignore[assignment]
+        sent: Callable[[bytes, float], float] = self._sent.get  # type: ignore[assignment]
+        is_told, wanted = self.is_told, int(media)
         now_s = self._clock() if is_told else 0.0
         for num_blocks, key in enumerate(keys):
-            tail = KeyTail(key[-TAIL_BYTES:])
+            tail = key[-TAIL_BYTES:]
             if not (is_told and told(tail, 0) & wanted) and sent(tail, -1.0) < now_s:
                 return num_blocks
         return len(keys)
@@ -96,7 +100,7 @@ class BlockIndex:
     def reset(self) -> None:
         """Another process is there now; nothing is known of it."""
         self._sent.clear()
-        self._told.clear()
+        self.forget_told()
         self.is_told = False
 
     def believe(self) -> None:
@@ -110,6 +114,7 @@ class BlockIndex:
     def stored(self, stored: Iterable[KeyTail], medium: Medium) -> None:
         """The worker tells that it holds these."""
         added = int(medium)
+        self.holds_below = self.holds_below or medium is not Medium.DEVICE
         for tail in stored:
             self._told[tail] = self._told.get(tail, 0) | added
             self._told.move_to_end(tail)
@@ -131,3 +136,4 @@ class BlockIndex:
     def forget_told(self) -> None:
         """What the worker told is gone, or events were missed."""
         self._told.clear()
+        self.holds_below = False

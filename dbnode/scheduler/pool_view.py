@@ -13,12 +13,14 @@ from typing import Protocol
 from stratakv.errors import StrataError, Unavailable
 from stratakv.keys import BlockKey, pack_keys
 from stratakv.log import EventLogger
-from stratakv.wire import ListWorkers, Match, MatchPrefix, Message, Pinned, PinPrefix, ReplyT, Workers
+from stratakv.wire import Done, FetchAhead, ListWorkers, Match, MatchPrefix, Message, Pinned, PinPrefix, ReplyT, Workers
 
 log = EventLogger("dbnode.pool_view")
 
 PEEK_TIMEOUT_S = 0.05
 """A prompt waits no longer than this to learn what the pool holds of it."""
+FETCHES_MAX = 16
+"""Orders to fetch ahead that are not answered yet; beyond it nothing is fetched ahead."""
 KEYS_MAX = 65_536
 """Keys of one message; what lies behind them is not asked for."""
 
@@ -38,6 +40,7 @@ class PoolView:
     def __init__(self, meta: MetaCalls | None) -> None:
         self._meta = meta
         self._peeks: set[asyncio.Task[int]] = set()
+        self._fetches: set[asyncio.Task[None]] = set()
 
     @property
     def available(self) -> bool:
@@ -62,6 +65,20 @@ class PoolView:
         except StrataError as error:
             log.debug("pool_peek_failed", error=error.message)
             return 0
+
+    def fetch_ahead(self, namespace: bytes, keys: Sequence[BlockKey]) -> None:
+        """Have blocks that a waiting request will need brought from disk to memory. Nobody waits for it."""
+        if self._meta is None or not self._meta.available or not keys or len(self._fetches) >= FETCHES_MAX:
+            return
+        fetch = asyncio.create_task(self._fetch(self._meta, namespace, keys), name="fetch-ahead")
+        self._fetches.add(fetch)
+        fetch.add_done_callback(self._fetches.discard)
+
+    async def _fetch(self, meta: MetaCalls, namespace: bytes, keys: Sequence[BlockKey]) -> None:
+        try:
+            await meta.call(FetchAhead(namespace, pack_keys(keys[:KEYS_MAX])), Done)
+        except StrataError as error:
+            log.debug("fetch_ahead_failed", error=error.message)
 
     async def pin(self, namespace: bytes, keys: Sequence[BlockKey], pin_s: float) -> Pinned:
         """Keep the leading blocks that are in the pool. Raises StrataError."""

@@ -16,7 +16,9 @@ from stratakv.cli import (
     meta,
     migrate,
     model,
+    profile,
     serve,
+    sim,
     sql,
     status,
     tenancy,
@@ -45,6 +47,7 @@ app.command("uninstall")(functions.uninstall)
 app.command("sql", context_settings=sql.PASS_ON)(sql.sql)
 app.command("chat")(chat.chat)
 app.add_typer(model.app, name="model")
+app.command("profile")(profile.profile)
 app.add_typer(cache.app, name="cache")
 app.add_typer(drain.app, name="drain")
 app.add_typer(meta.app, name="meta")
@@ -55,6 +58,7 @@ app.command("usage")(usage.usage)
 app.command("status")(status.status)
 app.add_typer(config.app, name="config")
 app.command("bench", context_settings=serve.PASS_ON)(bench.bench)
+app.command("sim", context_settings=serve.PASS_ON)(sim.sim)
 app.command("version")(version.version)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import typer
@@ -20,6 +20,7 @@ from stratakv.cli.options import (
     running_settings,
     table_console,
 )
+from stratakv.cli.routes import show_routes
 from stratakv.errors import StrataError
 from stratakv.process import reachable_host
 from stratakv.settings import Settings
@@ -52,9 +53,15 @@ def status(
     config: ConfigOption = None,
     sets: SetOption = None,
     as_json: JsonOption = False,
+    routes: Annotated[
+        bool, typer.Option("--routes", help="The last routing decisions instead, with scores and reasons.")
+    ] = False,
 ) -> None:
     """Health of the DB node, the meta server, the pool and the workers. Exits 1 if the DB node is not ready."""
     settings = running_settings(config, sets, state_file)
+    if routes:
+        asyncio.run(show_routes(settings, as_json=as_json))
+        return
     report = asyncio.run(_ask(settings))
     if as_json:
         print_json(_as_json(report))

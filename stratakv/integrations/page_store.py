@@ -167,7 +167,8 @@ class PageStore:
         return stored
 
     def _match(self, keys: Sequence[BlockKey], lease_s: float) -> Match:
-        return self._ask(MatchPrefix(self.namespace, pack_keys(keys), lease_s), Match, self._patience.lookup_s)
+        node = (self._node() if lease_s else None) or ""
+        return self._ask(MatchPrefix(self.namespace, pack_keys(keys), lease_s, node), Match, self._patience.lookup_s)
 
     def _ask(self, request: Message, reply_type: type[ReplyT], timeout_s: float = REPLY_S_MAX) -> ReplyT:
         try:

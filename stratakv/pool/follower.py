@@ -21,6 +21,7 @@ import zmq.asyncio
 from stratakv.errors import StrataError
 from stratakv.log import EventLogger
 from stratakv.pool.auth import PoolCredentials
+from stratakv.pool.member_sockets import as_member
 from stratakv.pool.meta_client import MetaClient
 from stratakv.pool.pool_view import EVENTS_HELD_MAX, PoolView
 from stratakv.wire import MESSAGE_BYTES_MAX, PROTOCOL_VERSION, EventSnapshot, GetEventSnapshot, Hello, Welcome
@@ -92,9 +93,7 @@ class PoolFollower:
         ):
             socket.setsockopt(option, value)
         if self._credentials is not None:
-            keys = self._credentials.curve_keys("client")
-            socket.curve_publickey, socket.curve_secretkey = keys.public, keys.secret
-            socket.curve_serverkey = self._credentials.curve_keys("server").public
+            as_member(socket, self._credentials)
         socket.subscribe(b"")
         return socket
 

@@ -11,6 +11,7 @@ import zmq
 
 from stratakv.errors import StrataError, Unavailable
 from stratakv.pool.auth import PoolCredentials
+from stratakv.pool.member_sockets import as_member
 from stratakv.pool.meta_errors import ERRORS_BY_CODE, NotLeader
 from stratakv.wire import MESSAGE_BYTES_MAX, Failure, Message, ReplyT, Welcome, decode_reply, encode
 
@@ -55,9 +56,7 @@ class MetaLink:
         for option, value in options:
             self._socket.setsockopt(option, value)
         if credentials is not None:
-            keys = credentials.curve_keys("client")
-            self._socket.curve_publickey, self._socket.curve_secretkey = keys.public, keys.secret
-            self._socket.curve_serverkey = credentials.curve_keys("server").public
+            as_member(self._socket, credentials)
         self._socket.connect(endpoint)
         asyncio.get_running_loop().add_reader(self._socket.fileno(), self._read)
 

@@ -133,7 +133,7 @@ class Verifier:
 
     async def _check_again(self, page: PageAt) -> None:
         """Under a lease, so that it is certain whose bytes these are."""
-        match = await self._client.call(MatchPrefix(page.namespace, page.key, LEASE_S), Match)
+        match = await self._client.call(MatchPrefix(page.namespace, page.key, LEASE_S, self.findings.node), Match)
         place = Place(self.findings.node, page.extent.offset, page.extent.generation)
         try:
             if place not in match.places():

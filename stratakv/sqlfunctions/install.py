@@ -33,6 +33,7 @@ _PUBLIC = (
     "infer_row(text, jsonb, text, jsonb)",
     "infer_fold(text, text[], text, jsonb)",
     "infer(text, text, jsonb)",
+    "infer_chat(text, text, jsonb)",
 )
 """What users call; each gets a wrapper in public where its name is free."""
 _FUNCTIONS = (
@@ -44,6 +45,10 @@ _FUNCTIONS = (
     "sql_explain_begin(text, text[])",
     "sql_explain_end(text, bigint)",
     "sql_statement_stats()",
+    "create_conversation(text, jsonb)",
+    "fork_conversation(text, text)",
+    "delete_conversation(text)",
+    "conversation_items(text)",
     "sql_my_usage()",
     "sql_my_requests()",
     "sql_my_limits()",
@@ -170,6 +175,7 @@ def _scripts() -> Iterator[str]:
     around_probe = _resource("agg.sql").replace("stratakv.infer", f"{PROBE_SCHEMA}.infer")
     yield around_probe.replace("stratakv.sql_fold", f"{PROBE_SCHEMA}.sql_fold")
     yield _resource("observe.sql")
+    yield _resource("conversations.sql")
 
 
 def _resource(name: str) -> str:
@@ -289,8 +295,9 @@ def _make_wrapper(connection: Connection, function: str) -> bool:
         return False
     row = connection.execute(
         "SELECT format('CREATE OR REPLACE FUNCTION public.%%I(%%s) RETURNS %%s "
-        "LANGUAGE sql STABLE PARALLEL RESTRICTED COST 1000 AS %%L', proname, pg_get_function_arguments(oid),"
-        " pg_get_function_result(oid), format('SELECT stratakv.%%I(%%s)', proname,"
+        "LANGUAGE sql %%s PARALLEL RESTRICTED COST 1000 AS %%L', proname, pg_get_function_arguments(oid),"
+        " pg_get_function_result(oid), CASE provolatile WHEN 'v' THEN 'VOLATILE' ELSE 'STABLE' END,"
+        " format('SELECT stratakv.%%I(%%s)', proname,"
         " (SELECT string_agg('$' || i, ', ' ORDER BY i) FROM generate_series(1, pronargs) i)))"
         " FROM pg_proc WHERE oid = to_regprocedure(%s)",
         (f"stratakv.{function}",),

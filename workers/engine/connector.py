@@ -1,9 +1,10 @@
 """What the engine asks of the tiers below its own paged cache (L1).
 
 The engine knows blocks of L1 and nothing of daemons or meta servers. Before a request reaches the engine, the worker's
-asynchronous side has already asked the lower tiers for its prefix and hands the answer over as an `ExternalHit`. While a
-step runs, the engine waits for each layer to arrive (`LoadJob`) and says when each layer of a new block is finished
-(`SaveJob`). All calls come from the engine's thread; only `wait_layer` may block, and only until its own deadline.
+asynchronous side has already asked the lower tiers for its prefix and hands the answer over as an `ExternalHit`; for a request
+that it had to preempt the engine asks again itself (`find`). While a step runs, the engine waits for each layer to arrive
+(`LoadJob`) and says when each layer of a new block is finished (`SaveJob`). All calls come from the engine's thread; only
+`wait_layer` may block, and only until its own deadline.
 """
 
 from __future__ import annotations
@@ -73,8 +74,18 @@ class SaveJob(Protocol):
         """The step failed; nothing of the job may become visible."""
 
 
+OnFound = Callable[[ExternalHit | None], None]
+
+
 class KVConnector(Protocol):
     """The tiers below L1."""
+
+    def find(self, keys: Sequence[BlockKey], num_l1_blocks: int, on_found: OnFound) -> None:
+        """Look for what a preempted request had computed, beyond its first `num_l1_blocks` blocks.
+
+        `on_found` is called soon, from any thread and exactly once: with a hit, which the engine releases, or with None where
+        nothing is there that is quicker to load than to compute.
+        """
 
     def save(
         self, keys: Sequence[BlockKey], l1_blocks: Sequence[int], on_finished: Callable[[], None]

@@ -18,7 +18,6 @@ import torch
 
 from stratakv.errors import (
     Cancelled,
-    ContextTooLong,
     DeadlineExceeded,
     InvalidRequest,
     Overloaded,
@@ -27,6 +26,7 @@ from stratakv.errors import (
 )
 from stratakv.keys import BlockKey
 from stratakv.log import EventLogger
+from workers.engine.checks import check_request
 from workers.engine.config import EngineConfig
 from workers.engine.connector import KVConnector
 from workers.engine.errors import EngineFailed, NotFinite
@@ -82,7 +82,7 @@ class Engine:
         self._thread.start()
         self.model, self.kv_cache = loaded.result()
         self.reservations = Reservations(self.kv_cache, self._post, lambda: bool(self._scheduler.waiting))
-        self._scheduler = Scheduler(config, self.kv_cache, self.reservations.released)
+        self._scheduler = Scheduler(config, self.kv_cache, self.reservations.released, self._find)
 
     # --- any thread ---------------------------------------------------------------------------------------------------
 
@@ -104,7 +104,7 @@ class Engine:
 
         Raises InvalidRequest, Overloaded or Unavailable; then no event follows and both stay the caller's.
         """
-        self._validate(request)
+        check_request(request, self.config, self.model.facts)
         seed = request.sampling.seed
         sequence = RunningSequence(
             request=request,
@@ -171,28 +171,6 @@ class Engine:
             raise EngineFailed("The engine has failed.", hint="The worker must be restarted.")
         if self._stopping:
             raise Unavailable("The engine is shutting down.")
-
-    def _validate(self, request: EngineRequest) -> None:
-        num_known = len(request.token_ids) + len(request.resume_token_ids)
-        length = len(request.token_ids) + request.sampling.max_tokens
-        facts, capacity = self.model.facts, self.config.num_blocks * self.config.block_size
-        if not request.token_ids:
-            raise InvalidRequest("The prompt is empty.", param="prompt")
-        if len(request.resume_token_ids) >= request.sampling.max_tokens:
-            raise InvalidRequest("All of max_tokens has been generated already.", param="max_tokens")
-        if length > facts.max_model_len:
-            raise ContextTooLong(
-                f"{len(request.token_ids)} prompt tokens and {request.sampling.max_tokens} output tokens exceed the "
-                f"model's context of {facts.max_model_len} tokens."
-            )
-        if length > capacity:
-            raise ContextTooLong(f"{length} tokens can never fit this worker's KV cache of {capacity} tokens.")
-        if len(request.keys) != num_known // self.config.block_size:
-            raise InvalidRequest(f"{len(request.keys)} block keys do not cover {num_known} tokens.", param="keys")
-        if not all(0 <= token < facts.vocab_size for token in (*request.token_ids, *request.resume_token_ids)):
-            raise InvalidRequest(f"Token ids must be below {facts.vocab_size}.", param="prompt")
-        if not all(0 <= token < facts.vocab_size for token, _ in request.sampling.logit_bias):
-            raise InvalidRequest(f"Token ids must be below {facts.vocab_size}.", param="logit_bias")
 
     # --- engine thread ------------------------------------------------------------------------------------------------
 
@@ -317,6 +295,14 @@ class Engine:
             self._num_arriving -= 1
             self._scheduler.waiting.append(sequence)
 
+    def _find(self, sequence: RunningSequence, num_l1_blocks: int) -> bool:
+        """Have the tiers below asked for what a preempted sequence has lost; False if there are none."""
+        if self._connector is None:
+            return False
+        keys = sequence.keys[: sequence.num_reusable_blocks]
+        self._connector.find(keys, num_l1_blocks, lambda hit: self._post(lambda: self._scheduler.found(sequence, hit)))
+        return True
+
     def _cancel(self, request_id: str) -> None:
         sequence = self._known.get(request_id)
         if sequence is not None:
@@ -362,9 +348,7 @@ class Engine:
         self._post(lambda: self.kv_cache.release(blocks))
 
     def _publish_stats(self) -> None:
-        self._stats.publish(
-            self.kv_cache.use, len(self._scheduler.running), len(self._scheduler.waiting), self._failure is None
-        )
+        self._stats.publish(self.kv_cache.use, self._scheduler, healthy=self._failure is None)
 
     def _end_all(self) -> None:
         """Terminal events for all that is left; nothing is accepted any more."""

@@ -2,7 +2,7 @@
 
 A block is free, referenced (by sequences, or by a write-down that has not finished), or cached: unreferenced, but found by
 its prefix key until it is evicted, least recently used first. One engine serves one namespace, so keys need no scope here.
-Owned by the engine's thread; `num_cached`, `use` and the counts of what was evicted may be read from any thread.
+Owned by the engine's thread; `num_cached`, `keys`, `use` and the counts of what was evicted may be read from any thread.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from stratakv.keys import BlockKey
 from workers.engine.errors import CacheCorrupt
 from workers.engine.free_blocks import FreeBlocks
+from workers.engine.journal import BlockJournal
 from workers.engine.model_config import ModelFacts
 
 
@@ -66,6 +67,8 @@ class KVCache:
         """For want of room."""
         self.evicted_age_s = 0.0
         """Sum of the times for which nobody had referenced those."""
+        self.journal: BlockJournal | None = None
+        """Set before the engine starts, by whoever takes from it."""
 
     def match(self, keys: Sequence[BlockKey]) -> list[int]:
         """Blocks of the longest cached prefix of `keys`."""
@@ -80,6 +83,10 @@ class KVCache:
     def num_cached(self, keys: Sequence[BlockKey]) -> int:
         """How many leading keys are cached, at this moment. Any thread."""
         return len(self.match(keys))
+
+    def keys(self) -> list[BlockKey]:
+        """All that are cached, at this moment. Any thread."""
+        return list(self._block_of)
 
     def reference(self, blocks: Sequence[int]) -> None:
         """Keep `blocks` from being evicted until as many `release`s."""
@@ -125,6 +132,8 @@ class KVCache:
         if key not in self._block_of and block not in self._key_of:
             self._block_of[key] = block
             self._key_of[block] = key
+            if self.journal is not None:
+                self.journal.added(key)
 
     def drop_unreferenced(self) -> int:
         """Forget every cached block that nobody references; how many."""
@@ -167,7 +176,10 @@ class KVCache:
 
     def _evict(self, block: int) -> None:
         del self._unreferenced[block]
-        del self._block_of[self._key_of.pop(block)]
+        key = self._key_of.pop(block)
+        del self._block_of[key]
+        if self.journal is not None:
+            self.journal.removed(key)
         self._free.add(block)
 
 

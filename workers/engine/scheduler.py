@@ -2,21 +2,25 @@
 
 A step has a token budget; a prompt that exceeds it is computed in chunks. Sequences get the blocks of their whole prompt
 when they are admitted and one more whenever they outgrow them; when none are left, the newest sequence is preempted: it
-gives its blocks back and is computed again later, as far as the prefix cache has not kept them. A sequence whose next
-block is just being computed by another one waits for it instead of computing it again.
+gives its blocks back and goes on later, from what the prefix cache has kept, then from what the tiers below have if that is
+quicker to load than to compute. A sequence whose next block is just being computed by another one waits for it instead of
+computing it again.
+
+Nobody starves: the oldest running sequence is never preempted for another one and gets tokens in every step, a preempted one
+is the first to be admitted again, and only those that wait for a running one's blocks are overtaken.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Blocks
 from dataclasses import dataclass
 
 from workers.engine.config import EngineConfig
-from workers.engine.connector import Tier
+from workers.engine.connector import ExternalHit, Tier
 from workers.engine.kv_cache import KVCache
-from workers.engine.sequence import Sequence
+from workers.engine.sequence import Search, Sequence
 
 _MAX_SET_ASIDE_BLOCKS = 32
 """Blocks kept free behind a sequence so that it can grow in place."""
@@ -32,6 +36,8 @@ class StepPart:
     num_tokens: int
     load_first_block: int | None = None
     """Blocks from here up to `num_computed` are to be loaded from lower tiers during this step."""
+    load_tiers: Blocks[Tier] = ()
+    """Theirs."""
 
     @property
     def stop(self) -> int:
@@ -44,15 +50,29 @@ class StepPart:
 
 
 class Scheduler:
-    """Queues of waiting and running sequences. Owned by the engine's thread."""
+    """Queues of waiting and running sequences. Owned by the engine's thread.
 
-    def __init__(self, config: EngineConfig, cache: KVCache, release_held: Callable[[Blocks[int]], None]) -> None:
+    `find` begins to look below L1 for what a sequence has lost, beyond so many blocks that L1 has kept; False if there is nothing
+    below. The answer is given to `found`.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        cache: KVCache,
+        release_held: Callable[[Blocks[int]], None],
+        find: Callable[[Sequence, int], bool],
+    ) -> None:
         self._config = config
         self._cache = cache
         self._release_held = release_held
+        self._find = find
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         """In order of admission."""
+        self.num_preemptions = 0
+        self.recovered_tokens: Counter[Tier] = Counter()
+        """Tokens that preempted sequences had computed, by where their KV came from when they went on."""
 
     def sequences(self) -> Iterator[Sequence]:
         yield from self.running
@@ -78,12 +98,23 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
         self._give_back(sequence)
+        sequence.search = Search.NONE
         sequence.release_external()
         self._release_held(sequence.take_held())
+
+    def found(self, sequence: Sequence, hit: ExternalHit | None) -> None:
+        """What `find` has come to. The sequence may have ended meanwhile."""
+        if sequence.search is Search.RUNNING:
+            sequence.search = Search.NONE
+            sequence.external = hit
+        elif hit is not None:
+            hit.release()
 
     def computed(self, part: StepPart) -> None:
         """A part's KV is whole in L1: let its full blocks be found by others."""
         sequence, stop = part.sequence, part.stop
+        if sequence.preemptions:
+            self._count_recovered(part.load_tiers)
         sequence.num_computed = stop
         full = stop // self._config.block_size
         if self._config.prefix_caching:
@@ -96,13 +127,15 @@ class Scheduler:
         sequence, first = part.sequence, part.load_first_block
         assert first is not None
         size = self._config.block_size
-        kept = min(first + num_good_blocks, sequence.num_computed // size)
-        hit = sequence.request.external
-        if hit is not None and not sequence.preemptions:
-            for tier in hit.tiers[kept - hit.start_block : sequence.num_computed // size - hit.start_block]:
+        kept = min(num_good_blocks, len(part.load_tiers))
+        if sequence.preemptions:
+            self._count_recovered(part.load_tiers[:kept])
+            self.recovered_tokens[Tier.COMPUTED] += (len(part.load_tiers) - kept) * size
+        else:
+            for tier in part.load_tiers[kept:]:
                 sequence.tokens_by_tier[tier] -= size
                 sequence.tokens_by_tier[Tier.COMPUTED] += size
-        sequence.num_computed = kept * size
+        sequence.num_computed = (first + kept) * size
 
     def _schedule_decodes(self) -> list[StepPart]:
         parts: list[StepPart] = []
@@ -128,8 +161,11 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
+        sequence.num_lost = sequence.num_computed
+        sequence.search = Search.WANTED
         self._give_back(sequence)
         sequence.preemptions += 1
+        self.num_preemptions += 1
         self.waiting.appendleft(sequence)
 
     def _give_back(self, sequence: Sequence) -> None:
@@ -161,12 +197,14 @@ class Scheduler:
         return self._cache.match(sequence.keys[: sequence.num_reusable_blocks])
 
     def _place(self, sequence: Sequence, matched: list[int]) -> bool:
-        """Reference the matched blocks and allocate the rest of the sequence's; False if there is no room now."""
+        """Reference the matched blocks and allocate the rest of the sequence's.
+
+        False if there is no room now, or if the tiers below have not answered yet.
+        """
         self._cache.reference(matched)
         missing = -(-len(sequence.token_ids) // self._config.block_size) - len(matched)
-        watermark = int(self._cache.num_blocks * _WATERMARK_SHARE) + 1 if self.running else 0
         blocks = None
-        if missing + watermark <= self._cache.num_available:
+        if missing + self._watermark(sequence) <= self._cache.num_available and not self._searches(sequence, matched):
             growth = min(max(0, sequence.blocks_left - len(matched) - missing), _MAX_SET_ASIDE_BLOCKS)
             blocks = self._cache.allocate(missing, matched[-1] if matched else None, growth)
         if blocks is None:
@@ -175,6 +213,22 @@ class Scheduler:
         sequence.table.extend(matched)
         sequence.table.extend(blocks)
         return True
+
+    def _watermark(self, sequence: Sequence) -> int:
+        """Blocks that must stay available to those that run already."""
+        if not self.running:
+            return 0
+        # One that came back too early would be preempted again by the next block that another one needs.
+        growing = len(self.running) if sequence.preemptions else 0
+        return int(self._cache.num_blocks * _WATERMARK_SHARE) + 1 + growing
+
+    def _searches(self, sequence: Sequence, matched: Blocks[int]) -> bool:
+        """Whether the tiers below are being asked for what a preempted sequence has lost; begins to, if L1 lacks any."""
+        if sequence.search is Search.WANTED:
+            num_lost = min(sequence.num_lost // self._config.block_size, sequence.num_reusable_blocks)
+            is_asked = num_lost > len(matched) and self._find(sequence, len(matched))
+            sequence.search = Search.RUNNING if is_asked else Search.NONE
+        return sequence.search is Search.RUNNING
 
     def _let_go_of_held(self) -> None:
         """Where nothing runs, what is held for those that wait must not keep the first of them from starting."""
@@ -186,36 +240,42 @@ class Scheduler:
         """Move a placed sequence to the running ones and plan its first chunk."""
         self.waiting.remove(sequence)
         self.running.append(sequence)
-        load_first, load_stop = self._external_range(sequence, num_matched)
+        tiers = self._tiers_to_load(sequence, num_matched)
+        load_stop = num_matched + len(tiers)
         sequence.num_registered = num_matched
         sequence.num_computed = load_stop * self._config.block_size
-        self._count_tiers(sequence, num_matched, load_stop)
+        self._count_tiers(sequence, num_matched, tiers)
         self._release_held(sequence.take_held())
         part = StepPart(sequence, min(budget, sequence.num_uncomputed))
-        if load_first < load_stop:
-            part.load_first_block = load_first
+        if tiers:
+            part.load_first_block, part.load_tiers = num_matched, tiers
         else:
             sequence.release_external()
         return part
 
-    def _external_range(self, sequence: Sequence, num_matched: int) -> tuple[int, int]:
-        """Blocks to load: first, and one past the last. Empty if the hit does not adjoin what L1 holds."""
+    def _tiers_to_load(self, sequence: Sequence, num_matched: int) -> Blocks[Tier]:
+        """Of the blocks to load behind the matched ones. None if the hit does not adjoin what L1 holds."""
         hit = sequence.external
         if hit is None or hit.start_block > num_matched:
-            return num_matched, num_matched
-        stop = min(hit.start_block + len(hit.tiers), sequence.num_reusable_blocks)
-        return num_matched, max(stop, num_matched)
+            return ()
+        return hit.tiers[num_matched - hit.start_block : sequence.num_reusable_blocks - hit.start_block]
 
-    def _count_tiers(self, sequence: Sequence, num_matched: int, load_stop: int) -> None:
-        if sequence.preemptions:
-            return  # computed again after a preemption: the request's tokens have been counted
+    def _count_tiers(self, sequence: Sequence, num_matched: int, loaded: Blocks[Tier]) -> None:
+        size = self._config.block_size
+        if sequence.preemptions:  # its request's tokens have been counted
+            num_kept = min(num_matched * size, sequence.num_lost)
+            self.recovered_tokens[Tier.L1] += num_kept
+            self.recovered_tokens[Tier.COMPUTED] += max(0, sequence.num_lost - num_kept - len(loaded) * size)
+            return
         counts = dict.fromkeys(Tier, 0)
         tiers = dict(zip(sequence.held.blocks, sequence.held.tiers, strict=True))
         for block in sequence.table.blocks[:num_matched]:
-            counts[tiers.get(block, Tier.L1)] += self._config.block_size
-        hit = sequence.external
-        if hit is not None:
-            for tier in hit.tiers[num_matched - hit.start_block : load_stop - hit.start_block]:
-                counts[tier] += self._config.block_size
-        counts[Tier.COMPUTED] = len(sequence.token_ids) - load_stop * self._config.block_size
+            counts[tiers.get(block, Tier.L1)] += size
+        for tier in loaded:
+            counts[tier] += size
+        counts[Tier.COMPUTED] = len(sequence.token_ids) - (num_matched + len(loaded)) * size
         sequence.tokens_by_tier = counts
+
+    def _count_recovered(self, loaded: Blocks[Tier]) -> None:
+        for tier in loaded:
+            self.recovered_tokens[tier] += self._config.block_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence as Blocks
 from dataclasses import dataclass, field
 
@@ -11,6 +12,16 @@ from workers.engine.connector import ExternalHit, Tier
 from workers.engine.penalties import Penalties
 from workers.engine.requests import EngineRequest, OnEvent, RequestUsage
 from workers.engine.reservations import HeldBlocks
+
+
+class Search(enum.Enum):
+    """Whether the tiers below L1 are asked for what a preemption lost."""
+
+    NONE = enum.auto()
+    """Not needed, or answered."""
+    WANTED = enum.auto()
+    """Once there is room for the sequence."""
+    RUNNING = enum.auto()
 
 
 @dataclass(slots=True, eq=False)
@@ -37,6 +48,9 @@ class Sequence:
     num_generated: int = 0
     tokens_by_tier: dict[Tier, int] = field(default_factory=dict)
     preemptions: int = 0
+    num_lost: int = 0
+    """Leading tokens that were computed when it was preempted last."""
+    search: Search = Search.NONE
     scheduled_at: float | None = None
     first_token_at: float | None = None
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+from workers.engine.connector import Tier
 from workers.engine.kv_cache import CacheUse
+from workers.engine.scheduler import Scheduler
 from workers.engine.step import PartOutcome
 
 
@@ -26,6 +28,9 @@ class EngineStats:
     prefill_tokens: int = 0
     decode_tokens: int = 0
     load_failures: int = 0
+    preemptions: int = 0
+    recovered_tokens: Mapping[Tier, int] = field(default_factory=lambda: dict.fromkeys(Tier, 0))
+    """Tokens that preempted requests had computed, by where their KV came from when they went on."""
 
 
 class StatsKeeper:
@@ -46,12 +51,14 @@ class StatsKeeper:
             load_failures=latest.load_failures + sum(o.load_error is not None for o in outcomes),
         )
 
-    def publish(self, use: CacheUse, running: int, waiting: int, healthy: bool) -> None:
+    def publish(self, use: CacheUse, scheduler: Scheduler, healthy: bool) -> None:
         self.latest = replace(
             self.latest,
             healthy=healthy,
-            running=running,
-            waiting=waiting,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            preemptions=scheduler.num_preemptions,
+            recovered_tokens={tier: scheduler.recovered_tokens[tier] for tier in Tier},
             blocks_total=use.total,
             blocks_free=use.free,
             blocks_cached=use.cached,

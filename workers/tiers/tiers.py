@@ -1,7 +1,7 @@
 """The tiers below L1, as one worker sees them: L2, then the pool. The engine's KVConnector.
 
-`lookup`, `wait_saved` and `drop_l2` run on the event loop; `save` comes from the engine's thread. Loads and saves have threads
-of their own. Nothing here fails a request: what cannot be found, loaded or saved is computed.
+`lookup`, `wait_saved` and `drop_l2` run on the event loop; `find` and `save` come from the engine's thread. Loads and saves have
+threads of their own. Nothing here fails a request: what cannot be found, loaded or saved is computed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -33,11 +33,13 @@ from stratakv.wire import (
     Segment,
     WorkerInfo,
 )
-from workers.engine.connector import SaveJob, Tier
+from workers.engine.connector import OnFound, SaveJob, Tier
 from workers.engine.kv_cache import KVCache
+from workers.engine.reservations import Reservations
 from workers.metrics import WorkerMetrics
 from workers.rates import Rates, Stretch
 from workers.tiers.announced import AnnouncedLoad
+from workers.tiers.bandwidth import BandwidthProbe
 from workers.tiers.l2 import L2Table
 from workers.tiers.load import FoundPage, LayerLoad, LoadOutcome
 from workers.tiers.save import BlockSave, SaveListener, Saver, Written
@@ -104,6 +106,7 @@ class Tiers:
         self._layout = layout
         self._listen = listen
         self._namespace = Namespace(info.namespace)
+        self._worker = info.worker
         self._node = info.node
         self._load_timeout_s = settings.load_timeout_s
         self._meta = meta
@@ -126,7 +129,7 @@ class Tiers:
             meta,
             self._connections,
             loop,
-            worker=info.worker,
+            worker=self._worker,
             prefer_node=info.node,
             saves_max=SAVES_WAITING_MAX,
             page_cost_s=lambda: rates.prefill_s(layout.page_tokens),
@@ -159,18 +162,34 @@ class Tiers:
                 released = True
                 self._on_loop(self._spawn_release, lease_id)
 
-        wanted = self._worth_loading(pages)
+        wanted = self._worth_loading(pages, l1_blocks, len(keys))
         if not wanted:
             give_back()
             return None
         return PoolHit(l1_blocks, wanted, self._start_load, give_back)
+
+    def find(self, keys: Sequence[BlockKey], num_l1_blocks: int, on_found: OnFound) -> None:
+        """`lookup` for the engine's thread."""
+        self._on_loop(self._spawn_find, keys, num_l1_blocks, on_found)
+
+    def _spawn_find(self, keys: Sequence[BlockKey], num_l1_blocks: int, on_found: OnFound) -> None:
+        self._keep(self._find(keys, num_l1_blocks, on_found))
+
+    async def _find(self, keys: Sequence[BlockKey], num_l1_blocks: int, on_found: OnFound) -> None:
+        hit: PoolHit | None = None
+        try:
+            hit = await self.lookup(keys, num_l1_blocks)
+        except Exception:
+            log.exception("lookup_failed")  # a bug; the request is waiting for an answer all the same
+        finally:
+            on_found(hit)
 
     async def _match_pool(self, keys: Sequence[BlockKey]) -> tuple[list[FoundPage], int]:
         if not keys or not self._meta.available:
             return [], 0
         try:
             match = await self._meta.call(
-                MatchPrefix(self._namespace, pack_keys(keys), LEASE_S), Match, timeout_s=LOOKUP_S_MAX
+                MatchPrefix(self._namespace, pack_keys(keys), LEASE_S, self._node or ""), Match, timeout_s=LOOKUP_S_MAX
             )
         except StrataError as error:
             log.debug("lookup_failed", error=error.message)
@@ -183,10 +202,11 @@ class Tiers:
         ]
         return pages, match.lease_id
 
-    def _worth_loading(self, pages: Sequence[FoundPage]) -> Sequence[FoundPage]:
-        """The leading pages that are to be loaded; the others are computed."""
+    def _worth_loading(self, pages: Sequence[FoundPage], first: int, num_blocks: int) -> Sequence[FoundPage]:
+        """The leading pages that are to be loaded; the others, and the rest of the prompt, are computed."""
         stretches = [Stretch(tier, sum(1 for _ in run)) for tier, run in itertools.groupby(pages, lambda p: p.tier)]
-        count = self._rates.pages_worth_loading(stretches, self._layout.page_bytes, self._layout.page_tokens)
+        layout = self._layout
+        count = self._rates.pages_worth_loading(stretches, layout.page_bytes, layout.page_tokens, first, num_blocks)
         tiers = [page.tier for page in pages]
         self._metrics.load_decided(tiers[:count], tiers[count:])
         return pages[:count]
@@ -284,6 +304,20 @@ class Tiers:
         """So many announced pages are whole in L1."""
         self._metrics.loaded(Tier.POOL, num_pages, num_pages * self._layout.data_bytes, seconds)
 
+    def bandwidth_probe(self, reservations: Reservations, num_l1_blocks: int) -> BandwidthProbe:
+        """Tries the way to the daemons."""
+        return BandwidthProbe(
+            self._layout,
+            self._namespace,
+            self._worker,
+            self._node,
+            self._meta,
+            self._connections,
+            self._open_window,
+            reservations,
+            num_l1_blocks,
+        )
+
     @property
     def num_l2_pages(self) -> int:
         """Pages of the local daemon that this worker knows."""
@@ -297,7 +331,11 @@ class Tiers:
         self._spawn(ReleaseLease(lease_id))
 
     def _spawn(self, request: ReleaseLease | ReportCorrupt) -> None:
-        task = self._loop.create_task(self._tell(request))
+        self._keep(self._tell(request))
+
+    def _keep(self, work: Coroutine[None, None, None]) -> None:
+        """Run it; the loop itself does not hold on to its tasks."""
+        task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

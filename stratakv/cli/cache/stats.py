@@ -109,6 +109,13 @@ def _print(nodes: Nodes, namespaces: Namespaces, counters: Stats) -> None:
         f" leases {counters.leases}, writes in progress {counters.puts_pending}",
         markup=False,
     )
+    if counters.replicas_made or counters.replicas:
+        console.print(
+            f"copies of hot pages {counters.replicas} ({show_bytes(counters.replica_bytes)}), made {counters.replicas_made},"
+            f" removed {counters.replicas_removed}, in place of a lost page {counters.replicas_promoted},"
+            f" read {counters.replica_reads}",
+            markup=False,
+        )
 
 
 def state_text(row: dict[str, Any]) -> str:

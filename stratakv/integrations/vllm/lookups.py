@@ -128,7 +128,9 @@ class Lookups:
 
     async def _match(self, meta: MetaClient, spec: RankSpec, keys: bytes) -> Match:
         try:
-            return await meta.call(MatchPrefix(spec.namespace, keys, LEASE_S), Match, timeout_s=self.timeout_s)
+            return await meta.call(
+                MatchPrefix(spec.namespace, keys, LEASE_S, spec.node or ""), Match, timeout_s=self.timeout_s
+            )
         except StrataError as error:
             log.debug("lookup_failed", error=error.message)
             return Match(0)

@@ -17,7 +17,7 @@ from dbnode.scheduler.pool_view import MetaCalls
 from stratakv.http_server import HttpServer
 from stratakv.models import DEFAULT_MODEL, pull
 from stratakv.settings import DatabaseSettings, ModelSettings, RestSettings, RouterSettings, Secret, Settings
-from stratakv.wire import ListWorkers, Match, Workers
+from stratakv.wire import ListWorkers, Match, Pinned, PinPrefix, Workers
 from stratakv.worker_address import worker_url
 from tests.stand_in_worker import MODEL, StandInWorker
 from tests.support import eventually_async
@@ -32,6 +32,8 @@ class PoolOfBlocks:
         self.num_blocks = num_blocks
 
     async def call(self, request: Any, reply_type: type[Any], timeout_s: float | None = None) -> Any:
+        if isinstance(request, PinPrefix):
+            return Pinned(self.num_blocks, 2**62 + 1)
         return Workers([]) if isinstance(request, ListWorkers) else Match(self.num_blocks)
 
 

@@ -16,6 +16,7 @@ import openai
 import pytest
 import pytest_asyncio
 
+from dbnode.errors import WorkersExhausted
 from dbnode.generate import GenerateRequest, Sampling, Source
 from tests.integration.dbnode.running_node import PoolOfBlocks, RunningNode, running_node
 from tests.stand_in_worker import MAX_MODEL_LEN, MODEL, StandInWorker, expected_tokens
@@ -23,6 +24,7 @@ from tests.support import eventually_async, free_port
 
 PROMPT = list(range(1000, 1100))
 LONG = list(range(1000, 1800))
+POISON = 666
 
 
 @pytest_asyncio.fixture
@@ -109,10 +111,12 @@ async def test_a_request_sent_to_a_frozen_worker_goes_elsewhere(
     assert node.node.inference.scheduler.decisions[0].worker == "process"
 
 
-async def _started_process(stack: AsyncExitStack, token_delay_s: float) -> tuple[asyncio.subprocess.Process, str]:
+async def _started_process(
+    stack: AsyncExitStack, token_delay_s: float, name: str = "process"
+) -> tuple[asyncio.subprocess.Process, str]:
     """A stand-in worker in a process of its own, to be killed."""
     port = free_port()
-    command = [sys.executable, "-m", "tests.stand_in_worker", str(port), "process", "both", str(token_delay_s)]
+    command = [sys.executable, "-m", "tests.stand_in_worker", str(port), name, "both", str(token_delay_s), str(POISON)]
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
     stack.push_async_callback(_ended, process)
     assert process.stdout is not None
@@ -132,6 +136,22 @@ async def test_a_prompt_that_kills_two_workers_is_failed(stack: AsyncExitStack) 
     with pytest.raises(openai.InternalServerError, match="2 workers were lost"):
         await node.openai.completions.create(model=MODEL, prompt=PROMPT, max_tokens=5)
     assert sum(len(w.requests) for w in workers) == 2
+
+
+async def test_a_prompt_that_kills_is_found_among_others_and_refused_from_then_on(stack: AsyncExitStack) -> None:
+    workers = [await _started_process(stack, token_delay_s=0.02, name=f"w{i}") for i in range(3)]
+    node = await started(stack, also=tuple(url for _, url in workers))
+    prompts = [[7 + number, *PROMPT] for number in range(9)]
+    poison = [POISON, *PROMPT]
+    others = [asyncio.create_task(answer(node, 60, prompt)) for prompt in prompts]
+    with pytest.raises(WorkersExhausted, match="2 workers were lost"):
+        await answer(node, 60, poison)
+    assert await asyncio.gather(*others) == [expected_tokens(prompt, 60) for prompt in prompts]
+    with pytest.raises(openai.UnprocessableEntityError, match="workers died of this prompt") as refused:
+        await node.openai.completions.create(model=MODEL, prompt=poison, max_tokens=60)
+    assert refused.value.code == "poison_prompt"
+    assert sorted(process.returncode or 0 for process, _ in workers) == [-signal.SIGKILL, -signal.SIGKILL, 0]
+    assert await answer(node, 5, prompts[0]) == expected_tokens(prompts[0], 5)
 
 
 async def test_the_clients_own_mistake_is_not_tried_elsewhere(stack: AsyncExitStack) -> None:

@@ -35,6 +35,8 @@ from stratakv.errors import InvalidRequest
         ("cache_salt", "s" * 513),
         ("on_error", "ignore"),
         ("dedupe", 1),
+        ("slo_class", "fast"),
+        ("slo_class", 1),
         ("on_error", True),
         ("on_error", "detail"),
         ("made_up", None),
@@ -68,6 +70,7 @@ def test_right_options_pass_and_nulls_are_defaults() -> None:
         "dedupe": False,
         "priority": -3,
         "cache_salt": "s",
+        "slo_class": "interactive",
     }
     assert checked_options({**right, "system": None}) == right
     assert set(right) | {"system"} == OPTIONS

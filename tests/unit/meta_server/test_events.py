@@ -67,7 +67,9 @@ class FollowedPoolMachine(PoolMachine):
     def teardown(self) -> None:
         try:
             self.catch_up()
-            assert self.view.node_of == lying_at(self.world)
+            nodes_of = lying_at(self.world)
+            assert self.view.node_of.keys() == nodes_of.keys()
+            assert all(node in nodes_of[block] for block, node in self.view.node_of.items())
             assert {n for n, is_up in self.view.is_up.items() if is_up} == up(self.world)
         finally:
             events.SNAPSHOT_ROWS = self.rows_before
@@ -86,12 +88,12 @@ class FollowedPoolMachine(PoolMachine):
         raise AssertionError("the follower never catches up")
 
 
-def lying_at(world: World) -> dict[tuple[bytes, bytes], str]:
+def lying_at(world: World) -> dict[tuple[bytes, bytes], set[str]]:
     """What the server has, from another of its requests."""
-    found = {}
+    found: dict[tuple[bytes, bytes], set[str]] = {}
     for node in world.call(wire.ListNodes(), wire.Nodes).nodes:
-        pages = world.call(wire.ListPages(node.segment.node), wire.Pages).pages
-        found.update({(page.namespace, page.key): node.segment.node for page in pages})
+        for page in world.call(wire.ListPages(node.segment.node), wire.Pages).pages:
+            found.setdefault((page.namespace, page.key), set()).add(node.segment.node)
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from typing import ClassVar
 
 import pytest
 from hypothesis import settings
@@ -24,7 +25,6 @@ def chain_key(chain: int, block: int) -> bytes:
 
 
 KEYS = [[chain_key(chain, block) for block in range(CHAIN_BLOCKS)] for chain in range(CHAINS)]
-DEMOTE = {"demote_high": 0.3, "demote_low": 0.1}
 chains, lengths, indexes = st.integers(0, CHAINS - 1), st.integers(1, CHAIN_BLOCKS), st.integers(0, 1000)
 
 
@@ -44,9 +44,17 @@ class Writer:
 class PoolMachine(RuleBasedStateMachine):
     """Random writers, readers, daemons and a flaky database."""
 
+    NODES: ClassVar[tuple[str, ...]] = ("a", "b")
+    LEVELS: ClassVar[dict[str, float]] = {
+        "reclaim_high": 0.8,
+        "reclaim_low": 0.5,
+        "demote_high": 0.3,
+        "demote_low": 0.1,
+    }
+
     def __init__(self) -> None:
         super().__init__()
-        self.world = World(lease_s_max=10.0, put_timeout_s_max=30.0, reclaim_high=0.8, reclaim_low=0.5, **DEMOTE)
+        self.world = World(lease_s_max=10.0, put_timeout_s_max=30.0, **self.LEVELS)
         self.writers: list[Writer] = []
         self.num_puts = 0
         self.leases: dict[int, tuple[float, list[wire.Place]]] = {}
@@ -68,7 +76,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @initialize()
     def start_daemons(self) -> None:
-        for name in ("a", "b"):
+        for name in self.NODES:
             self.world.start_daemon(name, pages=DAEMON_PAGES)
         self.world.start_disk("a", pages=DISK_PAGES)
 
@@ -121,10 +129,12 @@ class PoolMachine(RuleBasedStateMachine):
             assert writer.end_sent, "only a put whose end was sent can be finished"
         self.writers.remove(writer)
 
-    @rule(chain=chains, length=lengths, lease_s=st.sampled_from([0.0, 1.0, 8.0]))
-    def match(self, chain: int, length: int, lease_s: float) -> None:
+    @rule(
+        chain=chains, length=lengths, lease_s=st.sampled_from([0.0, 1.0, 8.0]), reader=st.sampled_from(["", "a", "b"])
+    )
+    def match(self, chain: int, length: int, lease_s: float, reader: str) -> None:
         keys = KEYS[chain][:length]
-        match = self.world.call(wire.MatchPrefix(NAMESPACE, b"".join(keys), lease_s), wire.Match)
+        match = self.world.call(wire.MatchPrefix(NAMESPACE, b"".join(keys), lease_s, reader), wire.Match)
         assert set(keys[: match.num_blocks]) <= self.may_be_found, "P2: found only after put_end"
         if match.lease_id:
             assert len(match.places()) == match.num_blocks
@@ -217,7 +227,7 @@ class PoolMachine(RuleBasedStateMachine):
         except (Overloaded, Unavailable):
             return
         if grant.segment is not None:
-            assert grant.segment.node in {"a", "b"} - {name}
+            assert grant.segment.node in {*self.NODES} - {name}
             self.writers.append(Writer(put_id, keys, grant, self.world.daemons[grant.segment.node]))
             if is_finished:
                 self.put_end(len(self.writers) - 1)

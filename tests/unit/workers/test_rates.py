@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stratakv.worker_profile import PrefillPoint, WorkerProfile
 from workers.engine.connector import Tier
 from workers.engine.requests import RequestUsage
 from workers.rates import LOAD_RATE_VALID_S, Rates, Stretch, pages_worth_loading
@@ -36,17 +37,7 @@ def rates_of(clock: Clock | None = None, **gb_per_s: float) -> Rates:
     """What a worker knows after one prefill and one load from each tier."""
     rates = Rates(clock or Clock())
     prompt_tokens = 3_000
-    rates.observe(
-        RequestUsage(
-            prompt_tokens=prompt_tokens,
-            generated_tokens=1,
-            tokens_by_tier={Tier.COMPUTED: prompt_tokens},
-            preemptions=0,
-            queue_time_s=0.0,
-            prefill_time_s=prompt_tokens / PREFILL_TOKENS_PER_S,
-            decode_time_s=0.0,
-        )
-    )
+    rates.observe(usage_of(prompt_tokens, prompt_tokens / PREFILL_TOKENS_PER_S))
     for tier, rate in gb_per_s.items():
         rates.observe_load(Tier(tier), PAGE_BYTES, PAGE_BYTES / (rate * GB))
     return rates
@@ -107,5 +98,47 @@ def test_no_other_number_of_pages_takes_less_time(
         loading + compute_page_s * (len(costs) - count)
         for count, loading in enumerate(itertools.accumulate(costs, initial=0))
     ]
-    chosen = pages_worth_loading([Stretch(*run) for run in runs], dict(load_page_s), compute_page_s)
+    chosen = pages_worth_loading(
+        [Stretch(*run) for run in runs],
+        dict(load_page_s),
+        lambda num_loaded: compute_page_s * (len(costs) - num_loaded),
+    )
     assert times[chosen] == min(times)
+
+
+def profiled(**gb_per_s: float) -> Rates:
+    """A worker that computes 1,000 tokens a second, and every pair of a new and a cached token in 1 µs more."""
+    rates = Rates(Clock())
+    points = (PrefillPoint(16, 0, 0.016), PrefillPoint(1000, 0, 1.0), PrefillPoint(100, 1000, 0.2))
+    rates.use_profile(WorkerProfile(points, (), {tier: rate * GB for tier, rate in gb_per_s.items()}))
+    return rates
+
+
+def test_a_profile_says_what_is_behind_a_long_prefix() -> None:
+    page_s = PAGE_TOKENS / 1000
+    slow = PAGE_BYTES / GB / (2 * page_s)
+    rates = profiled(pool=slow)
+    few = rates.pages_worth_loading([Stretch(Tier.POOL, 10)], PAGE_BYTES, PAGE_TOKENS)
+    behind_many = rates.pages_worth_loading([Stretch(Tier.POOL, 10)], PAGE_BYTES, PAGE_TOKENS, first_page=200)
+    assert (few, behind_many) == (0, 10)
+
+
+def test_a_worker_that_is_slower_than_its_profile_loads_more() -> None:
+    rates = profiled(pool=PAGE_BYTES / GB / 0.02)
+    assert choice(rates, pool=20) == 0
+    for _ in range(20):
+        rates.observe(usage_of(1000, prefill_s=2.0))
+    assert rates.slowdown == pytest.approx(2.0, rel=0.05)
+    assert choice(rates, pool=20) == 20
+
+
+def usage_of(prompt_tokens: int, prefill_s: float) -> RequestUsage:
+    return RequestUsage(
+        prompt_tokens=prompt_tokens,
+        generated_tokens=1,
+        tokens_by_tier={Tier.COMPUTED: prompt_tokens},
+        preemptions=0,
+        queue_time_s=0.0,
+        prefill_time_s=prefill_s,
+        decode_time_s=0.0,
+    )

@@ -62,7 +62,13 @@ def test_priority_and_salt_are_as_in_vllm() -> None:
     request = chat(priority=-4, cache_salt="team a").request
     assert (request.priority, request.cache_salt) == (-4, "team a")
     assert (chat().request.priority, chat(cache_salt=None).request.cache_salt) == (0, None)
-    for wrong in ({"priority": 1.5}, {"priority": "high"}, {"cache_salt": ""}, {"cache_salt": 5}):
+    for wrong in (
+        {"slo_class": "fast"},
+        {"priority": 1.5},
+        {"priority": "high"},
+        {"cache_salt": ""},
+        {"cache_salt": 5},
+    ):
         with pytest.raises(InvalidRequest) as caught:
             chat(**wrong)
         assert caught.value.param == next(iter(wrong))

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dbnode.scheduler.cost import Candidate, Work, whole_cost
+from dbnode.scheduler.policies.cost import CostPolicy
 from dbnode.scheduler.router import route
 from stratakv.wire import WorkerRole
 
@@ -49,7 +50,9 @@ candidates = st.lists(
 def test_every_decision_names_workers_that_were_offered(
     fleet: list[Candidate], prompt_tokens: int, max_tokens: int, may_split: bool, seed: int
 ) -> None:
-    decision = route(fleet, work(prompt_tokens, max_tokens), SPLIT_MIN, random.Random(seed), may_split=may_split)
+    decision = route(
+        fleet, work(prompt_tokens, max_tokens), CostPolicy(), SPLIT_MIN, random.Random(seed), may_split=may_split
+    )
     assert decision is not None
     assert decision.worker in fleet
     assert 1 <= decision.uncached_tokens <= prompt_tokens
@@ -64,7 +67,7 @@ def test_every_decision_names_workers_that_were_offered(
 
 @given(candidates, st.integers(1, 8000))
 def test_the_same_seed_gives_the_same_decision(fleet: list[Candidate], prompt_tokens: int) -> None:
-    first, second = (route(fleet, work(prompt_tokens), SPLIT_MIN, random.Random(1)) for _ in range(2))
+    first, second = (route(fleet, work(prompt_tokens), CostPolicy(), SPLIT_MIN, random.Random(1)) for _ in range(2))
     assert first == second
 
 
@@ -79,27 +82,27 @@ def test_more_load_never_makes_a_worker_cheaper(
 
 
 def test_nobody_is_chosen_from_an_empty_fleet() -> None:
-    assert route([], work(10), SPLIT_MIN, random.Random(0)) is None
+    assert route([], work(10), CostPolicy(), SPLIT_MIN, random.Random(0)) is None
 
 
 def test_ties_go_to_everybody() -> None:
     fleet = [candidate(f"w{i}") for i in range(4)]
     rng = random.Random(7)
-    chosen = [route(fleet, work(100), SPLIT_MIN, rng) for _ in range(200)]
+    chosen = [route(fleet, work(100), CostPolicy(), SPLIT_MIN, rng) for _ in range(200)]
     counts = {name: sum(d is not None and d.worker.worker == name for d in chosen) for name in ("w0", "w1", "w2", "w3")}
     assert min(counts.values()) > 20, f"seed 7: {counts}"
 
 
 def test_the_holder_of_the_prefix_is_preferred_at_equal_load() -> None:
     fleet = [candidate("a"), candidate("holder", l1_tokens=1600), candidate("b")]
-    decision = route(fleet, work(1700), SPLIT_MIN, random.Random(0))
+    decision = route(fleet, work(1700), CostPolicy(), SPLIT_MIN, random.Random(0))
     assert decision is not None
     assert decision.worker.worker == "holder"
 
 
 def test_an_overloaded_holder_is_left_alone() -> None:
     fleet = [candidate("idle"), candidate("holder", l1_tokens=1600, queued_tokens=5000)]
-    decision = route(fleet, work(1700), SPLIT_MIN, random.Random(0))
+    decision = route(fleet, work(1700), CostPolicy(), SPLIT_MIN, random.Random(0))
     assert decision is not None
     assert decision.worker.worker == "idle"
 
@@ -109,25 +112,25 @@ def test_what_is_in_the_pool_makes_locality_worth_only_the_difference() -> None:
         candidate("idle", pool_tokens=1600),
         candidate("holder", l1_tokens=1600, pool_tokens=1600, queued_tokens=100),
     ]
-    decision = route(fleet, work(1700), SPLIT_MIN, random.Random(0))
+    decision = route(fleet, work(1700), CostPolicy(), SPLIT_MIN, random.Random(0))
     assert decision is not None
     assert decision.worker.worker == "idle"
 
 
 def test_a_role_is_only_a_preference() -> None:
     prefill = candidate("p", WorkerRole.PREFILL)
-    alone = route([prefill], work(2000), SPLIT_MIN, random.Random(0))
+    alone = route([prefill], work(2000), CostPolicy(), SPLIT_MIN, random.Random(0))
     assert alone is not None
     assert (alone.worker, alone.prefill) == (prefill, None)
     busy = candidate("d", WorkerRole.DECODE, queued_tokens=50_000)
-    decision = route([prefill, busy], work(100), SPLIT_MIN, random.Random(0))
+    decision = route([prefill, busy], work(100), CostPolicy(), SPLIT_MIN, random.Random(0))
     assert decision is not None
     assert decision.worker == prefill
 
 
 def test_a_long_uncached_prompt_is_split_and_a_short_one_is_not() -> None:
     fleet = [candidate("p", WorkerRole.PREFILL), candidate("d", WorkerRole.DECODE)]
-    long, short = (route(fleet, work(n), SPLIT_MIN, random.Random(0)) for n in (512, 511))
+    long, short = (route(fleet, work(n), CostPolicy(), SPLIT_MIN, random.Random(0)) for n in (512, 511))
     assert long is not None
     assert short is not None
     assert (long.prefill, long.worker) == (fleet[0], fleet[1])
@@ -136,7 +139,7 @@ def test_a_long_uncached_prompt_is_split_and_a_short_one_is_not() -> None:
 
 def test_a_worker_without_room_for_the_prompt_is_passed_over_for_one_that_has_it() -> None:
     full, roomy = candidate("full", free_tokens=100), candidate("roomy", free_tokens=10_000, running=2)
-    decision = route([full, roomy], work(400), SPLIT_MIN, random.Random(0))
+    decision = route([full, roomy], work(400), CostPolicy(), SPLIT_MIN, random.Random(0))
     assert decision is not None
     assert decision.worker is roomy
     untold = candidate("untold")

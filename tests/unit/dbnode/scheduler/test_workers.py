@@ -5,10 +5,12 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from dbnode.scheduler.fleet import WorkerRecord
 from dbnode.scheduler.index import EVENTS_LAG_S
+from dbnode.scheduler.planner import PromptKeys
 from dbnode.scheduler.pool_view import PoolView
-from dbnode.scheduler.scheduler import PromptKeys, Scheduler
-from dbnode.scheduler.workers import WorkerDirectory, WorkerRecord
+from dbnode.scheduler.scheduler import Scheduler
+from dbnode.scheduler.workers import WorkerDirectory
 from dbnode.worker_client import WorkerClient
 from dbnode.worker_messages import Engine, WorkerFacts
 from stratakv.settings import RouterSettings

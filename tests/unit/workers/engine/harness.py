@@ -24,7 +24,7 @@ from workers.engine import (
     SamplingParams,
     TokenEvent,
 )
-from workers.engine.connector import ExternalHit, KVConnector, KVLoadError, Tier
+from workers.engine.connector import ExternalHit, KVConnector, KVLoadError, OnFound, Tier
 from workers.engine.kv_cache import KVCache
 
 VOCAB_SIZE = 160
@@ -163,6 +163,14 @@ class MemoryTier:
     pages: dict[BlockKey, list[tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
     num_aborted: int = 0
     num_finished: int = 0
+    fault: dict[str, int] = field(default_factory=dict)
+    """Of what is found for preempted requests."""
+    hits: list[MemoryHit] = field(default_factory=list)
+    """Found for preempted requests."""
+
+    def find(self, keys: Sequence[BlockKey], num_l1_blocks: int, on_found: OnFound) -> None:
+        self.hits.append(self.hit(keys, num_l1_blocks, **self.fault))
+        on_found(self.hits[-1])
 
     def save(self, keys: Sequence[BlockKey], l1_blocks: Sequence[int], on_finished: Callable[[], None]) -> MemorySave:
         return MemorySave(self, list(keys), list(l1_blocks), on_finished)

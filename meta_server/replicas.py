@@ -1,0 +1,134 @@
+"""Hot pages at several places: which ones readers elsewhere ask for again and again, and how they come to lie there too.
+
+The daemon that has such a page copies it to another by a put of its own, as if it were drained (`dmp.drain`), and when the put
+ends the block lies at one place more (`Catalog.replicate`). Off unless `meta.replicas_max` is more than 1. What was counted and
+ordered is in memory only: after a restart it begins anew.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+
+from meta_server.catalog import Catalog
+from meta_server.moves import MOVE_TIMEOUT_S
+from meta_server.nodes import Node
+from meta_server.placement import Placement
+from meta_server.presence import Clock
+from meta_server.records import extent_list
+from meta_server.slots import SlotArray
+from stratakv.settings import MetaSettings
+from stratakv.wire import Extent, Move
+
+COUNTED_MAX = 32_768
+"""Pages, each with one of its readers' daemons, whose reads are counted; those that were not read longest are forgotten."""
+PLANNED_BYTES_MAX = 64 * 1024 * 1024
+"""Ordered and not begun yet, of all daemons together."""
+
+
+@dataclass(slots=True)
+class _Plan:
+    """A page is to lie in the segment `target` too."""
+
+    target: int
+    page_bytes: int
+    until: float
+    is_ordered: bool = False
+
+
+class Replicas:
+    """Counts reads, and orders copies of what is hot."""
+
+    def __init__(self, catalog: Catalog, placement: Placement, clock: Clock, settings: MetaSettings) -> None:
+        self._catalog = catalog
+        self._placement = placement
+        self._clock = clock
+        self._places_max = settings.replicas_max
+        self._reads_min = settings.replica_reads
+        self._reads: OrderedDict[tuple[int, int, int, str], int] = OrderedDict()
+        """By place and reader's daemon."""
+        self._plans: dict[tuple[int, Extent], _Plan] = {}
+        """By the place that has the page, oldest first."""
+
+    def read_at(self, slots: SlotArray, reader: str) -> SlotArray:
+        """Where these blocks are to be read by one whose own daemon is `reader`."""
+        if not len(self._catalog.index.copies):
+            return slots
+        node = self._catalog.nodes.get(reader)
+        chosen = self._catalog.index.copies.chosen(slots, -1 if node is None else node.index)
+        self._catalog.counts.replica_reads += int((chosen != slots).sum())
+        return chosen
+
+    def count(self, slots: SlotArray, read_at: SlotArray, reader: str) -> None:
+        """They are being read at those places; what was read often enough by somebody elsewhere is to be copied."""
+        node = self._catalog.nodes.get(reader)
+        if self._places_max <= 1 or node is None:
+            return
+        own = [n.index for n in self._catalog.nodes if reader in (n.segment.node, n.segment.disk_of)]
+        away = slots[~np.isin(self._catalog.index.segments(read_at), own)]
+        for slot, segment, offset, generation in zip(away.tolist(), *self._catalog.index.places(away), strict=True):
+            entry = (segment, offset, generation, reader)
+            count = self._reads.pop(entry, 0) + 1
+            if count < self._reads_min or (segment, Extent(offset, generation)) in self._plans:
+                self._reads[entry] = count
+            else:
+                self._plan(slot, node)
+        while len(self._reads) > COUNTED_MAX:
+            self._reads.popitem(last=False)
+
+    def orders(self, source: Node) -> list[Move]:
+        """What the node's daemon shall copy to other daemons now: to one of them at a time, so that one put takes many."""
+        self._forget_late()
+        waiting = [
+            (extent, plan)
+            for (segment, extent), plan in self._plans.items()
+            if segment == source.index and not plan.is_ordered
+        ]
+        ordered = [(extent, plan) for extent, plan in waiting if plan.target == waiting[0][1].target]
+        for _, plan in ordered:
+            plan.is_ordered = True
+        return [Move(extent, plan.page_bytes) for extent, plan in ordered]
+
+    def grant(self, source: Node, namespace: bytes, keys: bytes, page_bytes: int) -> tuple[Node | None, list[int]]:
+        """The source's daemon begins to copy: where to, and which of the pages. A plan is good for one put."""
+        there, slots = self._catalog.index.lying_in(namespace, keys, source.index)
+        places = [(source.index, extent) for extent in extent_list(self._catalog.index.extents(slots)[0])]
+        planned = [(at, place) for at, place in zip(there.tolist(), places, strict=True) if place in self._plans]
+        target = self._catalog.nodes.at(self._plans[planned[0][1]].target) if planned else None
+        if target is None or not self._placement.takes(target):
+            return None, []
+        wanted = [(at, place) for at, place in planned if self._plans[place].target == target.index]
+        wanted = wanted[: max(0, self._placement.room_for_replicas(target)) // page_bytes]
+        for _, place in wanted:
+            del self._plans[place]
+        return target, [at for at, _ in wanted]
+
+    def _plan(self, slot: int, reader: Node) -> None:
+        """Have the page copied to the reader's daemon, or to the emptiest one; not at all if none has room to spare."""
+        index = self._catalog.index
+        lies_in = index.copies.segments_of(slot)
+        source = self._catalog.nodes.at(lies_in[0])
+        extents, sizes = index.extents(np.array([slot], np.int64))
+        place, page_bytes = (lies_in[0], extent_list(extents)[0]), int(sizes[0])
+        planned_bytes = sum(plan.page_bytes for plan in self._plans.values())
+        if source is None or source.segment.is_disk or source.is_draining or len(lies_in) >= self._places_max:
+            return
+        if planned_bytes + page_bytes > PLANNED_BYTES_MAX:
+            return
+        for target in self._placement.for_replicas(reader):
+            room_bytes = self._placement.room_for_replicas(target) - self._planned_for(target)
+            if target.index not in lies_in and room_bytes >= page_bytes:
+                self._plans[place] = _Plan(target.index, page_bytes, self._clock() + MOVE_TIMEOUT_S)
+                return
+
+    def _planned_for(self, target: Node) -> int:
+        return sum(plan.page_bytes for plan in self._plans.values() if plan.target == target.index)
+
+    def _forget_late(self) -> None:
+        now = self._clock()
+        for place, plan in list(self._plans.items()):
+            if plan.until > now:
+                break
+            del self._plans[place]
