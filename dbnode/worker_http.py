@@ -37,6 +37,13 @@ class EventStream:
         self.url = url
         self._response = response
         self._deadline_s = deadline_s
+        self._is_late = False
+        # One timer for the answer: a timeout around each read would cost more than the read.
+        self._timer = asyncio.get_running_loop().call_at(deadline_s, self._expire)
+
+    def _expire(self) -> None:
+        self._is_late = True
+        self._response.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -48,6 +55,7 @@ class EventStream:
 
     def close(self) -> None:
         """Give the connection up unless the answer is complete."""
+        self._timer.cancel()
         if not self._response.content.is_eof():
             self._response.close()
         self._response.release()
@@ -58,7 +66,7 @@ class EventStream:
         while True:
             data = await self._read()
             if not data:
-                raise WorkerLost(f"{self.url} ended its answer too early")
+                raise self._failure("ended its answer too early")
             *lines, rest = (rest + data).split(b"\n")
             if len(rest) > ANSWER_BYTES_MAX:
                 raise WorkerRefused(f"{self.url} sent a line of more than {ANSWER_BYTES_MAX} bytes")
@@ -79,12 +87,14 @@ class EventStream:
 
     async def _read(self) -> bytes:
         try:
-            async with asyncio.timeout_at(self._deadline_s):
-                return await self._response.content.readany()
-        except TimeoutError:
-            raise DeadlineExceeded("the request's deadline passed") from None
+            return await self._response.content.readany()
         except CONNECTION_LOST as error:
-            raise WorkerLost(f"{self.url} went away: {type(error).__name__}") from error
+            raise self._failure(f"went away: {type(error).__name__}") from error
+
+    def _failure(self, what: str) -> StrataError:
+        if self._is_late:
+            return DeadlineExceeded("the request's deadline passed")
+        return WorkerLost(f"{self.url} {what}")
 
 
 class HttpDoor(ABC):

@@ -129,6 +129,8 @@ class WorkerChunk(msgspec.Struct, frozen=True):
     @property
     def token_ids(self) -> list[int]:
         """The tokens of this event."""
+        if len(self.choices) == 1:
+            return self.choices[0].token_ids or []
         return [token_id for choice in self.choices for token_id in choice.token_ids or ()]
 
     @property
@@ -138,6 +140,8 @@ class WorkerChunk(msgspec.Struct, frozen=True):
 
     @property
     def finish_reason(self) -> FinishReason | None:
+        if len(self.choices) == 1:
+            return self.choices[0].finish_reason
         return next((choice.finish_reason for choice in self.choices if choice.finish_reason), None)
 
     @property
