@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -78,6 +78,9 @@ class StandInModel:
     def __init__(self) -> None:
         self.num_calls = 0
         self._slots = asyncio.Semaphore(SLOTS)
+
+    async def reserve(self, calls: Sequence[InferCall]) -> list[InferCall]:
+        return list(calls)
 
     async def infer_text(self, call: InferCall) -> str:
         self.num_calls += 1

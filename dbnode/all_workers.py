@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from dbnode.worker_base import WorkerDoor, WorkerStream
-from dbnode.worker_messages import WorkerFacts, WorkerRequest
+from dbnode.worker_messages import EndedRequest, WorkerFacts, WorkerRequest
 from stratakv.wire import WorkerLoad
 from stratakv.worker_address import VLLM_SCHEME
 
@@ -35,6 +36,9 @@ class AllWorkers:
 
     async def load(self, url: str, timeout_s: float) -> WorkerLoad:
         return await self._of(url).load(url, timeout_s)
+
+    async def ended_requests(self, url: str, request_ids: Sequence[str], timeout_s: float) -> list[EndedRequest]:
+        return await self._of(url).ended_requests(url, request_ids, timeout_s)
 
     async def drop_cache(self, url: str, body: bytes, timeout_s: float) -> dict[str, Any]:
         return await self._of(url).drop_cache(url, body, timeout_s)

@@ -11,6 +11,8 @@ StrataError
 │   ├── WorkerUnreachable    the request did not reach the worker
 │   └── WorkerRefused        the worker is draining or full, or failed the request in an orderly way
 │       └── HandoverFailed   a decode worker did not get the prompt's KV
+├── Overloaded
+│   └── QuotaExceeded        a limit of the tenant
 ├── AnswerCut                a typed answer does not fit max_tokens
 ├── AnswerUnfit              a worker's answer is not of its type
 ├── WorkerLost               the worker went away with the request in hand
@@ -62,6 +64,17 @@ class HandoverFailed(WorkerRefused):
     """The decode worker did not get the prompt's KV; the worker that computed it can go on."""
 
     code = "handover_failed"
+
+
+class QuotaExceeded(Overloaded):
+    """A limit of the tenant is reached; nothing was done."""
+
+    code = "quota_exceeded"
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        """Without a time, the same request is never let in while the limit is what it is."""
+        hint = None if retry_after_s is None else f"retry_after_ms={max(1, round(retry_after_s * 1000))}"
+        super().__init__(message, hint=hint, retry_after_s=retry_after_s)
 
 
 class WorkerLost(StrataError):

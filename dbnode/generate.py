@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from dbnode.charge import Charge
+from dbnode.tenants.account import Reservation
 from dbnode.tenants.salts import combined_salt
 from stratakv.tenancy.values import DEFAULT_TENANT, Tenant
 
@@ -124,6 +125,9 @@ class GenerateRequest:
     """Told once, when the request has ended, whatever the end."""
     charge: Charge | None = field(default=None, repr=False, compare=False)
     """Decides later whether its usage counts; without it, it does."""
+
+    reservation: Reservation | None = field(default=None, repr=False, compare=False)
+    """Of its tenant's quota, if that was made before."""
 
     @property
     def kv_salt(self) -> str | None:

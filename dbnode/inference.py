@@ -32,6 +32,9 @@ from dbnode.scheduler.planner import PromptKeys
 from dbnode.scheduler.scheduler import Scheduler
 from dbnode.slo import SloTargets, targets_of
 from dbnode.suspects import Suspects
+from dbnode.tenants.account import Reservation
+from dbnode.tenants.charges import charged_micros, reserve, settle
+from dbnode.tenants.quotas import Quotas
 from dbnode.worker_base import WorkerDoor
 from stratakv.errors import (
     Cancelled,
@@ -75,6 +78,7 @@ class _Progress:
     first_token_s: float = 0.0
     prompt_tokens: int = 0
     dispatch: Dispatch | None = None
+    reservation: Reservation | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -112,12 +116,14 @@ class InferenceService:
         observers: tuple[Observer, ...],
         waiting_max: dict[Source, int],
         router: RouterSettings,
+        quotas: Quotas | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model = model
         self.scheduler = scheduler
         self.suspects = suspects
         self.draining = False
+        self.quotas = quotas
         self.tokens = PromptTokens(tokenizer)
         self._client = client
         self._observers = observers
@@ -151,6 +157,7 @@ class InferenceService:
         try:
             job = await self._prepare(request, progress)
             await self._check_time(job, request)
+            progress.reservation = await self._reserved(request, job)
             if self.admission.is_full:
                 self.scheduler.fetch_ahead(self.model, job.keys)
             prompt_tokens = len(job.keys.token_ids)
@@ -252,6 +259,12 @@ class InferenceService:
             traceparent=request.traceparent,
         )
 
+    async def _reserved(self, request: GenerateRequest, job: Job) -> Reservation | None:
+        """Room in its tenant's quota, and a place among its tenant's requests. Raises QuotaExceeded, Unavailable."""
+        if self.quotas is None or not request.caller.tenant.limits.is_limited:
+            return None
+        return await reserve(self.quotas, request, len(job.keys.token_ids), job.max_tokens, job.deadline_s)
+
     async def _check_time(self, job: Job, request: GenerateRequest) -> None:
         """Raises ExpectedTooLate."""
         wanted_s = job.deadline_s
@@ -316,6 +329,10 @@ class InferenceService:
         usage = progress.usage(self._clock())
         if isinstance(error, Cancelled):
             outcome = Outcome.CANCELLED
+        if progress.reservation is not None:
+            limits = progress.request.caller.tenant.limits
+            micros = charged_micros(limits, usage, outcome) if progress.dispatch is not None else 0
+            settle(progress.request, progress.reservation, micros)
         settled = Settled(progress.request, self.model, outcome, error.code if error else None, usage)
         for observer in self._observers:
             observer.settled(settled)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from dbnode.all_workers import AllWorkers
@@ -25,6 +26,10 @@ from dbnode.scheduler.workers import WorkerDirectory
 from dbnode.statement_stats import StatementStats
 from dbnode.suspects import Suspects
 from dbnode.tenants.directory import Directory
+from dbnode.tenants.journals import read_journals
+from dbnode.tenants.ledger import Ledger
+from dbnode.tenants.quotas import Quotas
+from dbnode.tenants.recovery import Journals, Recovery
 from dbnode.usage import UsageWriter
 from dbnode.usage_upkeep import UsageUpkeep
 from dbnode.vllm.client import GoldenText, VllmClient
@@ -64,6 +69,8 @@ class Node:
         self._pool = pool
         self.metadata = Metadata(settings.database)
         self.tenants = Directory(settings.database)
+        self.quotas = Quotas(Ledger(settings.database), settings.tenants)
+        self._recovery = Recovery(settings.database, self._read_journals)
         self.usage = UsageWriter(settings.database, self.metrics.usage_dropped.inc)
         self.upkeep = UsageUpkeep(settings.database, settings.usage)
         self.statements = StatementStats(settings.database, self.metrics.statements_dropped.inc)
@@ -81,6 +88,7 @@ class Node:
             observers=(self.metrics, self.usage),
             waiting_max={Source.REST: settings.rest.requests_max, Source.SQL: settings.sql.calls_waiting_max},
             router=settings.router,
+            quotas=self.quotas,
         )
         self.conversations = Conversations(
             ConversationStore(self.metadata, settings.conversations), self.inference, settings.router.request_timeout_s
@@ -99,6 +107,7 @@ class Node:
             self.not_ready,
             self._pool,
             self.tenants,
+            self.quotas,
             self.conversations,
         ).app()
 
@@ -116,17 +125,24 @@ class Node:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.directory.run(), name="workers")
             tasks.create_task(self.tenants.run(), name="tenants")
+            tasks.create_task(self.quotas.run(), name="quotas")
+            tasks.create_task(self._recovery.run(), name="recovery")
             tasks.create_task(self.usage.run(), name="usage")
             tasks.create_task(self.statements.run(), name="statements")
             tasks.create_task(self.upkeep.run(), name="usage-upkeep")
             tasks.create_task(self.conversations.run(), name="conversations")
 
     async def close(self) -> None:
+        await self.quotas.close()
+        self._recovery.close()
         await self.usage.close()
         await self.statements.close()
         await self.metadata.close()
         await self.client.close()
         self.inference.close()
+
+    async def _read_journals(self, request_ids: Sequence[str]) -> Journals:
+        return await read_journals(self.client, [record.url for record in self.directory.records], request_ids)
 
     def _on_workers_changed(self) -> None:
         self.inference.admission.wake()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -40,9 +40,12 @@ from dbnode.sql.service import CallCost, InferCall, NullAnswer
 from dbnode.sql.topics import Asked
 from dbnode.sql_fold import FOLD, Fold, parse_fold
 from dbnode.sql_options import COUNT_TOKENS, MAX_TOKENS_DEFAULT, OnError, checked_options, sampling
+from dbnode.tenants.account import Reservation
+from dbnode.tenants.charges import reserved_tokens
 from dbnode.tenants.directory import Directory
 from stratakv.errors import ContextTooLong, DeadlineExceeded, StrataError
 
+RESERVE_TIMEOUT_S = 5.0
 _OF_ONE_ROW = (
     ContextTooLong,
     DeadlineExceeded,
@@ -78,6 +81,27 @@ class SqlInference:
             return await self._answer(call, caller, options, deadline_s)
         except _OF_ONE_ROW as error:
             return _instead(OnError(options.get("on_error", OnError.RAISE)), error)
+
+    async def reserve(self, calls: Sequence[InferCall]) -> list[InferCall]:
+        """The calls, each with a reservation if their tenant has limits; all of them or none. Raises StrataError."""
+        caller = caller_of(calls[0], self._directory)
+        quotas = self._service.quotas
+        if quotas is None or not caller.tenant.limits.is_limited:
+            return list(calls)
+        requests = [_reservable(call, caller) for call in calls]
+        counted = [request for request in requests if request is not None]
+        tokens = self._service.tokens
+        lengths = await tokens.aside(lambda: [len(tokens.of_chat(request)) for request in counted])
+        asked = [
+            (request.request_id, reserved_tokens(request, length, request.sampling.max_tokens or MAX_TOKENS_DEFAULT))
+            for request, length in zip(counted, lengths, strict=True)
+        ]
+        deadline_s = time.monotonic() + RESERVE_TIMEOUT_S
+        made = iter(await quotas.reserve_all(asked, caller.tenant, deadline_s) if asked else [])
+        return [
+            call if request is None else _reserved(call, next(made, None))
+            for call, request in zip(calls, requests, strict=True)
+        ]
 
     async def _fold(self, call: InferCall, caller: Caller, options: Mapping[str, Any], deadline_s: float | None) -> str:
         """Several requests, each with its own event of usage; a `timeout_ms` is that of all together."""
@@ -122,6 +146,24 @@ class SqlInference:
         return text
 
 
+def _reservable(call: InferCall, caller: Caller) -> GenerateRequest | None:
+    """What a call asks, if it is one request that can be made."""
+    try:
+        options = checked_options(call.options)
+        if COUNT_TOKENS in options or FOLD in options:
+            return None
+        return request_of(call, caller, options)
+    except StrataError:
+        return None  # the call itself says what is wrong
+
+
+def _reserved(call: InferCall, reservation: Reservation | None) -> InferCall:
+    """The call with its reservation, which ends if nobody asks for the answer."""
+    if reservation is not None and call.charge is not None:
+        call.charge.settle(lambda is_due: None if is_due or reservation.is_started else reservation.settle(0))
+    return replace(call, reservation=reservation)
+
+
 def caller_of(call: InferCall | Asked, directory: Directory) -> Caller:
     """Who calls: the tenant of the role that has logged in. Raises PermissionDenied, Unavailable."""
     login = call.login
@@ -138,8 +180,11 @@ def request_of(
     messages: list[object] = [{"role": "user", "content": call.prompt}]
     if "system" in options:
         messages.insert(0, {"role": "system", "content": options["system"]})
+    reservation = call.reservation
+    if reservation is not None and (reservation.is_started or reservation.is_ended):
+        reservation = None  # a call that is tried again
     return GenerateRequest(
-        request_id=f"sql-{uuid.uuid4().hex}",
+        request_id=f"sql-{uuid.uuid4().hex}" if reservation is None else reservation.request_id,
         source=Source.SQL,
         arrived_s=time.monotonic(),
         model=call.model,
@@ -152,6 +197,7 @@ def request_of(
         caller=caller,
         on_settled=_reporter(call),
         charge=call.charge,
+        reservation=reservation,
     )
 
 

@@ -6,11 +6,11 @@ done), `WorkerLost` (the worker went away with the request in hand); anything el
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from dbnode.worker_messages import WorkerChunk, WorkerFacts, WorkerRequest
+from dbnode.worker_messages import EndedRequest, WorkerChunk, WorkerFacts, WorkerRequest
 from stratakv.wire import WorkerLoad
 
 
@@ -49,6 +49,10 @@ class WorkerDoor(Protocol):
 
     async def load(self, url: str, timeout_s: float) -> WorkerLoad:
         """How busy the worker is. Raises WorkerUnreachable."""
+        ...
+
+    async def ended_requests(self, url: str, request_ids: Sequence[str], timeout_s: float) -> list[EndedRequest]:
+        """What the worker has written down of these requests. Raises WorkerUnreachable or what the worker says."""
         ...
 
     async def drop_cache(self, url: str, body: bytes, timeout_s: float) -> dict[str, Any]:

@@ -5,7 +5,7 @@ The form is OpenAI's completions with token ids and `kv_transfer_params`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -14,7 +14,16 @@ import msgspec
 
 from dbnode.errors import HandoverFailed, WorkerLost, WorkerRefused, WorkerUnreachable
 from dbnode.worker_http import EventStream, HttpDoor, decode_state
-from dbnode.worker_messages import UsageOptions, WorkerChunk, WorkerError, WorkerFacts, WorkerRequest, is_namespace
+from dbnode.worker_messages import (
+    EndedRequest,
+    EndedRequests,
+    UsageOptions,
+    WorkerChunk,
+    WorkerError,
+    WorkerFacts,
+    WorkerRequest,
+    is_namespace,
+)
 from stratakv.errors import DeadlineExceeded, InvalidRequest, Overloaded, StrataError
 from stratakv.pool.auth import PoolCredentials, RequestSigner
 from stratakv.wire import WorkerLoad
@@ -69,6 +78,11 @@ class WorkerClient(HttpDoor):
     async def load(self, url: str, timeout_s: float) -> WorkerLoad:
         """How busy the worker is. Raises WorkerUnreachable."""
         return decode_state(url, _decode_load, await self._get(url, "/load", timeout_s))
+
+    async def ended_requests(self, url: str, request_ids: Sequence[str], timeout_s: float) -> list[EndedRequest]:
+        """What the worker has written down of these requests. Raises WorkerUnreachable or what the worker says."""
+        body = _encode({"request_ids": list(request_ids)})
+        return msgspec.json.decode(await self._post(url, "/requests/ended", body, timeout_s), type=EndedRequests).ended
 
     async def drop_cache(self, url: str, body: bytes, timeout_s: float) -> dict[str, Any]:
         """Make a worker forget tiers. Raises WorkerUnreachable or what the worker says."""

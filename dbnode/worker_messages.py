@@ -151,6 +151,21 @@ class WorkerChunk(msgspec.Struct, frozen=True):
         return self.kv_transfer_params or next((params for params in in_choices if params), None)
 
 
+class EndedRequest(msgspec.Struct, frozen=True):
+    """What a worker has written down of a request, by the name that it has there."""
+
+    request_id: str
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+
+
+class EndedRequests(msgspec.Struct, frozen=True):
+    """Answer to POST /requests/ended."""
+
+    ended: list[EndedRequest] = []
+
+
 class Engine(enum.StrEnum):
     """What a worker runs."""
 

@@ -209,6 +209,9 @@ class WorkerSettings:
     max_batched_tokens: int = setting(4096, "tokens computed in one step at most")
     pool_enabled: bool = setting(True, "use the memory pool (L2 and L3)")
     load_timeout_s: float = setting(5.0, "recompute what the pool has not delivered after so long")
+    journal_dir: Path | None = setting(
+        None, "directory in which it writes down what each request took, for tenants' quotas; without one, nowhere"
+    )
     profile_s: float = setting(
         5.0, "longest time a worker measures itself for at its start, where no fresh profile is kept; 0: never"
     )
@@ -280,6 +283,28 @@ class RestSettings:
     api_key: Secret | None = setting(None, "key that clients must send; needed to listen beyond this machine")
     body_bytes_max: Bytes = setting(Bytes(16 * MIB), "longest request body")
     requests_max: int = setting(2048, "requests in progress at once")
+
+
+class WhenAway(enum.StrEnum):
+    """What becomes of requests of tenants with limits while the metadata database is away."""
+
+    LEASES = "leases"
+    """They go on from what the DB node has leased, then are refused."""
+    ALLOW = "allow"
+    """They go on uncounted when that is used up."""
+
+
+@dataclass(frozen=True, slots=True)
+class TenantSettings:
+    """[tenants] limits of tenants at a DB node."""
+
+    parallel_waiting_max: int = setting(
+        256, "requests of one tenant that wait for its limit of parallel requests, at one DB node"
+    )
+    when_away: WhenAway = setting(
+        WhenAway.LEASES,
+        "requests of tenants with limits while the metadata database is away: leases (what was leased, then refused) or allow",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,6 +385,7 @@ class Settings:
     worker: WorkerSettings = WorkerSettings()
     sql: SqlSettings = SqlSettings()
     rest: RestSettings = RestSettings()
+    tenants: TenantSettings = TenantSettings()
     router: RouterSettings = RouterSettings()
     conversations: ConversationsSettings = ConversationsSettings()
     usage: UsageSettings = UsageSettings()

@@ -38,37 +38,59 @@ class WorkerProfile(msgspec.Struct, frozen=True):
     """By tier."""
 
 
+SIZES_MIN = 3
+"""Of prompts; fewer do not tell how their time grows."""
+END_SHARE_MIN = 0.5
+"""A token behind the longest prompt measured takes at least this share of the mean time of those before."""
+
+
 class _Line:
     """Straight lines between points; level before the first one, on as between the last two behind them.
 
     More work never takes less time: a point that says so was measured badly, and is raised.
     """
 
-    def __init__(self, points: Iterable[tuple[float, float]]) -> None:
+    def __init__(self, points: Iterable[tuple[float, float]], end_share_min: float = 0.0) -> None:
         ordered = dict(sorted(points))
         self._x = list(ordered)
         self._y = list(accumulate(ordered.values(), max))
         self.end = self._x[-1] if self._x else 0.0
+        self._end_share_min = end_share_min
 
     def __call__(self, x: float) -> float:
         if not self._x or x <= self._x[0]:
             return self._y[0] if self._y else 0.0
-        if len(self._x) == 1:
-            return self._y[0] * x / self._x[0]
-        at = min(bisect_right(self._x, x), len(self._x) - 1)
-        share = (x - self._x[at - 1]) / (self._x[at] - self._x[at - 1])
-        return self._y[at - 1] + share * (self._y[at] - self._y[at - 1])
+        at = bisect_right(self._x, x)
+        if at == len(self._x):
+            return self._y[-1] + (x - self._x[-1]) * self._end_slope()
+        return self._y[at - 1] + (x - self._x[at - 1]) * self._slope(at)
+
+    def _slope(self, at: int) -> float:
+        """Up to a point."""
+        return (self._y[at] - self._y[at - 1]) / (self._x[at] - self._x[at - 1])
+
+    def _end_slope(self) -> float:
+        last = self._slope(len(self._x) - 1) if len(self._x) > 1 else 0.0
+        return max(last, self._end_share_min * self._y[-1] / self._x[-1])
+
+    def __len__(self) -> int:
+        return len(self._x)
 
 
 class Curves:
-    """A profile as functions; 0 where nothing is known.
+    """A profile as functions; 0 where too little is known.
 
     Attention is taken to cost the same for every pair of a new token and one before it; everything else depends on the number
     of new tokens, or of sequences, alone.
     """
 
     def __init__(self, profile: WorkerProfile) -> None:
-        self._prefill = _Line((p.num_tokens, p.seconds) for p in profile.prefill if not p.num_cached)
+        fresh = [(p.num_tokens, p.seconds) for p in profile.prefill if not p.num_cached]
+        self._prefill = _Line(fresh, END_SHARE_MIN)
+        self.is_complete = len(self._prefill) >= SIZES_MIN
+        """Whether the profile says enough to go by."""
+        if not self.is_complete:
+            self._prefill = _Line(())
         behind = [p for p in profile.prefill if p.num_cached]
         pairs = [max(0.0, p.seconds - self._prefill(p.num_tokens)) / (p.num_tokens * p.num_cached) for p in behind]
         self._pair_s = sum(pairs) / len(pairs) if pairs else 0.0
@@ -82,7 +104,8 @@ class Curves:
     def prefill_s(self, num_tokens: int, num_cached: int = 0) -> float:
         """Computing so many tokens behind so many cached ones."""
         beyond = max(0.0, num_tokens - self._prefill.end)
-        return self._prefill(num_tokens) + self._pair_s * (num_tokens * num_cached + beyond * beyond / 2)
+        pairs = num_tokens * num_cached + beyond * beyond / 2 if self.is_complete else 0.0
+        return self._prefill(num_tokens) + self._pair_s * pairs
 
     def decode_step_s(self, num_sequences: int, context_tokens: int) -> float:
         """One step of so many sequences, with so many tokens of context each on average."""

@@ -56,6 +56,7 @@ def create_app(runtime: Runtime, credentials: PoolCredentials | None = None) -> 
             Route("/ready", face.ready),
             Route("/metrics", face.metrics),
             Route("/cache/drop", face.drop_cache, methods=["POST"]),
+            Route("/requests/ended", face.ended_requests, methods=["POST"]),
         ],
         exception_handlers={StrataError: _error_response},
     )
@@ -178,6 +179,17 @@ class _Face:
                 f'tiers: expected {{"tiers": ["l1", "l2"]}}, got {sorted(unknown or tiers)}', param="tiers"
             )
         return JSONResponse(await self._runtime.drop_cache(frozenset(tiers["tiers"])))
+
+    async def ended_requests(self, request: Request) -> Response:
+        """What was written down of requests that have ended."""
+        try:
+            asked = msgspec.json.decode(await read_body(request, BODY_BYTES_MAX), type=dict[str, list[str]])
+            request_ids = asked["request_ids"]
+        except (msgspec.DecodeError, KeyError):
+            raise InvalidRequest('expected {"request_ids": [...]}', param="request_ids") from None
+        journal = self._runtime.journal
+        found = [] if journal is None else await asyncio.to_thread(journal.find, request_ids)
+        return JSONResponse({"ended": found})
 
 
 class _Stream:

@@ -29,8 +29,10 @@ from workers.engine import Engine, EngineEvent, EngineRequest, FinishedEvent, Sa
 from workers.engine.kernels import INTERFACE, is_supported
 from workers.engine.reservations import RESERVED_SHARE_MAX
 
-PREFILLS = ((128, 0), (512, 0), (16, 0), (64, 2048), (2048, 0), (64, 512), (8192, 0))
+PREFILLS = ((128, 0), (16, 0), (512, 0), (64, 2048), (2048, 0), (64, 512), (8192, 0))
 """New and cached tokens, what says most first."""
+BASICS = 4
+"""Of these, before any decode."""
 DECODES = ((1, 128), (8, 128), (1, 2048), (32, 128), (8, 1024))
 """Sequences, and context of each."""
 DECODE_TOKENS = 8
@@ -57,8 +59,10 @@ def profile_key(model: str, identity: ModelIdentity, engine: Engine) -> ProfileK
 async def measure(engine: Engine, budget_s: float) -> WorkerProfile:
     """As many points as fit into the time. Raises what the engine fails with."""
     probe = _Probe(engine, time.monotonic() + budget_s)
-    prefill = [await probe.prefill(*shape) for shape in PREFILLS]
-    decode = [await probe.decode(*shape) for shape in DECODES]
+    prefill = [await probe.prefill(*shape) for shape in PREFILLS[:BASICS]]
+    decode = [await probe.decode(*shape) for shape in DECODES[:1]]
+    prefill += [await probe.prefill(*shape) for shape in PREFILLS[BASICS:]]
+    decode += [await probe.decode(*shape) for shape in DECODES[1:]]
     return WorkerProfile(
         tuple(point for point in prefill if point is not None), tuple(point for point in decode if point is not None)
     )

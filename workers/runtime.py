@@ -32,6 +32,7 @@ from workers.handover.incoming import HandoverTaker
 from workers.handover.outgoing import HandoverBook, Outgoing
 from workers.metrics import WorkerMetrics
 from workers.rates import Rates
+from workers.request_journal import RequestJournal
 from workers.tiers.tiers import Saved, Tiers
 
 log = EventLogger("workers.runtime")
@@ -52,11 +53,14 @@ class Runtime:
         metrics: WorkerMetrics,
         handovers: HandoverBook,
         taker: HandoverTaker | None,
+        journal: RequestJournal | None = None,
     ) -> None:
         self.info = info
         self.dtype = dtype
         self.metrics = metrics
         self.handovers = handovers
+        self.journal = journal
+        """None: nothing is written down."""
         self._taker = taker
         self.draining = False
         self._warm = False
@@ -223,6 +227,8 @@ class Runtime:
                     self._idle.set()
                 self._rates.observe(event.usage)
                 self.metrics.request_ended(event.reason.value, event.usage)
+                if self.journal is not None:
+                    self.journal.add(event.request_id, event.usage)
             generation.take(event)
 
         def on_event(event: EngineEvent) -> None:

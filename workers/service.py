@@ -36,6 +36,7 @@ from workers.metrics import WorkerMetrics
 from workers.profiling import profile_key
 from workers.rates import Rates
 from workers.registration import stay_registered
+from workers.request_journal import RequestJournal
 from workers.runtime import Runtime
 from workers.tiers.tiers import Tiers
 from workers.warmup import Profiling, warm_up
@@ -154,7 +155,19 @@ def _build(settings: Settings, credentials: PoolCredentials | None, loop: asynci
     engine.attach(tiers)
     tokenizer = load_tokenizer(directory)
     structures = Structures(tokenizer, facts.vocab_size, sorted(facts.eos_token_ids))
-    runtime = Runtime(info, facts.dtype, engine, tiers, tokenizer, structures, rates, metrics, handovers, taker)
+    runtime = Runtime(
+        info,
+        facts.dtype,
+        engine,
+        tiers,
+        tokenizer,
+        structures,
+        rates,
+        metrics,
+        handovers,
+        taker,
+        _journal(settings, info.worker),
+    )
     profiling = Profiling(
         ProfileStore(settings.model.cache_dir),
         profile_key(info.model, identity, engine),
@@ -162,6 +175,12 @@ def _build(settings: Settings, credentials: PoolCredentials | None, loop: asynci
         tiers.bandwidth_probe(engine.reservations, engine.config.num_blocks).measure if tiers is not None else None,
     )
     return _Parts(runtime, engine, rates, profiling, meta, tiers, taker)
+
+
+def _journal(settings: Settings, worker: str) -> RequestJournal | None:
+    """Raises SetupError."""
+    directory = settings.worker.journal_dir
+    return None if directory is None else RequestJournal(directory.expanduser(), worker)
 
 
 def _dtype(name: str) -> EngineDtype:

@@ -13,7 +13,7 @@ import msgspec
 from stratakv.keys import block_keys
 from stratakv.log import EventLogger
 from stratakv.profile_store import ProfileKey, ProfileStore
-from stratakv.worker_profile import WorkerProfile
+from stratakv.worker_profile import Curves, WorkerProfile
 from workers.engine.engine import Engine
 from workers.engine.requests import EngineEvent, EngineRequest, FinishedEvent, SamplingParams
 from workers.profiling import measure
@@ -60,8 +60,10 @@ async def _measured(engine: Engine, profiling: Profiling) -> WorkerProfile:
     profile = await measure(engine, profiling.budget_s)
     if profiling.measure_tiers is not None:
         profile = msgspec.structs.replace(profile, load_bytes_per_s=await profiling.measure_tiers())
-    profiling.store.keep(profiling.key, profile)
-    log.info("profile_measured", prefills=len(profile.prefill), decodes=len(profile.decode))
+    is_kept = Curves(profile).is_complete and bool(profile.decode)
+    if is_kept:
+        profiling.store.keep(profiling.key, profile)
+    log.info("profile_measured", prefills=len(profile.prefill), decodes=len(profile.decode), is_kept=is_kept)
     return profile
 
 

@@ -28,6 +28,7 @@ from dbnode.rest.pins import Pins
 from dbnode.rest.tokens import TokenEndpoints
 from dbnode.scheduler.pool_view import PoolView
 from dbnode.tenants.directory import Directory
+from dbnode.tenants.quotas import Quotas
 from dbnode.worker_base import WorkerDoor
 from stratakv.errors import InvalidRequest, ModelNotFound, StrataError
 from stratakv.http_body import read_body
@@ -63,6 +64,7 @@ class RestFace:
         not_ready: Callable[[], list[str]],
         pool: PoolView,
         directory: Directory,
+        quotas: Quotas,
         conversations: Conversations,
     ) -> None:
         self._settings = settings
@@ -71,7 +73,7 @@ class RestFace:
         self._registry = registry
         self._not_ready = not_ready
         self._pins = Pins(settings, service, pool)
-        self._door = Door(settings, directory)
+        self._door = Door(settings, directory, quotas)
         self._conversations = conversations
 
     def app(self) -> Guard:

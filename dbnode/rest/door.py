@@ -10,6 +10,7 @@ from dbnode.errors import Unauthenticated
 from dbnode.generate import Caller
 from dbnode.tenants.directory import Directory
 from dbnode.tenants.principal import Principal
+from dbnode.tenants.quotas import Quotas
 from stratakv.errors import Unavailable
 from stratakv.settings import RestSettings
 from stratakv.tenancy.api_key import MARK
@@ -24,9 +25,15 @@ _BEARER = "Bearer "
 class Door:
     """Asked once for each request."""
 
-    def __init__(self, settings: RestSettings, directory: Directory) -> None:
+    def __init__(self, settings: RestSettings, directory: Directory, quotas: Quotas) -> None:
         self._expected = None if settings.api_key is None else settings.api_key.encode()
         self._directory = directory
+        self._quotas = quotas
+
+    def headers(self, principal: Principal) -> list[tuple[bytes, bytes]]:
+        """What is left of the limits of who asks; none without limits."""
+        told = self._quotas.headers(principal.tenant)
+        return [(name.encode(), value.encode()) for name, value in told.items()]
 
     def admit(self, path: str, authorization: bytes, host: str | None) -> Principal:
         """Who asks for this path. Raises Unauthenticated, PermissionDenied, Unavailable."""

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dbnode.errors import Unauthenticated
 from dbnode.rest.bodies import json_bytes
 from dbnode.rest.door import Door
+from dbnode.tenants.principal import Principal
 from stratakv.errors import Cancelled, StrataError
 from stratakv.log import EventLogger
 
@@ -42,17 +43,19 @@ class Guard:
             trace_id = uuid.uuid4().hex
         scope.setdefault("state", {})["trace_id"] = trace_id
         started = False
+        principal: Principal | None = None
 
         async def send_with_id(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", trace_id.encode())]
+                limits = self._door.headers(principal) if principal is not None else ()
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", trace_id.encode()), *limits]
             await send(message)
 
         try:
             client = scope.get("client")
-            scope["state"]["principal"] = self._door.admit(
+            principal = scope["state"]["principal"] = self._door.admit(
                 scope["path"], headers.get(b"authorization", b""), client[0] if client else None
             )
             await self._app(scope, receive, send_with_id)

@@ -191,10 +191,29 @@ class StatementHints:
         if order_budget_s:
             await self._order_fields(order_budget_s)
             new.sort(key=_place)
-        if self.failure is not None:
+        if self.failure is not None or not await self._reserve(new):
             return 0
         self._send(new)
         return len(new)
+
+    async def _reserve(self, new: list[Hint]) -> bool:
+        """Room for all of them in the quota of their tenant; else none is sent.
+
+        Then the statement fails before anything is charged, unless it may stop before it needs them all: it goes on call by call.
+        """
+        if not new:
+            return True
+        try:
+            calls = await self._service.reserve([hint.call for hint in new])
+        except StrataError as error:
+            self._memo.drop_unanswered(new)
+            self.found = [hint for hint in self.found if hint not in new]
+            if self._limits.window is None:
+                self.abort(error)
+            return False
+        for hint, call in zip(new, calls, strict=True):
+            hint.call = call
+        return True
 
     def _send(self, new: list[Hint]) -> None:
         self._stats.distinct += len(new)

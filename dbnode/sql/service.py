@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from dbnode.charge import Charge
+from dbnode.tenants.account import Reservation
 from stratakv.errors import StrataError
 
 
@@ -51,6 +52,8 @@ class InferCall:
     """Told when an inference has ended; infer_agg() may make several."""
     charge: Charge | None = field(default=None, repr=False, compare=False)
     """Of a call made ahead of its statement; others are charged in any case."""
+    reservation: Reservation | None = field(default=None, repr=False, compare=False)
+    """Of the quota of its tenant, if that was made for several calls together."""
 
 
 class NullAnswer(StrataError):
@@ -62,4 +65,8 @@ class InferenceService(Protocol):
 
     async def infer_text(self, call: InferCall) -> str:
         """The answer. Raises StrataError, or NullAnswer."""
+        ...
+
+    async def reserve(self, calls: Sequence[InferCall]) -> list[InferCall]:
+        """The calls, with room for all of them in the quota of their tenant, or for none. Raises StrataError."""
         ...

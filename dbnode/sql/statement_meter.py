@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -221,6 +221,10 @@ class MeteredService:
         finally:
             meter.num_done += 1
             self._book.finish_own(meter)
+
+    async def reserve(self, calls: Sequence[InferCall]) -> list[InferCall]:
+        """Raises what the service raises."""
+        return await self._service.reserve(calls)
 
     def _reporter(self, meter: StatementMeter) -> Callable[[CallCost], None]:
         return lambda cost: self._book.cost(meter, cost)

@@ -1,12 +1,14 @@
 """Whose turn it is: start-time fair queueing between flows, by weight and cost, and priority within a flow. Free of I/O.
 
 Each flow is a tenant. While two wait, what they are given differs, each divided by its weight, by no more than the largest cost of
-each divided by its weight (Goyal et al., SIGCOMM 1996); so nobody starves, whatever the others send.
+each divided by its weight (Goyal et al., SIGCOMM 1996); so nobody starves, whatever the others send. Within a flow a low
+priority is overtaken OVERTAKEN_MAX times, then it is its turn.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Generic, TypeVar
@@ -15,6 +17,8 @@ T = TypeVar("T")
 FLOWS_KNOWN_MAX = 2048
 """When there are more, those are forgotten in which nobody waits, with what they were given of late."""
 _GONE_MAX = 16
+OVERTAKEN_MAX = 256
+"""By others of the same flow that came later."""
 
 
 @dataclass(order=True, slots=True)
@@ -26,6 +30,8 @@ class Entry(Generic[T]):
     cost: float = field(compare=False)
     item: T = field(compare=False)
     flow: int = field(compare=False)
+    given_before: int = field(default=0, compare=False)
+    """How many of its flow had had their turn when it came."""
     is_waiting: bool = field(default=True, compare=False)
 
 
@@ -34,7 +40,11 @@ class _Flow(Generic[T]):
     weight: int
     entries: list[Entry[T]] = field(default_factory=list)
     """A heap; those that have gone stay until they are come across, or are too many."""
+    by_arrival: deque[Entry[T]] = field(default_factory=deque)
+    """The same ones."""
     num_waiting: int = 0
+    num_given: int = 0
+    """How many have had their turn."""
     finish: float = 0.0
     """Virtual time at which what it was given would be done."""
     credit: float = 0.0
@@ -67,8 +77,9 @@ class FairQueue(Generic[T]):
     def push(self, flow: int, weight: int, cost: float, priority: int, item: T) -> Entry[T]:
         """Let somebody wait."""
         mine = self._flow(flow, weight)
-        entry = Entry(priority, next(self._numbers), cost, item, flow)
+        entry = Entry(priority, next(self._numbers), cost, item, flow, mine.num_given)
         heapq.heappush(mine.entries, entry)
+        mine.by_arrival.append(entry)
         mine.num_waiting += 1
         self._num_waiting += 1
         if mine.turn is None:
@@ -83,12 +94,11 @@ class FairQueue(Generic[T]):
             if mine is None or mine.turn != number:
                 continue
             mine.turn = None
-            while mine.entries and not mine.entries[0].is_waiting:
-                heapq.heappop(mine.entries)
-            if not mine.entries:
+            entry = _next_of(mine)
+            if entry is None:
                 continue
-            entry = heapq.heappop(mine.entries)
             entry.is_waiting = False
+            mine.num_given += 1
             mine.num_waiting -= 1
             self._num_waiting -= 1
             self._virtual = max(self._virtual, start)
@@ -127,6 +137,7 @@ class FairQueue(Generic[T]):
         if len(mine.entries) > 2 * mine.num_waiting + _GONE_MAX:
             mine.entries = [one for one in mine.entries if one.is_waiting]
             heapq.heapify(mine.entries)
+            mine.by_arrival = deque(one for one in mine.by_arrival if one.is_waiting)
 
     def make_room(self, flow: int, weight: int) -> T | None:
         """Takes the last one out of the flow that has most waiting for its weight; None if that would still be this one."""
@@ -158,3 +169,20 @@ class FairQueue(Generic[T]):
     def _is_valid(self, turn: tuple[float, int, int]) -> bool:
         mine = self._flows.get(turn[2])
         return mine is not None and mine.turn == turn[1]
+
+
+def _next_of(mine: _Flow[T]) -> Entry[T] | None:
+    """The one of lowest priority number, unless the oldest has been overtaken too often."""
+    while mine.by_arrival and not mine.by_arrival[0].is_waiting:
+        mine.by_arrival.popleft()
+    if not mine.by_arrival:
+        mine.entries.clear()
+        return None
+    oldest = mine.by_arrival[0]
+    if mine.num_given - oldest.given_before >= OVERTAKEN_MAX:
+        mine.entries.remove(oldest)
+        heapq.heapify(mine.entries)
+        return oldest
+    while not mine.entries[0].is_waiting:
+        heapq.heappop(mine.entries)
+    return heapq.heappop(mine.entries)

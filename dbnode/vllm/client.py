@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ from dbnode.vllm.metrics import read_metrics
 from dbnode.vllm.server import VllmServer
 from dbnode.vllm.wire import Introduced, ModelList, Part, Reader, Tokens, body, introduction, refusal
 from dbnode.worker_http import EventStream, HttpDoor, decode_state
-from dbnode.worker_messages import KVTransfer, WorkerChunk, WorkerFacts, WorkerRequest, is_namespace
+from dbnode.worker_messages import EndedRequest, KVTransfer, WorkerChunk, WorkerFacts, WorkerRequest, is_namespace
 from stratakv.errors import StrataError
 from stratakv.keys import block_keys, salt_extra
 from stratakv.log import EventLogger
@@ -163,6 +163,10 @@ class VllmClient(HttpDoor):
     async def load(self, url: str, timeout_s: float) -> WorkerLoad:
         """How busy it was when `info` was asked last."""
         return self._server(url).load
+
+    async def ended_requests(self, url: str, request_ids: Sequence[str], timeout_s: float) -> list[EndedRequest]:
+        """vLLM writes nothing down."""
+        return []
 
     async def drop_cache(self, url: str, body: bytes, timeout_s: float) -> dict[str, Any]:
         """Make it forget its prefix cache, which vLLM offers in its development mode only."""

@@ -85,12 +85,34 @@ CREATE TABLE stratakv.quota_state (
     tenant_id     bigint NOT NULL REFERENCES stratakv.tenants (id) ON DELETE CASCADE,
     kind          text NOT NULL CHECK (kind IN ('requests_minute', 'tokens_minute', 'parallel', 'tokens_month')),
     spent_micros  bigint NOT NULL DEFAULT 0 CHECK (spent_micros >= 0),
+    held_micros   bigint NOT NULL DEFAULT 0 CHECK (held_micros >= 0),
     at            timestamptz NOT NULL DEFAULT now(),
     PRIMARY KEY (tenant_id, kind)
 );
 COMMENT ON TABLE stratakv.quota_state IS
-    'What is taken of each limit, in millionths of a request or token: what was charged, reserved and leased. Those of a minute '
-    'leak at the rate of the limit, as of at; the month begins anew in UTC; parallel is given back.';
+    'What is taken of each limit, in millionths of a request or token. spent was charged: that of a minute leaks at the rate of '
+    'the limit, as of at, and that of a month begins anew in UTC. held is reserved or leased, and does not leak.';
+
+CREATE FUNCTION stratakv.quota_spent(kind text, spent_micros bigint, at timestamptz, per_minute bigint) RETURNS bigint
+LANGUAGE sql VOLATILE AS $$
+    SELECT CASE
+        WHEN kind LIKE '%minute' THEN
+            greatest(0, spent_micros - floor(greatest(0, extract(epoch FROM clock_timestamp() - at)) * per_minute * 1000000 / 60))
+        WHEN kind = 'tokens_month' AND date_trunc('month', at AT TIME ZONE 'UTC')
+            <> date_trunc('month', clock_timestamp() AT TIME ZONE 'UTC') THEN 0
+        ELSE spent_micros END::bigint
+$$;
+COMMENT ON FUNCTION stratakv.quota_spent(text, bigint, timestamptz, bigint) IS 'What is left now of what was spent as of at.';
+
+CREATE FUNCTION stratakv.quota_limit(kind text, of_tenant stratakv.tenant_limits) RETURNS bigint
+LANGUAGE sql IMMUTABLE AS $$
+    SELECT CASE kind
+        WHEN 'requests_minute' THEN of_tenant.requests_per_minute
+        WHEN 'tokens_minute' THEN of_tenant.tokens_per_minute
+        WHEN 'parallel' THEN of_tenant.parallel_requests
+        ELSE of_tenant.tokens_per_month END
+$$;
+COMMENT ON FUNCTION stratakv.quota_limit(text, stratakv.tenant_limits) IS 'Of one kind, in requests or tokens; NULL: none.';
 
 CREATE TABLE stratakv.quota_leases (
     node           text NOT NULL REFERENCES stratakv.quota_nodes (node),
@@ -100,12 +122,13 @@ CREATE TABLE stratakv.quota_leases (
     PRIMARY KEY (node, tenant_id, kind)
 );
 COMMENT ON TABLE stratakv.quota_leases IS
-    'Of quota_state, what a DB node has taken and not yet reserved for a request; part of spent.';
+    'Of quota_state.held, what a DB node has taken and not yet reserved for a request.';
 
 CREATE TABLE stratakv.reservations (
     request_id       text PRIMARY KEY,
     node             text NOT NULL,
     tenant_id        bigint NOT NULL REFERENCES stratakv.tenants (id) ON DELETE CASCADE,
+    kinds            text[] NOT NULL DEFAULT '{}',
     reserved_micros  bigint NOT NULL CHECK (reserved_micros >= 0),
     charged_micros   bigint,
     state            text NOT NULL DEFAULT 'open' CHECK (state IN ('open', 'settled', 'unsettled')),
@@ -117,8 +140,8 @@ CREATE INDEX reservations_open ON stratakv.reservations (node) WHERE state = 'op
 CREATE INDEX reservations_unsettled ON stratakv.reservations (ended_at) WHERE state = 'unsettled';
 CREATE INDEX reservations_ended ON stratakv.reservations (ended_at) WHERE state = 'settled';
 COMMENT ON TABLE stratakv.reservations IS
-    'Tokens, in millionths, of requests of tenants with limits. unsettled: the DB node is gone and no worker knows what it took; '
-    'charged as reserved.';
+    'Tokens, in millionths, of requests of tenants with limits, held in quota_state of these kinds. unsettled: the DB node is gone '
+    'and no worker knows what it took; charged as reserved.';
 """
 
 AUDIT = """
@@ -178,6 +201,7 @@ def upgrade() -> None:
 def downgrade() -> None:
     op.execute("DROP FUNCTION stratakv.note_change CASCADE")
     op.execute(
+        "DROP FUNCTION stratakv.quota_limit, stratakv.quota_spent;"
         "DROP TABLE stratakv.tenancy_version, stratakv.audit_log, stratakv.reservations, stratakv.quota_leases,"
         " stratakv.quota_state, stratakv.quota_nodes, stratakv.tenant_limits, stratakv.tenant_roles, stratakv.api_keys"
     )

@@ -48,14 +48,8 @@ COMMENT ON VIEW stratakv.my_requests IS 'Single requests of the tenant that this
 
 CREATE VIEW stratakv.limits_in_use WITH (security_invoker, security_barrier) AS
     SELECT l.tenant_id, k.name AS "limit", k.maximum,
-           CASE k.kind
-               WHEN 'tokens_month' THEN
-                   CASE WHEN date_trunc('month', s.at AT TIME ZONE 'UTC') = date_trunc('month', now() AT TIME ZONE 'UTC')
-                        THEN ceil(s.spent_micros / 1000000.0) ELSE 0 END
-               WHEN 'parallel' THEN ceil(coalesce(s.spent_micros, 0) / 1000000.0)
-               ELSE greatest(0, ceil(coalesce(
-                   (s.spent_micros - extract(epoch FROM now() - s.at) * k.maximum * 1000000 / 60) / 1000000, 0)))
-           END::bigint AS used
+           ceil((coalesce(s.held_micros, 0) + coalesce(stratakv.quota_spent(k.kind, s.spent_micros, s.at, k.maximum), 0))
+               / 1000000.0)::bigint AS used
     FROM stratakv.tenant_limits l
     CROSS JOIN LATERAL (VALUES
         ('requests_per_minute', 'requests_minute', l.requests_per_minute),

@@ -99,19 +99,23 @@ SELECT s.system_identifier::text, r.oid::bigint FROM pg_control_system() s CROSS
 SELECT
     t.name AS tenant, l.requests_per_minute, l.tokens_per_minute, l.parallel_requests, l.tokens_per_month,
     l.cached_token_micros, l.cache_memory_bytes, l.cache_disk_bytes,
-    (SELECT greatest(0, ceil((s.spent_micros - extract(epoch FROM now() - s.at) * l.requests_per_minute * 1000000 / 60) / 1000000))
-     FROM stratakv.quota_state s WHERE s.tenant_id = t.id AND s.kind = 'requests_minute')::bigint AS requests_minute_used,
-    (SELECT greatest(0, ceil((s.spent_micros - extract(epoch FROM now() - s.at) * l.tokens_per_minute * 1000000 / 60) / 1000000))
-     FROM stratakv.quota_state s WHERE s.tenant_id = t.id AND s.kind = 'tokens_minute')::bigint AS tokens_minute_used,
-    (SELECT ceil(s.spent_micros / 1000000.0) FROM stratakv.quota_state s
-     WHERE s.tenant_id = t.id AND s.kind = 'parallel')::bigint AS parallel_used,
-    (SELECT CASE WHEN date_trunc('month', s.at AT TIME ZONE 'UTC') = date_trunc('month', now() AT TIME ZONE 'UTC')
-                 THEN ceil(s.spent_micros / 1000000.0) ELSE 0 END
-     FROM stratakv.quota_state s WHERE s.tenant_id = t.id AND s.kind = 'tokens_month')::bigint AS tokens_month_used,
+    u.requests_minute AS requests_minute_used, u.tokens_minute AS tokens_minute_used, u.parallel AS parallel_used,
+    u.tokens_month AS tokens_month_used,
     (SELECT count(*) FROM stratakv.reservations r WHERE r.tenant_id = t.id AND r.state = 'open') AS open_reservations,
     (SELECT count(*) FROM stratakv.reservations r WHERE r.tenant_id = t.id AND r.state = 'unsettled') AS unsettled_reservations
 FROM stratakv.tenants t
 LEFT JOIN stratakv.tenant_limits l ON l.tenant_id = t.id
+LEFT JOIN LATERAL (
+    SELECT
+        max(s.used) FILTER (WHERE s.kind = 'requests_minute') AS requests_minute,
+        max(s.used) FILTER (WHERE s.kind = 'tokens_minute') AS tokens_minute,
+        max(s.used) FILTER (WHERE s.kind = 'parallel') AS parallel,
+        max(s.used) FILTER (WHERE s.kind = 'tokens_month') AS tokens_month
+    FROM (
+        SELECT q.kind, ceil((q.held_micros + coalesce(stratakv.quota_spent(
+            q.kind, q.spent_micros, q.at, stratakv.quota_limit(q.kind, l)), 0)) / 1000000.0)::bigint AS used
+        FROM stratakv.quota_state q WHERE q.tenant_id = t.id) s
+) u ON true
 WHERE t.deleted_at IS NULL AND (%(tenant)s::text IS NULL OR t.name = %(tenant)s)
 ORDER BY t.name
 

@@ -14,6 +14,8 @@ from stratakv.wire import WorkerRole
 
 DISK_DIR = "kv"
 """Below `up.data_dir`: the disk tier, unless `dmp.disk_dir` names another place."""
+JOURNAL_DIR = "workers"
+"""Below the data directory, as the disk tier."""
 
 
 class Kind(enum.StrEnum):
@@ -52,6 +54,9 @@ def make_plan(settings: Settings, ports: Ports) -> list[ServiceSpec]:
     if settings.dmp.disk_dir is None:
         disk_dir = settings.up.data_dir.expanduser().absolute() / DISK_DIR
         settings = replace(settings, dmp=replace(settings.dmp, disk_dir=disk_dir))
+    if settings.worker.journal_dir is None:
+        journal_dir = settings.up.data_dir.expanduser().absolute() / JOURNAL_DIR
+        settings = replace(settings, worker=replace(settings.worker, journal_dir=journal_dir))
     common = _environment(settings)
     plan = [_service("meta", Kind.META, ports.meta, "tcp", common)]
     daemons = [f"dmp-{i}" for i in range(len(ports.daemons))]

@@ -13,7 +13,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
+    SupportsHMA,
 )
 from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
 
@@ -21,12 +23,14 @@ from stratakv._native import is_built
 from stratakv.errors import SetupError
 from stratakv.integrations.link import PoolLink, read_credentials
 from stratakv.integrations.vllm.fingerprint import rank_namespace
+from stratakv.integrations.vllm.group_pages import GroupPages, RankMemory
+from stratakv.integrations.vllm.group_specs import groups_of
 from stratakv.integrations.vllm.keys import RequestKeys
 from stratakv.integrations.vllm.kv_tensors import layer_tensors, layout_of
 from stratakv.integrations.vllm.options import LoadMode, parse_options
 from stratakv.integrations.vllm.orders import Rank, RankSpec, StepOrders, StepReport
 from stratakv.integrations.vllm.scheduler_side import INTRODUCTION, SchedulerSide
-from stratakv.integrations.vllm.worker_side import RankMemory, WorkerSide, dtype_name
+from stratakv.integrations.vllm.worker_side import WorkerSide, dtype_name
 from stratakv.log import EventLogger, log_as_guest
 
 if TYPE_CHECKING:
@@ -34,7 +38,7 @@ if TYPE_CHECKING:
     from vllm.distributed.kv_events import KVCacheEvent
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
-    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
@@ -69,7 +73,7 @@ class ReportMetadata(KVConnectorWorkerMetadata):  # type: ignore[misc]
         return self
 
 
-class StrataKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
+class StrataKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """vLLM's prefix cache, continued in a StrataKV pool."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
@@ -79,8 +83,7 @@ class StrataKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
         transfer = vllm_config.kv_transfer_config
         assert transfer is not None
         self._options = parse_options(transfer.kv_connector_extra_config)
-        self._num_blocks = kv_cache_config.num_blocks
-        self._block_size = _one_block_size(vllm_config, kv_cache_config)
+        self._groups = groups_of(vllm_config, kv_cache_config)
         if transfer.kv_load_failure_policy != "recompute":
             raise SetupError(
                 "a block that cannot be loaded would fail its request",
@@ -98,18 +101,17 @@ class StrataKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
     # In each worker.
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        config, options = self._vllm_config, self._options
-        layers = layer_tensors(kv_caches, self._num_blocks)
-        rank: Rank = (get_tensor_model_parallel_rank(), get_pp_group().rank_in_group)
-        layout = layout_of(layers, self._block_size, dtype_name(kv_caches), *rank)
-        names = tuple(layer.names for layer in layers)
-        namespace = rank_namespace(config, options, layout, names, layers[0].storage.device.type)
-        node = options.node or self._link.local_node()
+        node = self._options.node or self._link.local_node()
         if not is_built():
             log.info("native_module_missing", effect="pages are moved by Python, slower")
-        log.info("joined", node=node, namespace=namespace.hex(), page_bytes=layout.page_bytes, rank=rank)
-        memory = RankMemory(layers, layout, namespace, rank)
-        self._worker = WorkerSide(self._link, options, memory, node, f"vllm-{os.uname().nodename}-{os.getpid()}")
+        rank: Rank = (get_tensor_model_parallel_rank(), get_pp_group().rank_in_group)
+        groups = [self._pages_of(n, kv_caches, rank) for n in range(len(self._groups.groups))]
+        for pages in groups:
+            log.info(
+                "joined", node=node, namespace=pages.namespace.hex(), page_bytes=pages.layout.page_bytes, rank=rank
+            )
+        memory = RankMemory(rank, groups, self._groups.are_plain)
+        self._worker = WorkerSide(self._link, self._options, memory, node, f"vllm-{os.uname().nodename}-{os.getpid()}")
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         return SpecMetadata(self._worker.spec) if self._worker is not None else None
@@ -141,8 +143,11 @@ class StrataKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
         if self._worker is not None:
             self._worker.end_step()
 
-    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        return self._worker.finished() if self._worker is not None else (None, None)
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        if self._worker is None:
+            return KVConnectorTransferResults()
+        sent, received = self._worker.finished()
+        return KVConnectorTransferResults(sent, received, self._worker.take_failed())
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._worker.take_bad_blocks() if self._worker is not None else set()
@@ -152,6 +157,11 @@ class StrataKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
         return ReportMetadata(report) if report else None
 
     # In the scheduler.
+
+    def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
+        super().bind_kv_cache_manager(kv_cache_manager)
+        if self._scheduler is not None:
+            self._scheduler.cache_known(kv_cache_manager)
 
     def set_xfer_handshake_metadata_pp_aware(
         self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
@@ -167,7 +177,7 @@ class StrataKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         if self._scheduler is not None:
-            self._scheduler.blocks_allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+            self._scheduler.blocks_allocated(request, blocks.get_block_ids(), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         scheduler = self._scheduler
@@ -175,14 +185,14 @@ class StrataKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
         counts = scheduler_output.num_scheduled_tokens
         for new in scheduler_output.scheduled_new_reqs:
             scheduler.request_scheduled(
-                new.req_id, new.block_ids[0], new.num_computed_tokens, counts[new.req_id], is_anew=True
+                new.req_id, new.block_ids, new.num_computed_tokens, counts[new.req_id], is_anew=True
             )
         cached = scheduler_output.scheduled_cached_reqs
         known = zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True)
         for request_id, blocks, num_computed_tokens in known:
             scheduler.request_scheduled(
                 request_id,
-                blocks[0] if blocks else (),
+                blocks or (),
                 num_computed_tokens,
                 counts[request_id],
                 is_anew=request_id in cached.resumed_req_ids,
@@ -194,10 +204,15 @@ class StrataKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
             sent = connector_output.kv_connector_worker_meta
             report = sent.report if isinstance(sent, ReportMetadata) else None
             self._scheduler.step_done(
-                connector_output.finished_recving or (), connector_output.invalid_block_ids, report
+                connector_output.finished_recving or (),
+                connector_output.failed_recving,
+                connector_output.invalid_block_ids,
+                report,
             )
 
-    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
         if self._scheduler is None:
             return False, None
         num_final_tokens = request.num_computed_tokens - request.num_in_flight_tokens
@@ -233,15 +248,29 @@ class StrataKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def _make_scheduler_side(self) -> SchedulerSide:
         config = self._vllm_config
         cache = config.cache_config
-        keys = RequestKeys(self._block_size, cache.hash_block_size, cache.prefix_caching_hash_algo)
+        hash_tokens = self._kv_cache_config.hash_block_size or cache.hash_block_size
+        keys = RequestKeys(self._groups.key_tokens, hash_tokens, cache.prefix_caching_hash_algo)
         return SchedulerSide(
             self._link,
             self._options,
-            self._block_size,
+            self._groups,
             keys,
             may_load_layerwise=self._may_load_layerwise(),
             are_steps_apart=not self._do_steps_overlap(),
         )
+
+    def _pages_of(self, group: int, kv_caches: dict[str, torch.Tensor], rank: Rank) -> GroupPages:
+        """What pages of one group are in this rank. Raises SetupError."""
+        config = self._kv_cache_config
+        if len(self._groups.groups) > 1:
+            of_group = config.kv_cache_groups[group].layer_names
+            kv_caches = {name: kv_caches[name] for name in of_group if name in kv_caches}
+        if not kv_caches:
+            raise SetupError(f"rank {rank} has no layer of the KV caches of group {group}, which is not supported")
+        layers = layer_tensors(kv_caches, config.num_blocks)
+        layout = layout_of(layers, self._groups.groups[group].block_size, dtype_name(kv_caches), group, *rank)
+        namespace = rank_namespace(self._vllm_config, self._options, self._groups, layers, layout)
+        return GroupPages.of(layers, layout, namespace)
 
     def _do_steps_overlap(self) -> bool:
         """Whether vLLM plans a step before it knows how the one before it went."""
@@ -256,26 +285,15 @@ class StrataKVConnector(KVConnectorBase_V1):  # type: ignore[misc]
                 "layer-wise loading needs steps that do not overlap",
                 hint="Start vLLM with --no-async-scheduling and without pipeline parallelism, or leave out load.",
             )
+        if is_asked_for and not self._groups.are_plain:
+            raise SetupError(
+                "a model with sliding windows cannot be loaded layer by layer: vLLM can recompute only whole requests",
+                hint="Leave out load, or start vLLM with --disable-hybrid-kv-cache-manager.",
+            )
+        if self._do_steps_overlap() or not self._groups.are_plain:
+            return False
         # CUDA graphs skip the hooks of layers unless they are told not to, which only `layerwise` does.
-        is_host = self._vllm_config.device_config.device_type == "cpu"
-        return not self._do_steps_overlap() and (is_host or is_asked_for)
-
-
-def _one_block_size(config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:
-    """Tokens of a block. Raises SetupError for caches that are not one list of blocks of full attention."""
-    groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        raise SetupError(
-            f"this model keeps {len(groups)} kinds of KV cache, and one is supported",
-            hint="Start vLLM with --disable-hybrid-kv-cache-manager; models with state-space layers cannot be served.",
-        )
-    parallel = config.parallel_config
-    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
-        raise SetupError("context parallelism spreads a block over ranks, which is not supported")
-    spec = groups[0].kv_cache_spec
-    if not spec.prefix_cacheable:
-        raise SetupError(f"KV caches of the kind {type(spec).__name__} have no prefixes")
-    return int(spec.block_size)
+        return is_asked_for or self._vllm_config.device_config.device_type == "cpu"
 
 
 def _orders(metadata: KVConnectorMetadata) -> StepOrders:

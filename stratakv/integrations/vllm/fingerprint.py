@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import vllm
 from vllm.config import VllmConfig
 
 from stratakv.errors import SetupError
+from stratakv.integrations.vllm.groups import KVGroups
+from stratakv.integrations.vllm.kv_tensors import LayerTensor
 from stratakv.integrations.vllm.options import Options, fixed_namespace
 from stratakv.keys import Namespace, NamespaceScope
 from stratakv.layout import KVLayout
@@ -24,26 +27,32 @@ from stratakv.models.identity import model_identity
 
 
 def rank_namespace(
-    config: VllmConfig, options: Options, layout: KVLayout, layer_names: tuple[tuple[str, ...], ...], device: str
+    config: VllmConfig, options: Options, groups: KVGroups, layers: Sequence[LayerTensor], layout: KVLayout
 ) -> Namespace:
-    """Of pages of this layout. Raises SetupError if the weights cannot be told from others."""
+    """Of pages of these layers. Raises SetupError if the weights cannot be told from others."""
     parallel = config.parallel_config
     fixed = fixed_namespace(options)
     if fixed is not None:
-        if parallel.world_size > 1:
-            raise SetupError("namespace_id is for one rank; this instance has several", hint="Use namespace instead.")
+        if parallel.world_size > 1 or len(groups.groups) > 1:
+            raise SetupError(
+                "namespace_id is for one rank and one kind of KV cache; this instance has several",
+                hint="Use namespace instead.",
+            )
         return fixed
+    device = layers[0].storage.device.type
     numerics = {
         "vllm": vllm.__version__,
         "cache_dtype": str(config.cache_config.cache_dtype),
         "kv_layout": str(config.cache_config.kv_cache_layout),
         "quantization": str(config.model_config.quantization),
         "sizes": [parallel.tensor_parallel_size, parallel.pipeline_parallel_size],
-        "layers": layer_names,
+        "layers": [layer.names for layer in layers],
         "device": device,
         "instructions": _cpu_instructions() if device == "cpu" else [],
         "config": _config_digest(config.model_config.hf_config),
     }
+    if groups.key_tokens != layout.page_tokens:
+        numerics["key_tokens"] = groups.key_tokens
     return NamespaceScope(
         model_revision=_revision(config, options),
         tokenizer_digest="",

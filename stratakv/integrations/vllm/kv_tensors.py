@@ -52,12 +52,14 @@ def layer_tensors(kv_caches: Mapping[str, torch.Tensor], num_blocks: int) -> tup
     )
 
 
-def layout_of(layers: tuple[LayerTensor, ...], block_size: int, dtype: str, tp_rank: int, pp_rank: int) -> KVLayout:
+def layout_of(
+    layers: tuple[LayerTensor, ...], block_size: int, dtype: str, group: int, tp_rank: int, pp_rank: int
+) -> KVLayout:
     """The layout of pages of one block."""
     specs = tuple(
         LayerSpec(tuple(RangeSpec(f"run{n}", run.size) for n, run in enumerate(layer.runs))) for layer in layers
     )
-    return KVLayout(block_size, dtype, specs, tp_rank=tp_rank, pp_rank=pp_rank)
+    return KVLayout(block_size, dtype, specs, group, tp_rank=tp_rank, pp_rank=pp_rank)
 
 
 def _storage_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""One load of consecutive blocks from the pool into vLLM's KV tensors, on a thread of its own.
+"""Loads from the pool into vLLM's KV tensors: of one request, one part for each group of layers, each on a thread of its own.
 
-A page that is bad, or a daemon that fails, cuts the load: the blocks before it still come whole, the others are reported to
-vLLM, which computes them. Nothing counts as loaded before its checksum was verified.
+A part is consecutive blocks. A page that is bad, or a daemon that fails, cuts it: the blocks before it still come whole, the
+others are reported to vLLM, which computes them. Nothing counts as loaded before its checksum was verified.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 
 from stratakv._native import Gate, make_gate
 from stratakv.errors import StrataError
-from stratakv.integrations.vllm.orders import LoadOrder, RankHit
+from stratakv.integrations.vllm.group_pages import GroupPages
+from stratakv.integrations.vllm.orders import GroupLoad, LoadOrder, RankHit
 from stratakv.integrations.vllm.windows import Window
 from stratakv.keys import BlockKey
 from stratakv.log import EventLogger
 from stratakv.pool.dmp_client import ConnectionCache, DmpConnection
 from stratakv.pool.errors import PageError, TransferCancelled, TransportError
-from stratakv.pool.pages import PageReader, ReadPages
+from stratakv.pool.pages import ReadPages
 from stratakv.pool.transport import Cancellation
 from stratakv.wire import Place
 
@@ -37,27 +38,33 @@ class _Run:
 
 @dataclass(slots=True)
 class BlockLoad:
-    """A running load. `wait_layer` is for the thread of vLLM, the rest of the work is done by the executor's."""
+    """A part that is running. `wait_layer` is for the thread of vLLM, the rest of the work is done by the executor's."""
 
-    order: LoadOrder
+    request_id: str
+    order: GroupLoad
     hit: RankHit
+    pages: GroupPages
     window: Window
-    num_layers: int
     deadline: float
-    on_bad_page: Callable[[BlockKey, Place], None]
+    on_bad_page: Callable[[GroupPages, BlockKey, Place], None]
     num_good: int = 0
     """Leading blocks that are whole, once the load is done."""
-    seconds: float = 0.0
+    began_at: float = 0.0
+    ended_at: float = 0.0
     _layers_waited: int = 0
     _arrived: Gate = field(default_factory=make_gate)
     """Opens behind each layer that every block of the load has; closed when the load has ended."""
     _cancellation: Cancellation = field(default_factory=Cancellation)
     _future: Future[None] | None = None
 
-    def start(self, executor: Executor, reader: PageReader, connections: ConnectionCache) -> None:
+    def start(self, executor: Executor, connections: ConnectionCache) -> None:
         """Begin on one of the executor's threads."""
         self.num_good = len(self.order.blocks)
-        self._future = executor.submit(self._run, reader, connections)
+        self._future = executor.submit(self._run, connections)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.pages.layout.layers)
 
     @property
     def is_done(self) -> bool:
@@ -103,25 +110,25 @@ class BlockLoad:
 
     def _cut(self, num_good: int, error: str) -> None:
         if num_good < self.num_good:
-            log.info("load_cut", request=self.order.request_id, good=num_good, of=len(self.order.blocks), error=error)
+            log.info("load_cut", request=self.request_id, good=num_good, of=len(self.order.blocks), error=error)
             self.num_good = num_good
 
-    def _run(self, reader: PageReader, connections: ConnectionCache) -> None:
-        started = time.monotonic()
+    def _run(self, connections: ConnectionCache) -> None:
+        self.began_at = time.monotonic()
         try:
-            runs = self._open_runs(reader, connections)
+            runs = self._open_runs(connections)
             self._read_all(runs, connections)
         except TransferCancelled:
             self._cut(0, "it was stopped")
         except Exception as error:
-            log.exception("load_failed", request=self.order.request_id)
+            log.exception("load_failed", request=self.request_id)
             self._cut(0, str(error))
         finally:
             self.window.finish()
             self._arrived.close()
-            self.seconds = time.monotonic() - started
+            self.ended_at = time.monotonic()
 
-    def _open_runs(self, reader: PageReader, connections: ConnectionCache) -> list[_Run]:
+    def _open_runs(self, connections: ConnectionCache) -> list[_Run]:
         """Connect, and check all headers; the load is cut before the first page that has none."""
         segments = {segment.node: segment for segment in self.hit.segments}
         runs: list[_Run] = []
@@ -129,7 +136,7 @@ class BlockLoad:
             places = self.hit.places[first:stop]
             try:
                 connection = connections.get(segments[places[0].node], deadline=self.deadline)
-                found = reader.read_headers(
+                found = self.pages.reader.read_headers(
                     connection,
                     places,
                     self.order.keys[first:stop],
@@ -187,7 +194,40 @@ class BlockLoad:
 
     def _bad_page(self, index: int, error: str) -> None:
         self._cut(index, error)
-        self.on_bad_page(self.order.keys[index], self.hit.places[index])
+        self.on_bad_page(self.pages, self.order.keys[index], self.hit.places[index])
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLoad:
+    """All parts of one order."""
+
+    order: LoadOrder
+    parts: Sequence[BlockLoad]
+
+    @property
+    def is_done(self) -> bool:
+        return all(part.is_done for part in self.parts)
+
+    @property
+    def is_whole(self) -> bool:
+        """Of a load that is done."""
+        return all(part.is_whole for part in self.parts)
+
+    @property
+    def was_waited_for(self) -> bool:
+        return all(part.was_waited_for for part in self.parts)
+
+    @property
+    def seconds(self) -> float:
+        """From the begin of the first part to the end of the last."""
+        if not self.parts:
+            return 0.0
+        return max(part.ended_at for part in self.parts) - min(part.began_at for part in self.parts)
+
+    def stop(self) -> None:
+        """End all parts; see there."""
+        for part in self.parts:
+            part.stop()
 
 
 def _by_node(places: Sequence[Place]) -> list[tuple[int, int]]:

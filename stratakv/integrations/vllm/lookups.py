@@ -1,52 +1,36 @@
-"""Asks the meta server how much of a prompt the pool holds: one message per rank, all at once, and once per request.
+"""Lookups of how much of a prompt the pool holds, one per request.
 
-The scheduler must not wait, so a lookup is under way between its steps. What is found is pinned by a lease, which belongs to the
-lookup until it is handed to a load order or released.
+The scheduler must not wait, so a lookup is under way between its steps. What is found is pinned by leases, which belong to the
+lookup until they are handed to a load order or released.
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from stratakv.errors import StrataError
 from stratakv.integrations.link import PoolLink
+from stratakv.integrations.vllm.groups import KVGroups
 from stratakv.integrations.vllm.orders import Rank, RankHit, RankSpec
-from stratakv.keys import BlockKey, pack_keys
-from stratakv.log import EventLogger
-from stratakv.pool.meta_client import MetaClient
-from stratakv.wire import Match, MatchPrefix, ReleaseLease
+from stratakv.integrations.vllm.prefix_search import LEASE_S, NOTHING, Answer, PrefixSearch
+from stratakv.keys import BlockKey
+from stratakv.wire import ReleaseLease
 
-log = EventLogger("stratakv.vllm.lookups")
-
-LEASE_S = 30.0
-"""How long what was found stays where it is."""
 ANSWER_VALID_S = LEASE_S / 2
 """A request that is scheduled later than that asks again: its lease must outlast the load."""
 WAIT_S = 0.002
 """An answer usually comes within this time, which is cheaper to wait than one more turn of the scheduler."""
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What every rank has of some consecutive blocks."""
-
-    num_blocks: int
-    hits: Mapping[Rank, RankHit]
-
-
-NOTHING = Answer(0, {})
-
-
 @dataclass(slots=True)
 class Lookup:
     """One question."""
 
-    first_block: int
-    keys: Sequence[BlockKey]
+    first_step: int
+    keys: Sequence[Sequence[BlockKey]]
+    """By group: of the blocks from there on."""
     asked_at: float
     deadline: float
     _future: Future[Answer]
@@ -93,9 +77,9 @@ class ReleaseHits:
         release(self.link, answered.result().hits)
 
 
-def release(link: PoolLink, hits: Mapping[Rank, RankHit]) -> None:
+def release(link: PoolLink, hits: Iterable[tuple[Rank, RankHit]]) -> None:
     """Give the leases of these hits back."""
-    for hit in hits.values():
+    for _, hit in hits:
         if hit.lease_id:
             link.tell(ReleaseLease(hit.lease_id))
 
@@ -106,31 +90,20 @@ class Lookups:
 
     link: PoolLink
     specs: Mapping[Rank, RankSpec]
+    groups: KVGroups
     timeout_s: float
     asked: int = field(default=0)
 
-    def start(self, first_block: int, keys: Sequence[BlockKey]) -> Lookup:
-        """Ask for blocks `first_block` … with these keys."""
+    def start(self, first_step: int, stop_step: int, keys: Sequence[BlockKey]) -> Lookup:
+        """Ask for steps `first_step` … `stop_step` - 1 of the prefix that has these keys."""
         self.asked += 1
         now = time.monotonic()
-        future = self.link.submit(self._ask(pack_keys(keys)))
-        return Lookup(first_block, keys, now, now + self.timeout_s, future, ReleaseHits(self.link))
-
-    async def _ask(self, keys: bytes) -> Answer:
-        meta = self.link.meta
-        matches = await asyncio.gather(*(self._match(meta, spec, keys) for spec in self.specs.values()))
-        num_blocks = min(match.num_blocks for match in matches)
-        hits = {
-            rank: RankHit(match.places()[:num_blocks], match.segments, match.lease_id)
-            for rank, match in zip(self.specs, matches, strict=True)
-        }
-        return Answer(num_blocks, hits)
-
-    async def _match(self, meta: MetaClient, spec: RankSpec, keys: bytes) -> Match:
-        try:
-            return await meta.call(
-                MatchPrefix(spec.namespace, keys, LEASE_S, spec.node or ""), Match, timeout_s=self.timeout_s
-            )
-        except StrataError as error:
-            log.debug("lookup_failed", error=error.message)
-            return Match(0)
+        step_tokens = self.groups.step_tokens
+        by_group = []
+        for group in self.groups.groups:
+            start, stop = (step * step_tokens // group.block_size for step in (first_step, stop_step))
+            by_group.append(self.groups.keys_of(group, keys, start, stop))
+        search = PrefixSearch(self.link.meta, self.specs, self.groups, first_step, by_group, self.timeout_s)
+        return Lookup(
+            first_step, by_group, now, now + self.timeout_s, self.link.submit(search.run()), ReleaseHits(self.link)
+        )

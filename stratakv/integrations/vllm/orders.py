@@ -18,8 +18,8 @@ Rank = tuple[int, int]
 class RankSpec:
     """What a rank tells the scheduler once it knows its KV tensors."""
 
-    namespace: Namespace
-    page_bytes: int
+    namespaces: Sequence[Namespace]
+    """Of each group's pages."""
     node: str | None
     """The daemon of its host."""
 
@@ -41,23 +41,36 @@ class RankHit:
 
 
 @dataclass(frozen=True, slots=True)
-class LoadOrder:
-    """Fill these blocks of vLLM. From here on the lease is the worker's to give back."""
+class GroupLoad:
+    """Blocks of one group that are to be filled."""
 
-    request_id: str
-    is_layerwise: bool
+    group: int
     blocks: Sequence[int]
     keys: Sequence[BlockKey]
     hits: dict[Rank, RankHit]
 
 
 @dataclass(frozen=True, slots=True)
-class SaveOrder:
-    """Write these blocks to the pool, which are full once this step is done."""
+class LoadOrder:
+    """Fill these blocks of vLLM. From here on the leases are the worker's to give back."""
 
     request_id: str
+    is_layerwise: bool
+    num_tokens: int
+    parts: Sequence[GroupLoad]
+    """Only groups of which something is to be filled."""
+
+
+@dataclass(frozen=True, slots=True)
+class SaveOrder:
+    """Write these blocks of one group to the pool, which are full once this step is done."""
+
+    request_id: str
+    group: int
     blocks: Sequence[int]
     keys: Sequence[BlockKey]
+    hold: int = 0
+    """By this number the worker says that it is over; 0 if nobody waits for that."""
 
 
 @dataclass(slots=True)
@@ -86,9 +99,11 @@ class StepReport:
     failed_loads: int = 0
     saved_blocks: int = 0
     dropped_saves: int = 0
+    over: Counter[int] = field(default_factory=Counter)
+    """Holds whose saves are over, and how many ranks say so."""
 
     def __bool__(self) -> bool:
-        return bool(self.loads or self.failed_loads or self.saved_blocks or self.dropped_saves)
+        return bool(self.loads or self.failed_loads or self.saved_blocks or self.dropped_saves or self.over)
 
     def add(self, other: StepReport) -> None:
         self.loaded_tokens.update(other.loaded_tokens)
@@ -98,3 +113,4 @@ class StepReport:
         self.failed_loads += other.failed_loads
         self.saved_blocks += other.saved_blocks
         self.dropped_saves += other.dropped_saves
+        self.over.update(other.over)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 SMOOTHING = 0.2
@@ -24,6 +24,11 @@ class Distance(enum.StrEnum):
     NEAR = "near"
     """The memory of this host's own daemon."""
     FAR = "far"
+
+
+def farthest(distances: Iterable[Distance]) -> Distance:
+    """Of several loads that are waited for together."""
+    return Distance.FAR if Distance.FAR in distances else Distance.NEAR
 
 
 @dataclass(slots=True)

@@ -18,14 +18,13 @@ from dataclasses import dataclass, field
 from stratakv._native import Gate, make_gate
 from stratakv.errors import StrataError
 from stratakv.integrations.link import PoolLink
+from stratakv.integrations.vllm.group_pages import GroupPages
 from stratakv.integrations.vllm.orders import SaveOrder
-from stratakv.integrations.vllm.windows import OpenWindow, Stamps
-from stratakv.keys import Namespace, pack_keys
-from stratakv.layout import KVLayout
+from stratakv.integrations.vllm.windows import Stamps
+from stratakv.keys import pack_keys
 from stratakv.log import EventLogger
 from stratakv.pool.dmp_client import DmpConnection
 from stratakv.pool.errors import TransferCancelled, TransportError
-from stratakv.pool.pages import PageWriter
 from stratakv.wire import PUT_ID_BYTES, Done, Extent, PutEnd, PutGrant, PutRevoke, PutStart, Segment
 
 log = EventLogger("stratakv.vllm.saves")
@@ -45,9 +44,10 @@ class _State(enum.Enum):
 
 @dataclass(slots=True)
 class BlockSave:
-    """Blocks of one request on their way."""
+    """Blocks of one group of one request on their way."""
 
     order: SaveOrder
+    pages: GroupPages
     stamps: Stamps | None
     ready: Gate = field(default_factory=make_gate)
     """Opens behind each layer that is final."""
@@ -80,9 +80,6 @@ class Saver:
     def __init__(
         self,
         link: PoolLink,
-        layout: KVLayout,
-        namespace: Namespace,
-        open_window: OpenWindow,
         *,
         name: str,
         node: str | None,
@@ -91,12 +88,8 @@ class Saver:
         on_saved: Callable[[int], None],
     ) -> None:
         self._link = link
-        self._layout = layout
-        self._namespace = namespace
-        self._open_window = open_window
         self._name = name
         self._node = node
-        self._writer = PageWriter(layout, namespace)
         self._room = threading.BoundedSemaphore(saves_max)
         self._on_saved = on_saved
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="stratakv-save", initializer=prepare_thread)
@@ -129,12 +122,13 @@ class Saver:
     def _save(self, save: BlockSave) -> None:
         deadline = time.monotonic() + PUT_TIMEOUT_S
         put_id = os.urandom(PUT_ID_BYTES)
+        layout = save.pages.layout
         request = PutStart(
             put_id=put_id,
-            namespace=self._namespace,
+            namespace=save.pages.namespace,
             keys=pack_keys(save.order.keys),
-            page_bytes=self._layout.page_bytes,
-            block_size=self._layout.page_tokens,
+            page_bytes=layout.page_bytes,
+            block_size=layout.page_tokens,
             prefer_node=self._node,
             worker=self._name,
             timeout_s=PUT_TIMEOUT_S,
@@ -154,13 +148,14 @@ class Saver:
         self, save: BlockSave, put_id: bytes, segment: Segment, wanted: Sequence[int], deadline: float
     ) -> Sequence[Extent]:
         keys = [save.order.keys[index] for index in wanted]
+        layout = save.pages.layout
         connections = self._link.connections
         connection = connections.get(segment, deadline=min(deadline, time.monotonic() + CONNECT_S_MAX))
         try:
-            extents = connection.allocate(put_id, len(keys), self._layout.page_bytes, PUT_TIMEOUT_S, deadline=deadline)
-            pages = self._writer.begin(connection, put_id, extents, keys)
-            window = self._open_window([save.order.blocks[index] for index in wanted], save.stamps)
-            layers = range(len(self._layout.layers))
+            extents = connection.allocate(put_id, len(keys), layout.page_bytes, PUT_TIMEOUT_S, deadline=deadline)
+            pages = save.pages.writer.begin(connection, put_id, extents, keys)
+            window = save.pages.open_window([save.order.blocks[index] for index in wanted], save.stamps)
+            layers = range(len(layout.layers))
             if window.is_direct:
                 pages.write_layers(layers, window.memory, ready=save.ready, deadline=deadline)
             else:

@@ -2,69 +2,35 @@
 
 Called from the scheduler's thread only. Every request that vLLM admits is known here from its first lookup until it is finished;
 what it holds in the pool (leases) and of vLLM (blocks of saves under way) is given back then.
+
+Requests are measured in tokens, hits in steps (`KVGroups.step_tokens`), block tables by group.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
 
 from stratakv.errors import StrataError
 from stratakv.integrations.link import PoolLink
-from stratakv.integrations.vllm.lookups import Answer, Lookup, Lookups, release
+from stratakv.integrations.vllm.groups import KVGroups
+from stratakv.integrations.vllm.holds import EngineCache, Held, Holds
+from stratakv.integrations.vllm.lookups import Lookup, Lookups, release
 from stratakv.integrations.vllm.options import LoadMode, Options
-from stratakv.integrations.vllm.orders import LoadOrder, Rank, RankSpec, SaveOrder, StepOrders, StepReport
-from stratakv.integrations.vllm.rates import Distance, Rates
-from stratakv.keys import BlockKey
+from stratakv.integrations.vllm.orders import GroupLoad, LoadOrder, Rank, RankSpec, SaveOrder, StepOrders, StepReport
+from stratakv.integrations.vllm.prefix_search import Answer
+from stratakv.integrations.vllm.rates import Distance, Rates, farthest
+from stratakv.integrations.vllm.tracked import EngineRequest, KeysOfRequests, Tracked
 from stratakv.log import EventLogger
 from stratakv.wire import Flush, Flushed
 
 log = EventLogger("stratakv.vllm.scheduler")
 
 FLUSH_S_MAX = 5.0
+NULL_BLOCK = 0
+"""What vLLM puts into a block table where it has freed a block, or never took one."""
 INTRODUCTION = "stratakv"
 """A request with this key in its `kv_transfer_params` is answered with what blocks these are: a router asks so."""
-
-
-class EngineRequest(Protocol):
-    """What is read of vLLM's requests."""
-
-    request_id: str
-    num_tokens: int
-    num_computed_tokens: int
-    num_preemptions: int
-
-
-class KeysOfRequests(Protocol):
-    """`RequestKeys`."""
-
-    def of(self, request: EngineRequest) -> Sequence[BlockKey]:
-        """Keys of the full blocks of all tokens that are known of the request."""
-
-    def forget(self, request_id: str) -> None:
-        """The request is finished."""
-
-
-@dataclass(slots=True)
-class _Tracked:
-    """One request, as far as the pool is concerned."""
-
-    request: EngineRequest
-    blocks: list[int] = field(default_factory=list)
-    lookup: Lookup | None = None
-    local_blocks: int = 0
-    """vLLM's own hit when it asked last."""
-    load_blocks: Sequence[int] = ()
-    """The blocks of the last load."""
-    is_loading: bool = False
-    """Between steps."""
-    gave_up: bool = False
-    """A load failed: the rest is computed, whatever the pool says."""
-    num_saved: int = 0
-    """Leading blocks that need no (other) save order."""
-    has_saves: bool = False
 
 
 class SchedulerSide:
@@ -74,7 +40,7 @@ class SchedulerSide:
         self,
         link: PoolLink,
         options: Options,
-        block_size: int,
+        groups: KVGroups,
         keys: KeysOfRequests,
         *,
         may_load_layerwise: bool,
@@ -84,7 +50,7 @@ class SchedulerSide:
         """`are_steps_apart`: a step is over before the next one is planned."""
         self._link = link
         self._options = options
-        self._block_size = block_size
+        self._groups = groups
         self._keys = keys
         self._may_load_layerwise = may_load_layerwise
         self._are_steps_apart = are_steps_apart
@@ -95,90 +61,111 @@ class SchedulerSide:
         """Tokens and beginning of a step that is to be timed."""
         self._lookups: Lookups | None = None
         self._specs: Mapping[Rank, RankSpec] = {}
-        self._requests: dict[str, _Tracked] = {}
+        self._cache: EngineCache | None = None
+        self._holds: Holds | None = None
+        self._requests: dict[str, Tracked] = {}
         self._orders = StepOrders()
         self.totals = StepReport()
+
+    def cache_known(self, cache: EngineCache) -> None:
+        """vLLM's cache, of which blocks can be held."""
+        self._cache = cache
 
     def ranks_known(self, specs: Mapping[Rank, RankSpec]) -> None:
         """Every worker has said what its pages are; until then nothing is looked up."""
         self._specs = specs
-        self._lookups = Lookups(self._link, specs, self._options.lookup_timeout_s)
+        self._lookups = Lookups(self._link, specs, self._groups, self._options.lookup_timeout_s)
+        self._holds = Holds(self._cache, len(specs)) if self._cache is not None else None
 
     def introduction(self) -> dict[str, dict[str, str]] | None:
-        """The namespace of the first rank's blocks; None while it is not known."""
+        """The namespace of the first rank's blocks, of a group that keeps all of them; None while it is not known."""
         if not self._specs:
             return None
-        return {INTRODUCTION: {"namespace": self._specs[min(self._specs)].namespace.hex()}}
+        whole = [n for n, group in enumerate(self._groups.groups) if group.is_whole]
+        namespace = self._specs[min(self._specs)].namespaces[whole[0] if whole else 0]
+        return {INTRODUCTION: {"namespace": namespace.hex()}}
 
     def num_tokens_to_load(self, request: EngineRequest, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens beyond vLLM's own hit, and whether they are loaded between steps; None: ask again."""
         tracked = self._track(request)
-        first = num_computed_tokens // self._block_size
+        step_tokens = self._groups.step_tokens
+        first = num_computed_tokens // step_tokens
         # One token at least is computed, since its logits are wanted.
-        usable = (request.num_tokens - 1) // self._block_size
+        usable = (request.num_tokens - 1) // step_tokens
         if tracked.gave_up or usable <= first or self._lookups is None or not self._link.is_available:
             self._drop_lookup(tracked)
             return 0, False
         lookup = tracked.lookup
-        if lookup is not None and (lookup.first_block > first or lookup.is_stale):
+        if lookup is not None and (lookup.first_step > first or lookup.is_stale):
             self._drop_lookup(tracked)
             lookup = None
         if lookup is None:
-            lookup = tracked.lookup = self._lookups.start(first, self._keys.of(request)[first:usable])
+            lookup = tracked.lookup = self._lookups.start(first, usable, self._keys.of(request))
         answer = lookup.answer()
         if answer is None:
             return None, False
-        tracked.local_blocks = first
-        num_tokens = (lookup.first_block + answer.num_blocks - first) * self._block_size
+        tracked.local_steps = first
+        num_tokens = (lookup.first_step + answer.num_steps - first) * step_tokens
         if num_tokens < max(1, self._options.min_load_tokens) or not self._rates.is_worth_loading(
             self._distance(answer)
         ):
             return 0, False
         return num_tokens, not self._is_layerwise(answer)
 
-    def blocks_allocated(self, request: EngineRequest, blocks: Sequence[int], num_tokens: int) -> None:
+    def blocks_allocated(self, request: EngineRequest, tables: Sequence[Sequence[int]], num_tokens: int) -> None:
         """vLLM has taken blocks for the request, of which `num_tokens` tokens are to be loaded."""
         tracked = self._track(request)
-        tracked.blocks = list(blocks)
+        tracked.tables = [list(table) for table in tables]
         lookup, tracked.lookup = tracked.lookup, None
         if lookup is None:
             return
         answer = lookup.answer() if num_tokens else None
-        if answer is None or not answer.num_blocks:
+        if answer is None or not answer.num_steps:
             lookup.give_up()
             return
         lookup.hand_over()
-        first = tracked.local_blocks
-        skipped = first - lookup.first_block
-        count = num_tokens // self._block_size
-        tracked.load_blocks = blocks[first : first + count]
+        skipped = tracked.local_steps - lookup.first_step
+        stop = skipped + num_tokens // self._groups.step_tokens
+        # The ends of windows were looked for there.
+        assert stop == answer.num_steps or all(group.is_whole for group in self._groups.groups)
+        parts = [self._part(tracked, lookup, answer, group, range(skipped, stop)) for group in answer.groups]
+        tracked.load_blocks = [block for part in parts for block in part.blocks]
         tracked.is_loading = not self._is_layerwise(answer)
+        for part in parts:
+            if not part.blocks:
+                release(self._link, part.hits.items())
         self._orders.loads.append(
             LoadOrder(
                 request_id=request.request_id,
                 is_layerwise=not tracked.is_loading,
-                blocks=tracked.load_blocks,
-                keys=lookup.keys[skipped : skipped + count],
-                hits={rank: hit.part(skipped, skipped + count) for rank, hit in answer.hits.items()},
+                num_tokens=num_tokens,
+                parts=[part for part in parts if part.blocks],
             )
         )
 
     def request_scheduled(
-        self, request_id: str, blocks: Iterable[int], num_computed_tokens: int, num_new_tokens: int, *, is_anew: bool
+        self,
+        request_id: str,
+        tables: Sequence[Iterable[int]],
+        num_computed_tokens: int,
+        num_new_tokens: int,
+        *,
+        is_anew: bool,
     ) -> None:
-        """The coming step computes tokens of a request; `blocks` are those it has got, or all it has if it begins anew."""
+        """The coming step computes tokens of a request; `tables` are its new blocks, or all it has if it begins anew."""
         self._num_step_tokens += num_new_tokens
         tracked = self._requests.get(request_id)
         if tracked is None:
             return
         if is_anew:
-            tracked.blocks = list(blocks)
-            tracked.num_saved = 0
+            tracked.tables = [list(blocks) for blocks in tables]
+            tracked.saved_tokens = 0
         else:
-            tracked.blocks.extend(blocks)
+            for table, blocks in zip(tracked.tables, tables, strict=False):
+                table.extend(blocks)
         # After a load failed vLLM goes back, and computes what was to be loaded.
-        tracked.num_saved = min(tracked.num_saved, num_computed_tokens // self._block_size)
-        self._order_save(tracked, num_computed_tokens + num_new_tokens)
+        tracked.saved_tokens = min(tracked.saved_tokens, num_computed_tokens)
+        self._order_saves(tracked, num_computed_tokens + num_new_tokens)
 
     def take_orders(self, preempted: Iterable[str]) -> StepOrders:
         """For the coming step."""
@@ -189,7 +176,7 @@ class SchedulerSide:
         orders.preempted.update(preempted)
         return orders
 
-    def request_finished(self, request: EngineRequest, blocks: Sequence[int], num_final_tokens: int) -> bool:
+    def request_finished(self, request: EngineRequest, tables: Sequence[Sequence[int]], num_final_tokens: int) -> bool:
         """Whether vLLM must keep the blocks until they are reported as sent."""
         tracked = self._requests.pop(request.request_id, None)
         if tracked is None:
@@ -200,15 +187,17 @@ class SchedulerSide:
             self._keys.forget(request.request_id)
             self._orders.dropped.add(request.request_id)
             return False
-        tracked.blocks = list(blocks)
-        self._order_save(tracked, num_final_tokens)
+        tracked.tables = [list(table) for table in tables]
+        self._order_saves(tracked, num_final_tokens)
         self._keys.forget(request.request_id)
         if tracked.has_saves:
             self._orders.held.add(request.request_id)
         return tracked.has_saves
 
-    def step_done(self, received: Iterable[str], bad_blocks: set[int], report: StepReport | None) -> None:
-        """What the workers have told after a step."""
+    def step_done(
+        self, received: Iterable[str], failed: Iterable[str], bad_blocks: set[int], report: StepReport | None
+    ) -> None:
+        """What the workers have told after a step: requests that have loaded or could not, and blocks that did not come."""
         if self._step is not None:
             num_tokens, began = self._step
             self._rates.computed(num_tokens, self._clock() - began)
@@ -216,12 +205,17 @@ class SchedulerSide:
         for request_id in received:
             if request_id in self._requests:
                 self._requests[request_id].is_loading = False
+        for request_id in failed:
+            if request_id in self._requests:
+                self._requests[request_id].gave_up = True
         if bad_blocks:
             for tracked in self._requests.values():
                 tracked.gave_up |= not bad_blocks.isdisjoint(tracked.load_blocks)
         if report is not None:
             self._rates.loaded(report.loaded_tokens, report.load_s)
             self.totals.add(report)
+            if self._holds is not None:
+                self._holds.over(report.over)
 
     def flush(self) -> bool:
         """Drop all pages of this model, whoever wrote them: its weights have changed. Whether they are dropped."""
@@ -229,8 +223,8 @@ class SchedulerSide:
             self._drop_lookup(tracked)
         self._orders.voids_saves = True
         try:
-            for spec in self._specs.values():
-                self._link.call(Flush(spec.namespace), Flushed).result(FLUSH_S_MAX)
+            for namespace in (namespace for spec in self._specs.values() for namespace in spec.namespaces):
+                self._link.call(Flush(namespace), Flushed).result(FLUSH_S_MAX)
         except (StrataError, TimeoutError) as error:
             log.warning("flush_failed", error=str(error))
             return False
@@ -241,17 +235,17 @@ class SchedulerSide:
         for tracked in self._requests.values():
             self._drop_lookup(tracked)
         for order in self._orders.loads:
-            release(self._link, order.hits)
+            self._release_order(order)
         self._requests.clear()
         self._link.close()
 
-    def _track(self, request: EngineRequest) -> _Tracked:
+    def _track(self, request: EngineRequest) -> Tracked:
         tracked = self._requests.get(request.request_id)
         if tracked is None:
-            tracked = self._requests[request.request_id] = _Tracked(request)
+            tracked = self._requests[request.request_id] = Tracked(request)
         return tracked
 
-    def _drop_lookup(self, tracked: _Tracked) -> None:
+    def _drop_lookup(self, tracked: Tracked) -> None:
         lookup, tracked.lookup = tracked.lookup, None
         if lookup is not None:
             lookup.give_up()
@@ -260,7 +254,7 @@ class SchedulerSide:
         """Those that no worker has seen."""
         for order in self._orders.loads:
             if order.request_id == request_id:
-                release(self._link, order.hits)
+                self._release_order(order)
         self._orders.loads = [order for order in self._orders.loads if order.request_id != request_id]
 
     def _is_layerwise(self, answer: Answer) -> bool:
@@ -271,18 +265,52 @@ class SchedulerSide:
         return self._distance(answer) is Distance.NEAR
 
     def _distance(self, answer: Answer) -> Distance:
-        """That of the farthest rank's pages."""
-        distances = [hit.distance(self._specs[rank].node) for rank, hit in answer.hits.items()]
-        return Distance.FAR if Distance.FAR in distances else Distance.NEAR
+        """That of the farthest page."""
+        return farthest(hit.distance(self._specs[rank].node) for rank, hit in answer.hits)
 
-    def _order_save(self, tracked: _Tracked, num_final_tokens: int) -> None:
+    def _release_order(self, order: LoadOrder) -> None:
+        for part in order.parts:
+            release(self._link, part.hits.items())
+
+    def _part(self, tracked: Tracked, lookup: Lookup, answer: Answer, group: int, steps: range) -> GroupLoad:
+        """What is to be loaded of a group; `steps` count from the first that was looked up."""
+        kind, found = self._groups.groups[group], answer.groups[group]
+        ratio = self._groups.step_tokens // kind.block_size
+        start, stop = max(found.first, steps.start * ratio), steps.stop * ratio
+        base, table = lookup.first_step * ratio, tracked.tables[group]
+        while not kind.is_whole and start < stop and table[base + start] == NULL_BLOCK:
+            start += 1
+        start = min(start, stop)
+        return GroupLoad(
+            group,
+            table[base + start : base + stop],
+            lookup.keys[group][start:stop],
+            {rank: hit.part(start - found.first, stop - found.first) for rank, hit in found.hits.items()},
+        )
+
+    def _order_saves(self, tracked: Tracked, num_final_tokens: int) -> None:
         if not self._options.save or not self._link.is_available:
             return
         keys = self._keys.of(tracked.request)
-        num_full = min(len(keys), len(tracked.blocks), num_final_tokens // self._block_size)
-        if num_full <= tracked.num_saved:
-            return
-        span = slice(tracked.num_saved, num_full)
-        self._orders.saves.append(SaveOrder(tracked.request.request_id, tracked.blocks[span], keys[span]))
-        tracked.num_saved = num_full
-        tracked.has_saves = True
+        kinds = list(zip(self._groups.groups, tracked.tables, strict=True))
+        ends = [len(table) * kind.block_size for kind, table in kinds]
+        num_tokens = min(num_final_tokens, len(keys) * self._groups.key_tokens, *ends)
+        for group, (kind, table) in enumerate(kinds):
+            start, stop = tracked.saved_tokens // kind.block_size, num_tokens // kind.block_size
+            if start >= stop:
+                continue
+            of_blocks = self._groups.keys_of(kind, keys, start, stop)
+            if kind.is_whole:
+                order = SaveOrder(tracked.request.request_id, group, table[start:stop], of_blocks)
+            else:
+                held = self._hold(tracked.request.request_id, group, start, stop)
+                if held is None:
+                    continue
+                of_held = [of_blocks[n - start] for n in held.indexes]
+                order = SaveOrder(tracked.request.request_id, group, held.blocks, of_held, held.number)
+            self._orders.saves.append(order)
+            tracked.has_saves = True
+        tracked.saved_tokens = max(tracked.saved_tokens, num_tokens)
+
+    def _hold(self, request_id: str, group: int, start: int, stop: int) -> Held | None:
+        return self._holds.take(request_id, group, start, stop) if self._holds is not None else None

@@ -45,6 +45,13 @@ ROWS = {
         INSERT INTO stratakv.quota_nodes (node) VALUES ('d');
         INSERT INTO stratakv.quota_state (tenant_id, kind, spent_micros) VALUES (2, 'tokens_month', 7);
         INSERT INTO stratakv.reservations (request_id, node, tenant_id, reserved_micros) VALUES ('q', 'd', 2, 9);""",
+    "0010": """
+        INSERT INTO stratakv.usage_events (request_id, tenant_id, model, source, prompt_tokens, outcome)
+            SELECT 's' || i, 2, 'm', 'rest', i, 'unused' FROM generate_series(1, 10) i;""",
+    "0012": """
+        INSERT INTO stratakv.conversations (id, tenant_id, num_items, expires_at) VALUES ('conv_1', 2, 1, now());
+        INSERT INTO stratakv.conversation_items (conversation_id, position, item_id, role, content)
+            VALUES ('conv_1', 0, 'msg_1', 'user', 'x');""",
 }
 KEPT = {
     "tenants": "SELECT id, name FROM stratakv.tenants ORDER BY id",
@@ -95,3 +102,22 @@ def test_nothing_is_left_below_the_first_step(full: str) -> None:
             " UNION ALL SELECT proname FROM pg_proc WHERE pronamespace = 'stratakv'::regnamespace"
         ).fetchall()
     assert found == [("schema_version",)]
+
+
+def test_requests_that_were_cleared_away_come_back_on_the_way_down(full: str) -> None:
+    before = kept(full)["usage"]
+    run(full, "DELETE FROM stratakv.usage_events WHERE request_id IN ('r1', 's1')")
+    migrate.downgrade(full, "0009")
+    assert kept(full)["usage"] == before
+
+
+def test_sums_of_what_was_there_before_are_made(full: str) -> None:
+    migrate.downgrade(full, "0009")
+    migrate.upgrade(full)
+    with psycopg.connect(full) as connection:
+        sums = connection.execute(
+            "SELECT sum(requests), sum(prompt_tokens), sum(unused_requests), sum(unused_tokens) FROM stratakv.usage_daily"
+        ).fetchone()
+        single = connection.execute("SELECT count(*) FROM stratakv.usage_history").fetchone()
+    assert sums == (100, 5050, 10, 55)
+    assert single == (110,)

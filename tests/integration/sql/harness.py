@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +39,9 @@ class ReversingModel:
         self.most_running = 0
         self.refused = 0
         self.cancelled = 0
+
+    async def reserve(self, calls: Sequence[InferCall]) -> list[InferCall]:
+        return list(calls)
 
     async def infer_text(self, call: InferCall) -> str:
         self.calls.append(call)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -29,6 +29,9 @@ SLOW = """options => '{"delay_s": 0.05}'"""
 
 class CostingModel(ReversingModel):
     """Every answer has the same price."""
+
+    async def reserve(self, calls: Sequence[InferCall]) -> list[InferCall]:
+        return list(calls)
 
     async def infer_text(self, call: InferCall) -> str:
         try:

@@ -72,7 +72,9 @@ async def test_a_change_is_seen_within_seconds(node: RunningNode, admin: Adminis
     await eventually_async(lambda: status_is(node, "/v1/completions", made.key, 200))
     admin.update_tenant("acme", {"is_enabled": False})
     await eventually_async(lambda: status_is(node, "/v1/completions", made.key, 403))
-    admin.update_tenant("acme", {"is_enabled": True, "models": ["another"]})
+    admin.update_tenant("acme", {"is_enabled": True})
+    await eventually_async(lambda: status_is(node, "/v1/completions", made.key, 200))
+    admin.update_tenant("acme", {"models": ["another"]})
     await eventually_async(lambda: status_is(node, "/v1/completions", made.key, 403))
     assert await status(node, f"/v1/models/{MODEL}", made.key) == 404
     admin.update_tenant("acme", {"models": [MODEL]})

@@ -2,92 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-
-import psycopg
 import pytest
 import torch
 
-from stratakv.errors import StrataError
-from stratakv.integrations.vllm.lookups import LEASE_S
-from stratakv.migrate import upgrade
-from stratakv.pool.dmp_client import connect
-from stratakv.pool.meta_client import MetaClient
-from stratakv.postgres import EmbeddedPostgres
-from stratakv.wire import GetStats, ListNodes, Nodes, Stats
-from tests.integration.pool.daemon import DaemonProcess
-from tests.integration.vllm.stand_in import BLOCK_SIZE, Instance, Request
-from tests.meta_process import MetaProcess
+from stratakv.integrations.vllm.prefix_search import LEASE_S
+from tests.integration.vllm.conftest import Make, Pool
+from tests.integration.vllm.stand_in import BLOCK_SIZE, Request
 from tests.support import eventually
 
 BLOCKS = [7, 3, 50, 12]
 OTHER_BLOCKS = [1, 40, 2, 30]
 TOKENS = BLOCK_SIZE * len(BLOCKS) + 5
-
-
-@dataclass
-class Pool:
-    """One meta server, one daemon."""
-
-    endpoint: str
-    daemon: DaemonProcess
-
-    def stats(self) -> Stats:
-        async def ask() -> Stats:
-            async with MetaClient(self.endpoint) as client:
-                return await client.call(GetStats(), Stats)
-
-        return asyncio.run(ask())
-
-    def has_daemon(self) -> bool:
-        async def ask() -> bool:
-            async with MetaClient(self.endpoint) as client:
-                return bool((await client.call(ListNodes(), Nodes)).nodes)
-
-        try:
-            return asyncio.run(ask())
-        except StrataError:
-            return False
-
-    def assert_at_rest(self) -> None:
-        """No lease, no unfinished put."""
-        eventually(lambda: self.stats().leases == 0 and self.stats().puts_pending == 0, what="everything given back")
-
-
-@pytest.fixture(scope="module")
-def pool(postgres: EmbeddedPostgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
-    with psycopg.connect(postgres.database_url("postgres"), autocommit=True) as connection:
-        connection.execute("CREATE DATABASE vllm_sides")
-    upgrade(postgres.database_url("vllm_sides"))
-    directory = tmp_path_factory.mktemp("pool")
-    meta = MetaProcess(postgres.database_url("vllm_sides"), directory)
-    meta.start()
-    with DaemonProcess(directory / "dmp.log", node="dmp-v", meta_port=meta.port) as daemon:
-        pool = Pool(meta.endpoint, daemon)
-        eventually(pool.has_daemon, what="the daemon to register")
-        yield pool
-    meta.stop()
-
-
-Make = Callable[..., Instance]
-
-
-@pytest.fixture
-def make(pool: Pool) -> Iterator[Make]:
-    """Makes instances; at the end nothing of theirs may be left in the pool's books."""
-    made: list[Instance] = []
-
-    def instance(**options: object) -> Instance:
-        made.append(Instance(pool.endpoint, **options))  # type: ignore[arg-type]
-        return made[-1]
-
-    yield instance
-    for one in made:
-        one.close()
-    pool.assert_at_rest()
 
 
 def tokens(seed: int, count: int = TOKENS) -> list[int]:
@@ -103,7 +28,7 @@ def test_what_one_instance_saves_another_loads_bit_for_bit(make: Make, load: str
     num_tokens, is_between = second.ask(request)
     assert (num_tokens, is_between) == (len(BLOCKS) * BLOCK_SIZE, load == "between_steps")
     if is_between:
-        second.scheduler.blocks_allocated(request, OTHER_BLOCKS, num_tokens)
+        second.scheduler.blocks_allocated(request, [OTHER_BLOCKS], num_tokens)
         received: set[str] = set()
         eventually(lambda: received.update(second.step()[1]) or "b" in received, what="the load to end")
     else:
@@ -120,7 +45,7 @@ def test_asking_again_asks_nobody_and_changes_nothing(make: Make) -> None:
     answers = {instance.ask(request) for _ in range(5)}
     assert answers == {(len(BLOCKS) * BLOCK_SIZE, False)}
     assert instance.ask(request, 2 * BLOCK_SIZE) == (2 * BLOCK_SIZE, False)
-    assert not instance.scheduler.request_finished(request, [], 0)
+    assert not instance.scheduler.request_finished(request, [[]], 0)
 
 
 def test_at_least_one_token_is_computed(make: Make) -> None:
@@ -128,7 +53,7 @@ def test_at_least_one_token_is_computed(make: Make) -> None:
     instance.write(Request("a", tokens(4)), BLOCKS, 4)
     whole = Request("b", tokens(4, len(BLOCKS) * BLOCK_SIZE))
     assert instance.ask(whole) == ((len(BLOCKS) - 1) * BLOCK_SIZE, False)
-    instance.scheduler.request_finished(whole, [], 0)
+    instance.scheduler.request_finished(whole, [[]], 0)
 
 
 def test_a_damaged_page_is_reported_and_the_blocks_before_it_are_whole(make: Make, pool: Pool) -> None:
@@ -138,12 +63,7 @@ def test_a_damaged_page_is_reported_and_the_blocks_before_it_are_whole(make: Mak
     num_tokens, _ = instance.ask(request)
     instance.schedule(request, OTHER_BLOCKS, 0, num_tokens)
     order = instance.scheduler.take_orders(())
-    place = order.loads[0].hits[0, 0].places[2]
-    connection = connect(pool.daemon.segment, deadline=time.monotonic() + 5)
-    mapping = connection.transport.mapping()
-    assert mapping is not None
-    mapping[place.offset + 4096 + 100] ^= 1
-    connection.close()
+    pool.damage(order.loads[0].parts[0].hits[0, 0].places[2])
     blocks_before = pool.stats().blocks
     for worker in instance.workers.values():
         worker.begin_step(order)
@@ -154,7 +74,7 @@ def test_a_damaged_page_is_reported_and_the_blocks_before_it_are_whole(make: Mak
         assert torch.equal(loaded, written)
     eventually(lambda: pool.stats().blocks == blocks_before - 1, what="the page to be taken out")
     assert instance.ask(request) == (0, False)
-    instance.scheduler.request_finished(request, [], 0)
+    instance.scheduler.request_finished(request, [[]], 0)
 
 
 def test_nothing_is_saved_that_was_computed_upon_blocks_that_did_not_come(make: Make, pool: Pool) -> None:
@@ -194,7 +114,7 @@ def test_a_finished_request_keeps_its_blocks_until_they_are_saved(make: Make) ->
     request = Request("a", tokens(8))
     instance.schedule(request, BLOCKS, 0)
     instance.begin()
-    assert instance.scheduler.request_finished(request, BLOCKS, request.num_tokens)
+    assert instance.scheduler.request_finished(request, [BLOCKS], request.num_tokens)
     instance.orders = instance.scheduler.take_orders(())
     worker = instance.workers[0, 0]
     worker._held |= instance.orders.held
@@ -209,9 +129,9 @@ def test_a_request_that_ends_while_it_loads_is_reported_as_received_once(make: M
     instance.write(Request("a", tokens(9)), BLOCKS, 9)
     request = Request("b", tokens(9))
     num_tokens, _ = instance.ask(request)
-    instance.scheduler.blocks_allocated(request, OTHER_BLOCKS, num_tokens)
+    instance.scheduler.blocks_allocated(request, [OTHER_BLOCKS], num_tokens)
     instance.begin()
-    assert not instance.scheduler.request_finished(request, OTHER_BLOCKS, 0)
+    assert not instance.scheduler.request_finished(request, [OTHER_BLOCKS], 0)
     received = instance.end()[1]
     eventually(lambda: received.update(instance.step()[1]) or received == {"b"}, what="the load to be over")
     assert instance.step()[1] == set()
@@ -240,7 +160,7 @@ def test_a_block_is_found_when_all_ranks_have_it(make: Make) -> None:
     whole.schedule(request, OTHER_BLOCKS, 0, num_tokens)
     assert whole.step()[2] == set()
     for rank in ranks[1:]:
-        cache = whole.caches[rank]["layers.1"]
+        cache = whole.caches[rank]["layers.0.1"]
         assert torch.equal(cache[OTHER_BLOCKS], cache[BLOCKS])
 
 
@@ -265,5 +185,5 @@ def test_a_flush_drops_what_all_instances_wrote(make: Make) -> None:
 
 def test_an_instance_says_which_blocks_it_writes(make: Make) -> None:
     instance = make(ranks=((0, 0), (1, 0)))
-    first = instance.workers[0, 0].spec.namespace
+    first = instance.workers[0, 0].spec.namespaces[0]
     assert instance.scheduler.introduction() == {"stratakv": {"namespace": first.hex()}}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
@@ -14,6 +16,9 @@ from stratakv.settings import Secret, SqlSettings
 
 
 class Refusing:
+    async def reserve(self, calls: Sequence[InferCall]) -> list[InferCall]:
+        return list(calls)
+
     async def infer_text(self, call: InferCall) -> str:
         raise InvalidRequest("no")
 

@@ -20,7 +20,7 @@ PROFILE = WorkerProfile((PrefillPoint(16, 0, 0.1),), (DecodePoint(1, 128, 0.04),
 
 @given(
     base_s=st.floats(0.01, 1.0),
-    token_s=st.floats(1e-5, 1e-3),
+    token_s=st.floats(1e-3, 1e-2),
     pair_s=st.floats(0, 1e-6),
     num_tokens=st.integers(16, 8192),
     num_cached=st.integers(0, 8192),
@@ -69,6 +69,22 @@ def test_no_measurement_makes_a_time_negative_before_the_last_point(
     profile = WorkerProfile(tuple(prefill), tuple(decode))
     assert Curves(profile).prefill_s(num_tokens, num_cached) >= 0
     assert Curves(profile).decode_step_s(num_tokens % 64 + 1, num_cached) >= 0
+
+
+def test_two_sizes_say_too_little_to_go_by() -> None:
+    curves = Curves(WorkerProfile((PrefillPoint(16, 0, 1.5), PrefillPoint(128, 0, 0.7), PrefillPoint(64, 512, 2.0))))
+    assert not curves.is_complete
+    assert curves.prefill_s(3000, 100) == 0.0
+
+
+def test_one_batch_size_says_nothing_of_others() -> None:
+    curves = Curves(WorkerProfile((), (DecodePoint(1, 128, 0.05),)))
+    assert curves.decode_step_s(8, 512) == 0.05
+
+
+def test_a_point_that_was_measured_badly_does_not_make_long_prompts_cheap() -> None:
+    points = (PrefillPoint(16, 0, 0.1), PrefillPoint(128, 0, 0.9), PrefillPoint(512, 0, 0.8))
+    assert Curves(WorkerProfile(points)).prefill_s(5120) >= 4.0
 
 
 def test_a_profile_is_found_again_by_its_key_only(tmp_path: Path) -> None:

@@ -34,13 +34,13 @@ def engine(tiny: Path) -> Iterator[Engine]:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profiling, "PREFILLS", ((64, 0), (16, 0), (16, 256), (5000, 0)))
+    monkeypatch.setattr(profiling, "PREFILLS", ((64, 0), (16, 0), (128, 0), (16, 256), (5000, 0)))
     monkeypatch.setattr(profiling, "DECODES", ((1, 32), (4, 256), (4, 32), (1000, 16)))
 
 
 async def test_what_fits_is_measured_and_nothing_stays_cached(engine: Engine, small: None) -> None:
     profile = await measure(engine, budget_s=60.0)
-    assert [(p.num_tokens, p.num_cached) for p in profile.prefill] == [(64, 0), (16, 0), (16, 256)]
+    assert [(p.num_tokens, p.num_cached) for p in profile.prefill] == [(64, 0), (16, 0), (128, 0), (16, 256)]
     assert [(p.num_sequences, p.context_tokens) for p in profile.decode] == [(1, 32), (4, 256), (4, 32)]
     assert all(p.seconds > 0 for p in profile.prefill)
     assert all(p.step_s > 0 for p in profile.decode)
@@ -52,7 +52,7 @@ async def test_what_fits_is_measured_and_nothing_stays_cached(engine: Engine, sm
 async def test_cached_tokens_are_not_computed(engine: Engine, small: None) -> None:
     before = engine.stats().prefill_tokens
     await measure(engine, budget_s=60.0)
-    assert engine.stats().prefill_tokens - before < 400
+    assert engine.stats().prefill_tokens - before < 700
 
 
 async def test_no_more_is_measured_than_there_is_time_for(engine: Engine, small: None) -> None:

@@ -109,7 +109,12 @@ def test_no_other_number_of_pages_takes_less_time(
 def profiled(**gb_per_s: float) -> Rates:
     """A worker that computes 1,000 tokens a second, and every pair of a new and a cached token in 1 µs more."""
     rates = Rates(Clock())
-    points = (PrefillPoint(16, 0, 0.016), PrefillPoint(1000, 0, 1.0), PrefillPoint(100, 1000, 0.2))
+    points = (
+        PrefillPoint(16, 0, 0.016),
+        PrefillPoint(500, 0, 0.5),
+        PrefillPoint(1000, 0, 1.0),
+        PrefillPoint(100, 1000, 0.2),
+    )
     rates.use_profile(WorkerProfile(points, (), {tier: rate * GB for tier, rate in gb_per_s.items()}))
     return rates
 

@@ -8,7 +8,7 @@ from itertools import combinations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dbnode.tenants.fair_queue import FairQueue
+from dbnode.tenants.fair_queue import OVERTAKEN_MAX, FairQueue
 
 COST_MAX = 5000
 WEIGHTS = st.lists(st.integers(1, 1000), min_size=2, max_size=5)
@@ -72,6 +72,22 @@ def test_within_a_flow_the_lowest_priority_goes_first_and_who_left_never(
         waiting[turn[0]].remove(turn)
     assert not any(waiting.values())
     assert len(queue) == 0
+
+
+@given(
+    st.lists(st.integers(-3, 3), max_size=30), st.integers(0, 2**31 - 1), st.lists(st.integers(-(2**31), 3), min_size=1)
+)
+def test_a_low_priority_is_overtaken_so_often_and_no_more(ahead: list[int], mine: int, others: list[int]) -> None:
+    queue = FairQueue[str]()
+    for priority in ahead:
+        queue.push(1, 100, 10, priority, "ahead")
+    queue.push(1, 100, 10, mine, "mine")
+    for number in range(len(ahead) + OVERTAKEN_MAX + 1):  # without end, they come faster than they are let in
+        queue.push(1, 100, 10, others[number % len(others)], "later")
+        queue.push(1, 100, 10, others[number % len(others)], "later")
+        if queue.pop() == "mine":
+            return
+    raise AssertionError("it was passed over too often")
 
 
 def test_who_asks_for_more_than_it_takes_is_given_the_rest_back() -> None:

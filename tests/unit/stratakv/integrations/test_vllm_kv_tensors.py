@@ -42,7 +42,7 @@ def test_the_runs_of_a_block_are_exactly_its_bytes(
             runs = [layer.storage[at : at + run.size] for run in layer.runs for at in [run.start + block * run.stride]]
             expected = cache[block * split : (block + 1) * split].flatten()
             assert torch.equal(torch.cat(runs).view(torch.int32).sort().values, expected.sort().values)
-    layout = layout_of(found, 16, "int32", 0, 0)
+    layout = layout_of(found, 16, "int32", 0, 0, 0)
     assert layout.data_bytes == layers * split * math.prod(shape[1:]) * 4
 
 

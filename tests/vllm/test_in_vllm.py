@@ -1,4 +1,4 @@
-"""Keys that the connector computes itself are vLLM's own, by vLLM's own functions."""
+"""What is checked by scripts that run where vLLM is, against vLLM's own functions."""
 
 from __future__ import annotations
 
@@ -14,10 +14,18 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_salt_adapters_and_images_enter_computed_keys_as_they_enter_vllms(tmp_path: Path) -> None:
-    (tmp_path / "stratakv").symlink_to(ROOT / "stratakv")
+    assert_same("same_keys.py", tmp_path)
+
+
+def test_groups_need_and_are_held_by_what_vllm_frees(tmp_path: Path) -> None:
+    assert_same("same_groups.py", tmp_path)
+
+
+def assert_same(script: str, directory: Path) -> None:
+    (directory / "stratakv").symlink_to(ROOT / "stratakv")
     done = subprocess.run(
-        [VENV / "bin/python", Path(__file__).with_name("same_keys.py")],
-        env=vllm_environment(tmp_path),
+        [VENV / "bin/python", Path(__file__).with_name(script)],
+        env=vllm_environment(directory),
         capture_output=True,
         text=True,
         check=False,
