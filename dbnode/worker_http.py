@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -25,6 +26,7 @@ ANSWER_BYTES_MAX = 8 * 1024 * 1024
 
 ENDPOINT_GONE = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 CONNECTION_LOST = (aiohttp.ClientError, ConnectionError)
+_DONE = b"[DONE]"
 _NO_HEADERS: Mapping[str, str] = {}
 
 Decoded = TypeVar("Decoded")
@@ -61,7 +63,17 @@ class EventStream:
         self._response.release()
 
     async def payloads(self) -> AsyncGenerator[bytes, None]:
-        """Data of the events, up to the one that says [DONE]. Raises WorkerLost, WorkerRefused, DeadlineExceeded."""
+        """Data of the events, one by one; otherwise as `batches`."""
+        async with aclosing(self.batches()) as batches:
+            async for batch in batches:
+                for payload in batch:
+                    yield payload
+
+    async def batches(self) -> AsyncGenerator[list[bytes], None]:
+        """Data of the events that came together, up to the one that says [DONE].
+
+        Raises WorkerLost, WorkerRefused, DeadlineExceeded.
+        """
         rest = b""
         while True:
             data = await self._read()
@@ -70,14 +82,15 @@ class EventStream:
             *lines, rest = (rest + data).split(b"\n")
             if len(rest) > ANSWER_BYTES_MAX:
                 raise WorkerRefused(f"{self.url} sent a line of more than {ANSWER_BYTES_MAX} bytes")
-            for line in lines:
-                if not line.startswith(b"data:"):
-                    continue
-                payload = line[5:].strip()
-                if payload == b"[DONE]":
-                    await self._end()
-                    return
-                yield payload
+            payloads = [line[5:].strip() for line in lines if line.startswith(b"data:")]
+            is_done = _DONE in payloads
+            if is_done:
+                del payloads[payloads.index(_DONE) :]
+            if payloads:
+                yield payloads
+            if is_done:
+                await self._end()
+                return
 
     async def _end(self) -> None:
         """Read the end of the body, so that the connection can serve the next request."""

@@ -134,6 +134,18 @@ class WorkerChunk(msgspec.Struct, frozen=True):
         return [token_id for choice in self.choices for token_id in choice.token_ids or ()]
 
     @property
+    def has_only_tokens(self) -> bool:
+        """Nothing but tokens of one choice."""
+        if len(self.choices) != 1 or self.usage is not None or self.kv_transfer_params is not None:
+            return False
+        choice = self.choices[0]
+        return choice.finish_reason is None and choice.logprobs is None and choice.kv_transfer_params is None
+
+    def with_tokens_of(self, later: WorkerChunk) -> WorkerChunk:
+        """Both have only tokens."""
+        return WorkerChunk([WorkerChoice([*self.token_ids, *later.token_ids])])
+
+    @property
     def scores(self) -> list[TokenScore]:
         """Of these tokens, if they were asked for. Raises ValueError."""
         return [score for choice in self.choices if choice.logprobs for score in choice.logprobs.scores()]
