@@ -93,7 +93,9 @@ class Curves:
             self._prefill = _Line(())
         behind = [p for p in profile.prefill if p.num_cached]
         pairs = [max(0.0, p.seconds - self._prefill(p.num_tokens)) / (p.num_tokens * p.num_cached) for p in behind]
-        self._pair_s = sum(pairs) / len(pairs) if pairs else 0.0
+        # The pairs of a prompt's own tokens take no longer than all of it.
+        most_s = min((2 * seconds / num_tokens**2 for num_tokens, seconds in fresh), default=0.0)
+        self._pair_s = min(sum(pairs) / len(pairs), most_s) if pairs else 0.0
         self._context_s = _context_s(profile.decode)
         by_sequences: dict[int, list[float]] = {}
         for point in profile.decode:

@@ -26,6 +26,7 @@ from stratakv.errors import (
 )
 from stratakv.keys import BlockKey
 from stratakv.log import EventLogger
+from workers.engine.answers import End, take_token
 from workers.engine.checks import check_request
 from workers.engine.config import EngineConfig
 from workers.engine.connector import KVConnector
@@ -38,9 +39,9 @@ from workers.engine.requests import (
     FinishedEvent,
     FinishReason,
     OnEvent,
-    TokenEvent,
 )
 from workers.engine.reservations import Reservations
+from workers.engine.sampler import Sample
 from workers.engine.scheduler import Scheduler
 from workers.engine.sequence import Sequence as RunningSequence
 from workers.engine.stats import EngineStats, StatsKeeper
@@ -230,7 +231,7 @@ class Engine:
         parts = self._scheduler.schedule()
         now = self._clock()
         if not parts:
-            # Blocks are held by write-downs only; they come back as a posted release.
+            # What is waited for, blocks that are being written down or an answer of the tiers below, will be posted.
             with self._lock:
                 self._lock.wait_for(lambda: self._posted or self._stopping, timeout=_WAIT_S)
             return
@@ -253,42 +254,23 @@ class Engine:
             _log.warning("kv_load_failed", num_good_blocks=outcome.load_error.num_good_blocks)
         elif outcome.sample is None:
             error = NotFinite("The model's output for this request is not a finite number.")
-            self._finish(sequence, FinishReason.ERROR, error)
+            self._finish(sequence, End(FinishReason.ERROR, error))
         elif outcome.structure_error is not None:
-            self._finish(sequence, FinishReason.ERROR, outcome.structure_error)
+            self._finish(sequence, End(FinishReason.ERROR, outcome.structure_error))
         else:
             samples = outcome.part.samples
             self._scheduler.computed(outcome.part)
             if samples:
-                self._take_token(sequence, outcome)
+                self._take_token(sequence, outcome.sample)
 
-    def _take_token(self, sequence: RunningSequence, outcome: PartOutcome) -> None:
-        sampled, sampling = outcome.sample, sequence.request.sampling
-        assert sampled is not None
+    def _take_token(self, sequence: RunningSequence, sampled: Sample) -> None:
         if sequence.first_token_at is None:
             sequence.first_token_at = self._clock()
-        index = sequence.output_index
-        structure = sequence.request.structure
-        sequence.append(sampled.token_id)
-        is_eos = sampled.token_id in self.model.facts.eos_token_ids and (
-            not sampling.ignore_eos or structure is not None
-        )
-        # An answer that was generated elsewhere up to the end of its form gets no further token.
-        was_finished = structure is not None and structure.is_finished
-        if is_eos or was_finished or sampled.token_id in sampling.stop_token_ids:
-            self._finish(sequence, FinishReason.STOP, None, stop_token_id=sampled.token_id)
-            return
-        event = TokenEvent(sequence.request_id, sampled.token_id, index, sampled.logprob, sampled.top_logprobs)
-        self._emit(sequence, event)
-        try:
-            is_whole = structure is not None and structure.take(sampled.token_id)
-        except StrataError as error:
-            self._finish(sequence, FinishReason.ERROR, error)
-            return
-        if is_whole:
-            self._finish(sequence, FinishReason.STOP, None)
-        elif index + 1 >= sampling.max_tokens:
-            self._finish(sequence, FinishReason.LENGTH, None)
+        event, end = take_token(sequence, sampled, self.model.facts.eos_token_ids)
+        if event is not None:
+            self._emit(sequence, event)
+        if end is not None:
+            self._finish(sequence, end)
 
     def _arrive(self, sequence: RunningSequence) -> None:
         with self._lock:
@@ -306,36 +288,23 @@ class Engine:
     def _cancel(self, request_id: str) -> None:
         sequence = self._known.get(request_id)
         if sequence is not None:
-            self._finish(sequence, FinishReason.CANCELLED, Cancelled("The request was cancelled."))
+            self._finish(sequence, End(FinishReason.CANCELLED, Cancelled("The request was cancelled.")))
 
     def _expire(self) -> None:
         now = self._clock()
         late = [s for s in self._scheduler.sequences() if s.request.deadline is not None and s.request.deadline <= now]
         for sequence in late:
-            self._finish(sequence, FinishReason.DEADLINE, DeadlineExceeded("The request's deadline has passed."))
+            self._finish(sequence, End(FinishReason.DEADLINE, DeadlineExceeded("The request's deadline has passed.")))
 
-    def _finish(
-        self,
-        sequence: RunningSequence,
-        reason: FinishReason,
-        error: StrataError | None,
-        *,
-        stop_token_id: int | None = None,
-    ) -> None:
+    def _finish(self, sequence: RunningSequence, end: End) -> None:
         self._scheduler.remove(sequence)
-        self._answer(sequence, reason, error, stop_token_id)
+        self._answer(sequence, end)
 
-    def _answer(
-        self,
-        sequence: RunningSequence,
-        reason: FinishReason,
-        error: StrataError | None,
-        stop_token_id: int | None = None,
-    ) -> None:
+    def _answer(self, sequence: RunningSequence, end: End) -> None:
         with self._lock:
             del self._known[sequence.request_id]
         usage = sequence.usage(self._clock())
-        self._emit(sequence, FinishedEvent(sequence.request_id, reason, error, usage, stop_token_id))
+        self._emit(sequence, FinishedEvent(sequence.request_id, end.reason, end.error, usage, end.stop_token_id))
 
     def _emit(self, sequence: RunningSequence, event: EngineEvent) -> None:
         try:
@@ -365,5 +334,5 @@ class Engine:
                 sequence.release_external()
             except StrataError:
                 _log.exception("release_failed")
-            self._answer(sequence, FinishReason.ERROR, error)
+            self._answer(sequence, End(FinishReason.ERROR, error))
         self._publish_stats()

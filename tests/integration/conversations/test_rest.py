@@ -160,6 +160,16 @@ async def test_what_nobody_adds_to_ends_and_is_cleared_away(node: RunningNode, q
     assert query("SELECT expires_at > now() + interval '29 days' FROM stratakv.conversations") == [(True,)]
 
 
+async def test_those_of_a_deleted_tenant_are_cleared_away(shared: tuple[RunningNode, str, str], query: Query) -> None:
+    node, acme, bolt = shared
+    for key in (acme, bolt):
+        await call(node, "POST", "", **{"Authorization": f"Bearer {key}"})
+    query("UPDATE stratakv.tenants SET deleted_at = now() WHERE name = 'acme'")
+    assert await node.node.conversations.store.sweep() == 1
+    left = query("SELECT t.name FROM stratakv.conversations c JOIN stratakv.tenants t ON t.id = c.tenant_id")
+    assert left == [("bolt",)]
+
+
 async def test_without_its_database_a_db_node_says_so(worker: StandInWorker) -> None:
     async with running_node(worker) as node:
         status, answer = await call(node, "POST", "")

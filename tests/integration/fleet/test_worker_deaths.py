@@ -62,7 +62,7 @@ async def answer(
 
 
 async def test_a_client_does_not_notice_that_workers_are_killed(pool: Pool, tokenizer: PreTrainedTokenizerBase) -> None:
-    before, after = (prompt_of(tokenizer, 1500, seed=seed) for seed in (4000, 4001))
+    before, after = (prompt_of(tokenizer, 900, seed=seed) for seed in (4000, 4001))
     expected = [pool.alone.complete(prompt, OUTPUT_TOKENS).token_ids for prompt in (before, after)]
     pool.alone.drop("l1")
     by_name = {"prefill": pool.prefill, "decode": pool.decode, "alone": pool.alone}

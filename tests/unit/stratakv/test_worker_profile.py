@@ -21,7 +21,7 @@ PROFILE = WorkerProfile((PrefillPoint(16, 0, 0.1),), (DecodePoint(1, 128, 0.04),
 @given(
     base_s=st.floats(0.01, 1.0),
     token_s=st.floats(1e-3, 1e-2),
-    pair_s=st.floats(0, 1e-6),
+    pair_s=st.floats(0, 9e-7),
     num_tokens=st.integers(16, 8192),
     num_cached=st.integers(0, 8192),
 )
@@ -30,6 +30,8 @@ def test_times_that_follow_the_rule_are_told_between_and_behind_the_points(
 ) -> None:
     def seconds(new: int, cached: int) -> float:
         return base_s + token_s * new + pair_s * new * cached
+
+    assert pair_s * 2048 * 2048 / 2 <= seconds(2048, 0)
 
     shapes = ((16, 0), (512, 0), (2048, 0), (64, 2048))
     curves = Curves(WorkerProfile(tuple(PrefillPoint(*shape, seconds(*shape)) for shape in shapes)))
