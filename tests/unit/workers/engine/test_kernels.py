@@ -318,6 +318,13 @@ def test_more_layers_than_a_stack_has_are_refused() -> None:
         NativeLayers(config, tables(config, torch.bfloat16), [random_weights(config)] * 2)
 
 
+def test_more_wanted_rows_than_rows_are_refused() -> None:
+    config, batch = shape(2, 1, 32), step_of([Tokens(0, 2)], 16)
+    layers = NativeLayers(config, tables(config, torch.bfloat16), [random_weights(config)])
+    with pytest.raises(ValueError, match="not a step"):
+        layers.forward(replace(batch, logit_rows=[1] * 3), Caches(config, batch, 16), Hooks(is_idle=True))
+
+
 def test_a_step_before_all_layers_are_there_is_refused() -> None:
     config, batch = replace(shape(2, 1, 32), num_layers=2), step_of([Tokens(0, 2)], 16)
     layers = NativeLayers(config, tables(config, torch.bfloat16), [random_weights(config)])
