@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from stratakv.keys import block_keys
+from stratakv.keys import block_keys, salt_extra
 
 MODEL = "smollm2-135m"
 BLOCK_SIZE = 16
@@ -139,8 +139,9 @@ class StandInWorker:
             self.cancelled += 1
             raise
 
-    def _usage(self, prompt: list[int], num_generated: int, pool_tokens: int) -> dict[str, Any]:
-        keys = block_keys(prompt, BLOCK_SIZE)
+    def _usage(self, body: dict[str, Any], num_generated: int, pool_tokens: int) -> dict[str, Any]:
+        prompt = body["prompt"]
+        keys = block_keys(prompt, BLOCK_SIZE, first_block_extra=salt_extra(body.get("cache_salt")))
         num_held = next((i for i, key in enumerate(keys) if key not in self.l1), len(keys))
         self.l1.update(keys)
         l1 = min(num_held * BLOCK_SIZE, len(prompt) - 1)
@@ -172,7 +173,7 @@ class StandInWorker:
         await response.write(_event({"choices": [self._choice(body, 0)]}))
         end = {"index": 0, "text": "", "token_ids": [], "finish_reason": "length"}
         await response.write(_event({"choices": [end], "kv_transfer_params": handover}))
-        await response.write(_event({"choices": [], "usage": self._usage(prompt, 1, 0)}))
+        await response.write(_event({"choices": [], "usage": self._usage(body, 1, 0)}))
         await response.write(b"data: [DONE]\n\n")
         return response
 
@@ -189,7 +190,6 @@ class StandInWorker:
     async def _stream(self, request: web.Request, body: dict[str, Any], resumed: list[int]) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
-        prompt = body["prompt"]
         if self.handover_fails and (body.get("kv_transfer_params") or {}).get("remote_request_id"):
             error = {"message": "not here", "type": "server_error", "param": None, "code": "handover_failed"}
             await response.write(_event({"error": error}))
@@ -206,7 +206,7 @@ class StandInWorker:
             _event({"choices": [{"index": 0, "text": "", "token_ids": [], "finish_reason": self.finish_reason}]})
         )
         pool_tokens = (body.get("kv_transfer_params") or {}).get("num_tokens", 0)
-        usage = self._usage(prompt, body["max_tokens"], pool_tokens)
+        usage = self._usage(body, body["max_tokens"], pool_tokens)
         await response.write(_event({"choices": [], "usage": usage}))
         await response.write(b"data: [DONE]\n\n")
         return response

@@ -90,8 +90,9 @@ SET turn_id = $2, turn_ends_at = clock_timestamp() + $3::double precision * inte
 UPDATE stratakv.conversations SET turn_id = NULL, turn_ends_at = NULL WHERE id = $1 AND turn_id = $2
 
 -- name: sweep
--- Some of those that have ended; several DB nodes take different ones.
+-- Some of those that have ended, or whose tenant was deleted; several DB nodes take different ones.
 DELETE FROM stratakv.conversations WHERE id IN (
-    SELECT id FROM stratakv.conversations WHERE expires_at <= now()
-    ORDER BY expires_at LIMIT $1 FOR UPDATE SKIP LOCKED
+    SELECT id FROM stratakv.conversations
+    WHERE expires_at <= now() OR tenant_id = ANY (ARRAY(SELECT id FROM stratakv.tenants WHERE deleted_at IS NOT NULL))
+    LIMIT $1 FOR UPDATE SKIP LOCKED
 )

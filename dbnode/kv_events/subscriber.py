@@ -27,6 +27,8 @@ REPLAY_TIMEOUT_S = 5.0
 REPLAY_BATCHES_MAX = 100_000
 SILENCE_S = 15.0
 """After so long without events the publisher is asked whether there were any."""
+UNANSWERED_MAX = 2
+"""So often in vain, and the publisher's word counts no longer until it is heard again."""
 RETRY_S = 5.0
 MESSAGE_BYTES_MAX = 64 * 1024 * 1024
 QUEUED_MAX = 10_000
@@ -52,6 +54,10 @@ class KvSubscriber:
         self._events_url = events_url
         self._replay_url = replay_url
         self._silence_s = silence_s
+        self._has_answered = False
+        """Whether it has ever been there to be asked for missed events."""
+        self._unanswered = 0
+        """How often in a row it was not, since."""
 
     async def run(self) -> None:
         """Never raises but when cancelled; a worker whose events cannot be read is routed to by what it was sent."""
@@ -79,9 +85,16 @@ class KvSubscriber:
                         batch = read_batch(await socket.recv_multipart())
                 except TimeoutError:
                     await self._catch_up(None)
+                    self._doubt_the_silent()
                     continue
                 if batch is not None:
                     await self._take(batch)
+
+    def _doubt_the_silent(self) -> None:
+        """A publisher that has answered before and does so no more may have told what did not arrive."""
+        if self._unanswered >= UNANSWERED_MAX and self.feed.status.state is FeedState.LIVE:
+            log.warning("kv_events_silent", worker=self._name)
+            self.feed.lose("it does not answer any more whether events are missing")
 
     async def _take(self, batch: EventBatch) -> None:
         match self.feed.take(batch):
@@ -132,8 +145,10 @@ class KvSubscriber:
                     async with asyncio.timeout(REPLAY_TIMEOUT_S):
                         batch = read_batch(await socket.recv_multipart())
                 except TimeoutError:
+                    self._unanswered += self._has_answered
                     log.debug("kv_events_no_replay", worker=self._name, url=self._replay_url)
                     return
+                self._has_answered, self._unanswered = True, 0
                 if batch is None:
                     return
                 yield batch

@@ -122,6 +122,11 @@ def backlog_ms(candidate: Candidate) -> float:
     return candidate.queued_tokens / tokens_per_ms + _step_ms(candidate) * candidate.running
 
 
+def mean_prefill_ms(candidate: Candidate) -> float:
+    """Of the requests that it was sent; 0 while that is not known."""
+    return candidate.sent_tokens_mean * 1000 / (candidate.prefill_tokens_per_s or PREFILL_TOKENS_PER_S_DEFAULT)
+
+
 def forecast_s(candidates: Sequence[Candidate], computed_tokens: int, decode_steps: int, num_at_once: int) -> float:
     """Of many requests, spread evenly: their prompts computed by all workers, their steps shared by `num_at_once`."""
     tokens_per_s = sum(c.prefill_tokens_per_s or PREFILL_TOKENS_PER_S_DEFAULT for c in candidates)

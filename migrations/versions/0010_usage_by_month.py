@@ -133,7 +133,9 @@ COMMENT ON FUNCTION stratakv.drop_usage_partitions(integer) IS 'Called by DB nod
 """
 
 TRIGGER = f"""
-CREATE FUNCTION stratakv.keep_usage() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+-- With its owner's rights: who may settle requests need not be let into the sums.
+CREATE FUNCTION stratakv.keep_usage() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     INSERT INTO stratakv.usage_history ({COLUMNS})
     SELECT {COLUMNS} FROM settled;

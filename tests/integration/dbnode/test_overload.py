@@ -14,12 +14,28 @@ import pytest_asyncio
 from dbnode.errors import ExpectedTooLate
 from dbnode.sql.service import InferCall, NullAnswer
 from dbnode.sql_inference import SqlInference
-from tests.integration.dbnode.running_node import RunningNode, running_node
-from tests.stand_in_worker import MODEL, StandInWorker
+from stratakv.keys import block_keys, unpack_keys
+from stratakv.wire import Done, FetchAhead
+from tests.integration.dbnode.running_node import PoolOfBlocks, RunningNode, running_node
+from tests.stand_in_worker import BLOCK_SIZE, MODEL, StandInWorker
 from tests.support import eventually_async
 
 PROMPT = list(range(300, 350))
 BUSY = {"prefill_tokens_per_s": 1000.0, "decode_step_s": 0.01, "waiting_tokens": 9000, "waiting": 3}
+
+
+class AskedPool(PoolOfBlocks):
+    """Remembers what it was told to fetch."""
+
+    def __init__(self, num_blocks: int) -> None:
+        super().__init__(num_blocks)
+        self.fetched: list[FetchAhead] = []
+
+    async def call(self, request: Any, reply_type: type[Any], timeout_s: float | None = None) -> Any:
+        if isinstance(request, FetchAhead):
+            self.fetched.append(request)
+            return Done()
+        return await super().call(request, reply_type, timeout_s)
 
 
 @pytest_asyncio.fixture
@@ -64,6 +80,15 @@ async def test_an_idle_fleet_refuses_nobody(node: RunningNode, worker: StandInWo
     (record,) = node.node.directory.records
     await eventually_async(lambda: not record.load.waiting_tokens, what="the node hears that it is idle")
     assert await complete(node)
+
+
+async def test_what_a_request_that_waits_will_need_is_fetched_ahead(worker: StandInWorker) -> None:
+    pool = AskedPool(num_blocks=2)
+    async with running_node(worker, meta=pool) as node:
+        await node.openai.completions.create(model=MODEL, prompt=list(range(400, 600)), max_tokens=3)
+        await eventually_async(lambda: pool.fetched, what="the pool is asked to fetch ahead")
+    (asked,) = pool.fetched
+    assert unpack_keys(asked.keys) == block_keys(list(range(400, 600)), BLOCK_SIZE)
 
 
 async def test_a_row_that_cannot_come_in_time_says_so_at_once_or_is_null(node: RunningNode) -> None:

@@ -127,6 +127,24 @@ async def test_what_was_missed_is_noticed_in_silence_and_asked_for() -> None:
             await eventually_async(lambda: agree(index, cache), what="index and cache agree again")
 
 
+async def test_a_worker_that_answers_no_more_is_not_believed_until_it_is_heard_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dbnode.kv_events.subscriber.REPLAY_TIMEOUT_S", 0.1)
+    cache = new_cache()
+    publisher = KvEventPublisher(cache, "127.0.0.1", 0)
+    index, subscriber = listener(publisher, silence_s=0.1)
+    async with running(subscriber.run()):
+        async with running(publisher.run()):
+            hold(cache, KEYS[0])
+            await eventually_async(lambda: agree(index, cache), what="index and cache agree")
+        await eventually_async(lambda: not index.is_told, what="the silent worker is not believed")
+        async with running(publisher.run()):
+            hold(cache, KEYS[1])
+            await eventually_async(lambda: agree(index, cache), what="index and cache agree again")
+    publisher.close()
+
+
 async def test_a_journal_that_overflows_costs_nothing_but_a_new_beginning() -> None:
     cache = new_cache()
     async with telling(cache, changes_max=3) as publisher:

@@ -224,3 +224,18 @@ def test_listener_over_tcp_works_for_an_owner_who_is_no_superuser(
                 assert sessions.pop().startswith("sql-")
         finally:
             admin.execute("REASSIGN OWNED BY manager TO postgres; DROP OWNED BY manager; DROP ROLE manager")
+
+
+def test_the_role_that_has_logged_in_is_told_with_its_oid_and_cluster_whatever_role_is_set(
+    alice: Connection, roles: Connection, model: ReversingModel
+) -> None:
+    alice.execute("SELECT infer('a')")
+    alice.execute("SET ROLE team")
+    alice.execute("SELECT infer('b')")
+    oid = roles.execute("SELECT 'alice'::regrole::oid::bigint").fetchone()
+    cluster = roles.execute("SELECT system_identifier::text FROM pg_control_system()").fetchone()
+    first, second = model.calls
+    assert (first.role, second.role) == ("alice", "team")
+    assert first.login is not None
+    assert first.login == second.login
+    assert (first.login.role, (first.login.oid,), (first.login.cluster,)) == ("alice", oid, cluster)

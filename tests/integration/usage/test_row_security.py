@@ -197,3 +197,14 @@ def test_services_that_own_the_schema_without_being_superuser_see_and_write_all(
         assert owner.execute("SELECT sum(requests) FROM stratakv.usage_daily").fetchone() == (5,)
         assert owner.execute("SELECT * FROM stratakv.my_usage").fetchall() == []
     query("REASSIGN OWNED BY owner_app TO postgres")
+
+
+def test_a_service_with_rights_on_what_it_writes_only_settles_requests(world: str, query: Query) -> None:
+    query("CREATE ROLE writer_app LOGIN")
+    query("GRANT SELECT, INSERT ON stratakv.usage_events TO writer_app")
+    query("GRANT SELECT ON stratakv.tenants TO writer_app")
+    write_now(world.replace("postgres@", "writer_app@", 1), event("a3"))
+    assert query("SELECT count(*) FROM stratakv.usage_history WHERE request_id = 'a3'") == [(1,)]
+    assert query("SELECT sum(requests) FROM stratakv.usage_daily") == [(4,)]
+    with session(world, "writer_app") as writer:
+        assert visible(writer) == set()

@@ -46,13 +46,14 @@ void Plan::add_items(int index) {
   const int chunk_keys = std::max(4, ceil_div(ceil_div(segment.num_keys, wanted), kWideKeys)) * kWideKeys;
   const int num_chunks = wanted == 1 ? 1 : ceil_div(segment.num_keys, chunk_keys);
   chunks_.push_back(num_chunks);
-  for (int first = (num_columns - 1) / kWideColumns * kWideColumns; first >= 0; first -= kWideColumns) {
-    const int last_row = std::min(first + kWideColumns, num_columns) - 1;
-    const int end = segment.causal_from < 0
-                        ? segment.num_keys
-                        : std::min(segment.num_keys, segment.causal_from + last_row / shape_.group() + 1);
-    for (int head = 0; head < shape_.num_kv_heads; ++head) {
-      for (int chunk = 0; chunk < num_chunks; ++chunk) {
+  // Blocks of columns go by while the keys and values of one head stay in near memory; those that see most keys come first.
+  for (int head = 0; head < shape_.num_kv_heads; ++head) {
+    for (int chunk = 0; chunk < num_chunks; ++chunk) {
+      for (int first = (num_columns - 1) / kWideColumns * kWideColumns; first >= 0; first -= kWideColumns) {
+        const int last_row = std::min(first + kWideColumns, num_columns) - 1;
+        const int end = segment.causal_from < 0
+                            ? segment.num_keys
+                            : std::min(segment.num_keys, segment.causal_from + last_row / shape_.group() + 1);
         const int first_key = num_chunks == 1 ? 0 : std::min(end, chunk * chunk_keys);
         const int stop_key = chunk + 1 == num_chunks ? end : std::min(end, first_key + chunk_keys);
         items_.push_back({index, head, first, first_key, stop_key, chunk});

@@ -20,10 +20,11 @@ constexpr int kStepLines = kPanelStep * 2 / 64;
 constexpr int kNearSteps = 24, kNearStepsOfSums = 12;
 constexpr int kGroupRows = 512;  // Rows whose sums are kept between two parts of a panel.
 
-// Fetches the panel that comes next, a few lines with every step of this one.
+// Fetches what comes next, with every step: if the panel is read once its own next step, else some lines of the next panel.
 class Ahead {
  public:
-  Ahead(const uint16_t* next, int num_pairs) : at_(next), lines_((kStepLines + num_pairs - 1) / num_pairs) {}
+  Ahead(const uint16_t* panel, const uint16_t* next, int num_pairs)
+      : at_(num_pairs == 1 ? panel + kPanelStep : next), lines_((kStepLines + num_pairs - 1) / num_pairs) {}
 
   void advance() {
     for (int i = 0; i < lines_; ++i, at_ += 32) _mm_prefetch(at_, _MM_HINT_T1);
@@ -144,7 +145,8 @@ void for_outputs(const Weight& weight, const Inputs& in, const Panels& panels, c
   alignas(64) float partial[kGroupRows * kPanelColumns];
   Finished<Take> finished(weight, num_steps / num_parts, take);
   for (int index = panels.first; index < panels.stop; ++index) {
-    Ahead ahead(index + 1 < panels.stop ? weight.panel(index + 1) : panels.then, num_pairs);
+    const uint16_t* const next = index + 1 < panels.stop ? weight.panel(index + 1) : panels.then;
+    Ahead ahead(weight.panel(index), next, num_pairs);
     for (int part = 0; part < num_parts; ++part) {
       const int first = num_steps * part / num_parts, count = num_steps * (part + 1) / num_parts - first;
       const uint16_t* const panel = weight.panel(index) + int64_t(first) * kPanelStep;
@@ -226,7 +228,8 @@ void multiply_add(const Weight& weight, const Inputs& in, const Panels& panels, 
   const int num_parts = count_parts(num_steps, kNearStepsOfSums, in.num_rows);
   Nothing nothing;
   for (int index = panels.first; index < panels.stop; ++index) {
-    Ahead ahead(index + 1 < panels.stop ? weight.panel(index + 1) : panels.then, num_pairs);
+    const uint16_t* const next = index + 1 < panels.stop ? weight.panel(index + 1) : panels.then;
+    Ahead ahead(weight.panel(index), next, num_pairs);
     for (int part = 0; part < num_parts; ++part) {
       const int first = num_steps * part / num_parts, count = num_steps * (part + 1) / num_parts - first;
       const uint16_t* const panel = weight.panel(index) + int64_t(first) * kPanelStep;

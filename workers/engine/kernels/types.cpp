@@ -181,7 +181,9 @@ PyObject* stack_begin(PyObject* self, PyObject* args) {
     if (owner.stack->num_added() != shape.num_layers) refuse("not all layers have been added");
     const size_t num_rows = Bytes(token_ids, false).size() / sizeof(int64_t);
     const size_t num_wanted = Bytes(wanted, false).size() / sizeof(int64_t);
-    if (num_rows == 0 || num_rows > 1 << 24 || num_wanted == 0 || num_threads < 1) refuse("not a step");
+    if (num_rows == 0 || num_rows > 1 << 24 || num_wanted == 0 || num_wanted > num_rows || num_threads < 1) {
+      refuse("not a step");
+    }
     auto step = std::make_unique<Step>();
     step->token_ids = read_numbers(token_ids, num_rows, owner.vocab, "token ids");
     step->positions = read_numbers(positions, num_rows, owner.num_positions, "positions");

@@ -116,6 +116,18 @@ def test_a_rule_that_knows_no_roles_asks_others_only_when_there_is_nobody_else(p
     assert chosen(policy, [prefill], 100) == "p"
 
 
+def test_the_longer_all_queues_are_the_more_a_token_counts_that_need_not_be_computed() -> None:
+    def fleet(queued_tokens: int) -> list[Candidate]:
+        known = {"sent_tokens_mean": 1000.0}
+        return [
+            candidate("holder", l1_tokens=900, queued_tokens=queued_tokens + 1000, **known),
+            candidate("other", queued_tokens=queued_tokens, **known),
+        ]
+
+    assert chosen(RouterPolicy.COST, fleet(0), 1000) == "other"
+    assert chosen(RouterPolicy.COST, fleet(2000), 1000) == "holder"
+
+
 def test_round_robin_takes_turns() -> None:
     fleet = [candidate("a", last_turn=3), candidate("b", last_turn=1, queued_tokens=10**6), candidate("c", last_turn=2)]
     assert chosen(RouterPolicy.ROUND_ROBIN, fleet, 100) == "b"

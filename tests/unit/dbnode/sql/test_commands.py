@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dbnode.sql.binding import BindingRegistry, SessionBinding, UnknownNonce
-from dbnode.sql.commands import Bind, Infer, NotUtf8, Poll, SetEncoding, answer_reply, parse_command
+from dbnode.sql.commands import Ask, Bind, Infer, NotUtf8, Poll, SetEncoding, answer_reply, parse_command
 from dbnode.sql.errors import ProtocolViolation
 from dbnode.sql.messages import cstring, int32, message
 from dbnode.sql.own_statements import Within, bind_exchange
 from dbnode.sql.row_prompt import RowPrompt
+from dbnode.sql.service import Login
 from stratakv.errors import InvalidRequest, StrataError
 
 texts = st.text(st.characters(blacklist_categories=["Cs"]), max_size=30)
@@ -43,6 +44,25 @@ def test_call_is_read_as_it_was_written(
 ) -> None:
     command = parse_command(_infer(role, model, options, prompt.encode()))
     assert command == Infer(7, role, "db", model, options or {}, prompt)
+
+
+def _ask(role: str, payload: bytes, topic: bytes = b"usage") -> bytes:
+    words = (b"7", _hex("r") + b":16384:" + _hex(role), _hex("db"), topic, b"=" + base64.encodebytes(payload))
+    return b"ask " + b" ".join(words)
+
+
+@given(texts, st.dictionaries(texts, texts))
+def test_question_is_read_as_it_was_written(role: str, payload: dict[str, str]) -> None:
+    command = parse_command(_ask(role, json.dumps(payload).encode()), "42")
+    assert command == Ask(7, "usage", payload, "r", "db", Login(role, 16384, "42"))
+
+
+@pytest.mark.parametrize(
+    "command", [_ask("r", b"[]"), _ask("r", b"{"), _ask("r", b"{}", topic=b"a-b"), b"ask 7 72 6462 usage", b"ask"]
+)
+def test_malformed_question_is_refused(command: bytes) -> None:
+    with pytest.raises(ProtocolViolation):
+        parse_command(command)
 
 
 @given(texts, texts, st.dictionaries(texts, texts))

@@ -289,10 +289,53 @@ def test_a_model_in_bf16_gives_the_same_logits_with_and_without(
     assert (with_kernels - exact).abs().mean() < 1.2 * (without - exact).abs().mean()
 
 
-def logits(directory: Path, token_ids: list[int], dtype: EngineDtype) -> torch.Tensor:
+@pytest.mark.parametrize(
+    ("config", "block_size"),
+    [
+        pytest.param(LlamaConfig(**{**TINY, "head_dim": 32}), 8, id="blocks of half a group"),
+        pytest.param(LlamaConfig(**{**TINY, "head_dim": 16}), 16, id="heads of half a product"),
+        pytest.param(LlamaConfig(**{**TINY, "head_dim": 32, "intermediate_size": 80}), 16, id="an inner part of 80"),
+    ],
+)
+def test_what_the_kernels_do_not_take_is_computed_by_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: PretrainedConfig, block_size: int
+) -> None:
+    directory, token_ids = save_tiny(tmp_path, config), prompt(7, 60)
+    found = logits(directory, token_ids, EngineDtype.BF16, block_size)
+    monkeypatch.setenv(NATIVE_ENV, "0")
+    torch.testing.assert_close(found, logits(directory, token_ids, EngineDtype.BF16, block_size), rtol=1e-4, atol=1e-4)
+
+
+def test_what_the_machine_can_do_is_measured() -> None:
+    bounds = kernels.measure_bounds(1)
+    assert bounds.bytes_per_s > 1e8
+    assert bounds.operations_per_s > 1e10
+
+
+def test_more_layers_than_a_stack_has_are_refused() -> None:
+    config = shape(2, 1, 32)
+    with pytest.raises(ValueError, match="all layers have been added"):
+        NativeLayers(config, tables(config, torch.bfloat16), [random_weights(config)] * 2)
+
+
+def test_more_wanted_rows_than_rows_are_refused() -> None:
+    config, batch = shape(2, 1, 32), step_of([Tokens(0, 2)], 16)
+    layers = NativeLayers(config, tables(config, torch.bfloat16), [random_weights(config)])
+    with pytest.raises(ValueError, match="not a step"):
+        layers.forward(replace(batch, logit_rows=[1] * 3), Caches(config, batch, 16), Hooks(is_idle=True))
+
+
+def test_a_step_before_all_layers_are_there_is_refused() -> None:
+    config, batch = replace(shape(2, 1, 32), num_layers=2), step_of([Tokens(0, 2)], 16)
+    layers = NativeLayers(config, tables(config, torch.bfloat16), [random_weights(config)])
+    with pytest.raises(ValueError, match="not all layers"):
+        layers.forward(batch, Caches(config, batch, 16), Hooks(is_idle=True))
+
+
+def logits(directory: Path, token_ids: list[int], dtype: EngineDtype, block_size: int = 16) -> torch.Tensor:
     """Of every token, prefilled in two chunks."""
-    model = Model(directory, dtype, CPU)
-    cache, half, whole = KVCache(model.facts, 16, 16, CPU), len(token_ids) // 2, len(token_ids)
+    model = Model(directory, dtype, CPU, block_size=block_size)
+    cache, half, whole = KVCache(model.facts, 16, block_size, CPU), len(token_ids) // 2, len(token_ids)
     found = []
     for start, stop in ((0, half), (half, whole)):
         part = AttentionPart(0, stop - start, (Run(0, stop),))

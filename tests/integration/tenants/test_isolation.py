@@ -1,0 +1,166 @@
+"""A tenant tries to learn what another one has asked."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import psycopg
+import pytest
+
+from dbnode.sql.service import InferCall, Login
+from dbnode.sql_explain import SqlExplainer
+from dbnode.sql_inference import SqlInference
+from dbnode.tenants.salts import combined_salt
+from stratakv.settings import RestSettings, Secret
+from stratakv.tenancy.administration import Administration
+from stratakv.wire import ListWorkers, Match, Workers
+from tests.integration.dbnode.running_node import RunningNode, running_node
+from tests.stand_in_worker import StandInWorker
+from tests.support import eventually_async
+
+SECRET = "The merger with the firm that nobody may know of is to be announced on the third of May. " * 10
+OPERATOR = "operator's key"
+
+
+class ListeningPool:
+    """A meta server's answers; remembers which keys it was asked for."""
+
+    available = True
+
+    def __init__(self) -> None:
+        self.asked: list[bytes] = []
+
+    async def call(self, request: Any, reply_type: type[Any], timeout_s: float | None = None) -> Any:
+        if isinstance(request, ListWorkers):
+            return Workers([])
+        self.asked.append(request.keys)
+        return Match(0)
+
+
+@pytest.fixture
+def pool() -> ListeningPool:
+    return ListeningPool()
+
+
+@pytest.fixture
+async def node(metadata: str, admin: Administration, pool: ListeningPool) -> AsyncIterator[RunningNode]:
+    for name in ("victim", "attacker", "sharing", "sharing too"):
+        admin.create_tenant(name, {"permissions": ["infer", "pin"], "shares_cache": name.startswith("sharing")})
+    worker = await StandInWorker("w").start()
+    rest = RestSettings(api_key=Secret(OPERATOR))
+    async with running_node(worker, database_url=metadata, rest=rest, meta=pool) as running:
+        yield running
+    await worker.stop()
+
+
+@pytest.fixture
+def keys(node: RunningNode, admin: Administration) -> dict[str, str]:
+    return {name: admin.create_key(name, "key").key for name in ("victim", "attacker", "sharing", "sharing too")}
+
+
+async def cached(node: RunningNode, key: str, **fields: object) -> int:
+    """Tokens that the API says were cached."""
+    body = {"prompt": SECRET, "max_tokens": 1, **fields}
+    async with node.http.post("/v1/completions", json=body, headers={"authorization": f"Bearer {key}"}) as response:
+        answer = await response.json()
+        assert response.status == 200, answer
+        return int(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+
+async def known(node: RunningNode, *keys: str) -> None:
+    async def all_known() -> bool:
+        for key in keys:
+            async with node.http.get("/v1/models", headers={"authorization": f"Bearer {key}"}) as response:
+                if response.status != 200:
+                    return False
+        return True
+
+    await eventually_async(all_known)
+
+
+async def test_the_same_prompt_of_another_tenant_is_not_found(node: RunningNode, keys: dict[str, str]) -> None:
+    await known(node, *keys.values())
+    assert await cached(node, keys["victim"]) == 0
+    assert await cached(node, keys["victim"]) > 100
+    for other in (keys["attacker"], OPERATOR):
+        assert await cached(node, other) == 0
+    for other in (keys["sharing"], keys["sharing too"]):
+        assert await cached(node, other) > 100  # as the operator, by agreement
+
+
+async def test_who_knows_the_victims_salts_does_not_come_in_by_them(
+    node: RunningNode, keys: dict[str, str], metadata: str
+) -> None:
+    await known(node, *keys.values())
+    assert await cached(node, keys["victim"], cache_salt="s") == 0
+    assert await cached(node, keys["victim"], cache_salt="s") > 100
+    with psycopg.connect(metadata) as connection:
+        row = connection.execute("SELECT salt FROM stratakv.tenants WHERE name = 'victim'").fetchone()
+    assert row is not None
+    salt = str(row[0])
+    made = combined_salt(salt, "s")
+    for attacker in (keys["attacker"], keys["sharing"]):
+        for guess in ("s", salt, made, f"{salt}s", combined_salt(salt, None)):
+            assert await cached(node, attacker, cache_salt=guess) == 0
+
+
+async def test_the_pool_is_asked_for_other_keys_also_by_a_pin(
+    node: RunningNode, keys: dict[str, str], pool: ListeningPool
+) -> None:
+    await known(node, *keys.values())
+
+    async def asked(key: str) -> list[bytes]:
+        pool.asked.clear()
+        await cached(node, key)
+        body = {"prompt": SECRET, "seconds": 1}
+        headers = {"authorization": f"Bearer {key}"}
+        async with node.http.post("/v1/stratakv/pin", json=body, headers=headers) as response:
+            await response.read()
+        return list(pool.asked)
+
+    first, second = await asked(keys["victim"]), await asked(keys["attacker"])
+    assert first
+    assert second
+    assert not {*first} & {*second}
+
+
+async def test_explain_and_the_dedupe_of_sql_tell_nothing_of_another_tenants_prompts(
+    node: RunningNode, admin: Administration, metadata: str
+) -> None:
+    with psycopg.connect(metadata, autocommit=True) as connection:
+        mapped = {}
+        for name in ("victim", "attacker"):
+            connection.execute(f"CREATE ROLE {name}_role LOGIN")
+            mapped[name] = admin.map_role(name, f"{name}_role", metadata)
+            connection.execute(f"DROP ROLE {name}_role")
+    await eventually_async(lambda: len(node.node.tenants._snapshot.roles) == 2)
+
+    def call(name: str) -> InferCall:
+        login = Login(f"{name}_role", mapped[name]["oid"], mapped[name]["cluster"])
+        return InferCall(SECRET, None, {"max_tokens": 1}, "the same role", "d", "s", login=login)
+
+    sql = SqlInference(node.node.inference, node.node.tenants)
+    explainer = SqlExplainer(node.node.inference, node.node.tenants)
+    await sql.infer_text(call("victim"))
+    assert (await explainer.estimate([call("victim")])).cached_tokens > 100
+    assert (await explainer.estimate([call("attacker")])).cached_tokens == 0
+
+
+async def test_what_tells_of_all_tenants_is_for_administrators(node: RunningNode, keys: dict[str, str]) -> None:
+    await known(node, *keys.values())
+    for path in ("/admin/routes", "/admin/workers", "/metrics"):
+        async with node.http.get(path, headers={"authorization": f"Bearer {keys['attacker']}"}) as response:
+            assert response.status == 403
+
+
+async def test_what_is_remembered_of_texts_is_each_tenants_own(node: RunningNode, keys: dict[str, str]) -> None:
+    await known(node, *keys.values())
+    body = {"messages": [{"role": "user", "content": SECRET}], "max_tokens": 1}
+    async with node.http.post(
+        "/v1/chat/completions", json=body, headers={"authorization": f"Bearer {keys['victim']}"}
+    ) as response:
+        assert response.status == 200
+    owners = {owner for owner, piece in node.node.inference.tokens._encoder._tokens if SECRET in piece}
+    assert len(owners) == 1
+    assert owners != {""}
