@@ -39,9 +39,10 @@ SECONDS, SECONDS_QUICK = 4.0, 1.5
 RUNS, RUNS_QUICK = 3, 1
 START_TIMEOUT_S = 60.0
 PROMPT_WORDS = 64
-TOKEN_MARK = b'"finish_reason":null'
+TOKEN_TEXT = " the"
+THINK_S_MAX = 0.5
+"""A client waits up to so long before its next paced request, so that requests do not come all at once."""
 _NAME_MARK = b'"id":"'
-_DONE = b"data: [DONE]"
 
 
 @dataclass(slots=True)
@@ -61,8 +62,8 @@ class Face:
     name: str
     port: int
     path: str
-    shown_before_tokens: int
-    """Events that look like tokens and come before them."""
+    token_mark: bytes
+    """What each token adds to the answer; several may come in one event."""
 
     def body(self, text: str, token_ids: list[int], name: str, num_tokens: int, seed: int | None) -> bytes:
         shared: dict[str, Any] = {"max_tokens": num_tokens, "stream": True, "seed": seed}
@@ -79,8 +80,8 @@ class Client(asyncio.Protocol):
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
         self._rest = b""
+        self._mark = b""
         self._answer = Answer(0.0)
-        self._num_seen = 0
         self._done: asyncio.Future[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -93,11 +94,11 @@ class Client(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         now_s, answer = time.monotonic(), self._answer
         data = self._rest + data
-        for _ in range(data.count(TOKEN_MARK)):
+        cut = data.rfind(b"\n") + 1
+        for _ in range(data.count(self._mark, 0, cut)):
             answer.received_s.append(now_s)
         if not answer.name and _NAME_MARK in data:
             answer.name = data.partition(_NAME_MARK)[2].partition(b'"')[0].decode()
-        cut = data.rfind(b"\n") + 1
         self._rest = data[cut:]
         # the last chunk of the body, after all events
         if data.endswith(b"0\r\n\r\n") and self._done is not None and not self._done.done():
@@ -106,11 +107,11 @@ class Client(asyncio.Protocol):
 
     async def ask(self, face: Face, body: bytes, name: str) -> Answer:
         assert self._transport is not None
+        self._mark = face.token_mark
         self._answer, self._done = Answer(time.monotonic(), name), asyncio.get_running_loop().create_future()
         head = f"POST {face.path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         self._transport.write(head.encode() + body)
         await self._done
-        del self._answer.received_s[: face.shown_before_tokens]
         return self._answer
 
     def close(self) -> None:
@@ -161,6 +162,8 @@ class Bench:
             _, client = await loop.create_connection(Client, "127.0.0.1", face.port)
             await asyncio.sleep(STEP_S * number / streams)
             while time.monotonic() < until_s:
+                if seed is None:
+                    await asyncio.sleep(self._rng.random() * THINK_S_MAX)
                 self._number += 1
                 name = f"n{self._number}" if face.name == "alone" else ""
                 text = words(PROMPT_WORDS, self._rng)
@@ -203,8 +206,8 @@ async def measured(options: argparse.Namespace, token_ids: list[int], ports: tup
     runs = options.runs or (RUNS_QUICK if options.quick else RUNS)
     worker_port, node_port = ports
     faces = [
-        Face("ours", node_port, "/v1/chat/completions", shown_before_tokens=1),
-        Face("alone", worker_port, "/v1/completions", shown_before_tokens=0),
+        Face("ours", node_port, "/v1/chat/completions", TOKEN_TEXT.encode()),
+        Face("alone", worker_port, "/v1/completions", b'"finish_reason":null'),
     ]
     bench = Bench(token_ids, options.seed, worker_port)
     found: Cells = {face.name: {} for face in faces}
@@ -225,7 +228,7 @@ def running() -> Iterator[tuple[list[int], tuple[int, int]]]:
     """A worker and a DB node in front of it: a prompt for the worker, and the ports of both."""
     cache_dir = ModelSettings().cache_dir.expanduser()
     pull(DEFAULT_MODEL, cache_dir)
-    token_ids = encode(load_tokenizer(resolve(DEFAULT_MODEL, cache_dir)), " the" * PROMPT_WORDS, special=False)
+    token_ids = encode(load_tokenizer(resolve(DEFAULT_MODEL, cache_dir)), TOKEN_TEXT * PROMPT_WORDS, special=False)
     with (
         child("benchmarks.rest_worker", str(token_ids[-1]), DEFAULT_MODEL) as worker_port,
         child("benchmarks.rest", "--serve-node", str(worker_port)) as node_port,

@@ -87,7 +87,7 @@ class Dispatch:
         while self.finish_reason is None:
             plan = await self._plan(last_error)
             try:
-                async with aclosing(self._try(plan)) as attempt:
+                async with aclosing(self._steps(plan)) as attempt:
                     async for token_ids in attempt:
                         yield token_ids
             except _Failed as failed:
@@ -109,16 +109,13 @@ class Dispatch:
                 raise
             raise last_error from None
 
-    async def _try(self, plan: Plan) -> AsyncGenerator[list[int], None]:
+    def _steps(self, plan: Plan) -> AsyncGenerator[list[int], None]:
+        """An attempt: on one worker, or on two."""
         if plan.prefill is None or self.output:
-            steps = self._decode(plan.worker, KVTransfer(), plan.uncached_tokens)
-        elif _can_follow(plan.worker, plan.prefill) and self._job.max_tokens > 1:
-            steps = self._split_followed(plan.prefill, plan)
-        else:
-            steps = self._split(plan.prefill, plan)
-        async with aclosing(steps):
-            async for token_ids in steps:
-                yield token_ids
+            return self._decode(plan.worker, KVTransfer(), plan.uncached_tokens)
+        if _can_follow(plan.worker, plan.prefill) and self._job.max_tokens > 1:
+            return self._split_followed(plan.prefill, plan)
+        return self._split(plan.prefill, plan)
 
     async def _split(self, prefill: WorkerRecord, plan: Plan) -> AsyncGenerator[list[int], None]:
         """Prefill on one worker, then decode on the other, which loads the prompt from the pool."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+import uuid
 from collections.abc import Mapping
 from contextlib import aclosing
 from typing import Any
@@ -48,9 +49,8 @@ class SqlConversations:
         caller = caller_of(asked, self._directory)
         options = _options(asked.payload.get("options"))
         deadline_s = arrived_s + options["timeout_ms"] / 1e3 if "timeout_ms" in options else None
-        turn_id = f"sql-{asked.payload['turn']}"
         request = GenerateRequest(
-            request_id=turn_id,
+            request_id=f"sql-{uuid.uuid4().hex}",  # a turn that is tried again is another request
             source=Source.SQL,
             arrived_s=arrived_s,
             messages=({"role": "user", "content": asked.payload["message"]},),
@@ -61,7 +61,8 @@ class SqlConversations:
             caller=caller,
         )
         answer = Answer()
-        async with aclosing(self._conversations.turn(asked.payload["conversation"], request, turn_id)) as chunks:
+        conversation, turn_id = asked.payload["conversation"], asked.payload["turn"]
+        async with aclosing(self._conversations.turn(conversation, request, turn_id)) as chunks:
             async for chunk in chunks:
                 answer.add(chunk)
         text = "".join(answer.text)

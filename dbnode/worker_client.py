@@ -5,7 +5,7 @@ The form is OpenAI's completions with token ids and `kv_transfer_params`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -42,10 +42,14 @@ class OwnStream(EventStream):
     """A running completion; closing it, at any time, cancels it in the worker."""
 
     async def chunks(self) -> AsyncGenerator[WorkerChunk, None]:
-        """Events until the worker says that it is done. Raises WorkerLost, or the error the worker reports."""
-        async with aclosing(self.payloads()) as payloads:
-            async for payload in payloads:
-                yield _checked(self.url, payload)
+        """Events until the worker says that it is done. Raises WorkerLost, or the error the worker reports.
+
+        Tokens that came together are one event: who cannot keep up has less to do for each of them.
+        """
+        async with aclosing(self.batches()) as batches:
+            async for batch in batches:
+                for chunk in _gathered(self.url, batch):
+                    yield chunk
 
 
 class WorkerClient(HttpDoor):
@@ -117,6 +121,27 @@ class WorkerClient(HttpDoor):
         except (msgspec.DecodeError, UnicodeDecodeError):
             chunk = WorkerChunk()
         return told(url, chunk.error or WorkerError(), status)
+
+
+def _gathered(url: str, payloads: list[bytes]) -> Iterator[WorkerChunk]:
+    """The events; those that are side by side and have nothing but tokens as one."""
+    gathered: WorkerChunk | None = None
+    for payload in payloads:
+        try:
+            chunk = _checked(url, payload)
+        except StrataError:
+            if gathered is not None:
+                yield gathered
+            raise
+        if gathered is None:
+            gathered = chunk
+        elif gathered.has_only_tokens and chunk.has_only_tokens:
+            gathered = gathered.with_tokens_of(chunk)
+        else:
+            yield gathered
+            gathered = chunk
+    if gathered is not None:
+        yield gathered
 
 
 def _checked(url: str, payload: bytes) -> WorkerChunk:

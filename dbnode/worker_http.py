@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -25,6 +26,7 @@ ANSWER_BYTES_MAX = 8 * 1024 * 1024
 
 ENDPOINT_GONE = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 CONNECTION_LOST = (aiohttp.ClientError, ConnectionError)
+_DONE = b"[DONE]"
 _NO_HEADERS: Mapping[str, str] = {}
 
 Decoded = TypeVar("Decoded")
@@ -37,6 +39,13 @@ class EventStream:
         self.url = url
         self._response = response
         self._deadline_s = deadline_s
+        self._is_late = False
+        # One timer for the answer: a timeout around each read would cost more than the read.
+        self._timer = asyncio.get_running_loop().call_at(deadline_s, self._expire)
+
+    def _expire(self) -> None:
+        self._is_late = True
+        self._response.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -48,28 +57,40 @@ class EventStream:
 
     def close(self) -> None:
         """Give the connection up unless the answer is complete."""
+        self._timer.cancel()
         if not self._response.content.is_eof():
             self._response.close()
         self._response.release()
 
     async def payloads(self) -> AsyncGenerator[bytes, None]:
-        """Data of the events, up to the one that says [DONE]. Raises WorkerLost, WorkerRefused, DeadlineExceeded."""
+        """Data of the events, one by one; otherwise as `batches`."""
+        async with aclosing(self.batches()) as batches:
+            async for batch in batches:
+                for payload in batch:
+                    yield payload
+
+    async def batches(self) -> AsyncGenerator[list[bytes], None]:
+        """Data of the events that came together, up to the one that says [DONE].
+
+        Raises WorkerLost, WorkerRefused, DeadlineExceeded.
+        """
         rest = b""
         while True:
             data = await self._read()
             if not data:
-                raise WorkerLost(f"{self.url} ended its answer too early")
+                raise self._failure("ended its answer too early")
             *lines, rest = (rest + data).split(b"\n")
             if len(rest) > ANSWER_BYTES_MAX:
                 raise WorkerRefused(f"{self.url} sent a line of more than {ANSWER_BYTES_MAX} bytes")
-            for line in lines:
-                if not line.startswith(b"data:"):
-                    continue
-                payload = line[5:].strip()
-                if payload == b"[DONE]":
-                    await self._end()
-                    return
-                yield payload
+            payloads = [line[5:].strip() for line in lines if line.startswith(b"data:")]
+            is_done = _DONE in payloads
+            if is_done:
+                del payloads[payloads.index(_DONE) :]
+            if payloads:
+                yield payloads
+            if is_done:
+                await self._end()
+                return
 
     async def _end(self) -> None:
         """Read the end of the body, so that the connection can serve the next request."""
@@ -79,12 +100,14 @@ class EventStream:
 
     async def _read(self) -> bytes:
         try:
-            async with asyncio.timeout_at(self._deadline_s):
-                return await self._response.content.readany()
-        except TimeoutError:
-            raise DeadlineExceeded("the request's deadline passed") from None
+            return await self._response.content.readany()
         except CONNECTION_LOST as error:
-            raise WorkerLost(f"{self.url} went away: {type(error).__name__}") from error
+            raise self._failure(f"went away: {type(error).__name__}") from error
+
+    def _failure(self, what: str) -> StrataError:
+        if self._is_late:
+            return DeadlineExceeded("the request's deadline passed")
+        return WorkerLost(f"{self.url} {what}")
 
 
 class HttpDoor(ABC):

@@ -129,7 +129,21 @@ class WorkerChunk(msgspec.Struct, frozen=True):
     @property
     def token_ids(self) -> list[int]:
         """The tokens of this event."""
+        if len(self.choices) == 1:
+            return self.choices[0].token_ids or []
         return [token_id for choice in self.choices for token_id in choice.token_ids or ()]
+
+    @property
+    def has_only_tokens(self) -> bool:
+        """Nothing but tokens of one choice."""
+        if len(self.choices) != 1 or self.usage is not None or self.kv_transfer_params is not None:
+            return False
+        choice = self.choices[0]
+        return choice.finish_reason is None and choice.logprobs is None and choice.kv_transfer_params is None
+
+    def with_tokens_of(self, later: WorkerChunk) -> WorkerChunk:
+        """Both have only tokens."""
+        return WorkerChunk([WorkerChoice([*self.token_ids, *later.token_ids])])
 
     @property
     def scores(self) -> list[TokenScore]:
@@ -138,6 +152,8 @@ class WorkerChunk(msgspec.Struct, frozen=True):
 
     @property
     def finish_reason(self) -> FinishReason | None:
+        if len(self.choices) == 1:
+            return self.choices[0].finish_reason
         return next((choice.finish_reason for choice in self.choices if choice.finish_reason), None)
 
     @property

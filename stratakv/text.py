@@ -6,6 +6,7 @@ be shared by threads, since only its backend is used, which is never reconfigure
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,6 +177,7 @@ def _overlap(text: str, stop: str) -> int:
     return 0
 
 
+@functools.lru_cache(maxsize=4)
 def _special_ids(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
     return frozenset(token_id for token_id, token in added.items() if token.special)

@@ -5,7 +5,6 @@ An answer's head is sent with its first token, so that everything that goes wron
 
 from __future__ import annotations
 
-import asyncio
 import re
 import uuid
 from collections.abc import AsyncGenerator, Callable
@@ -24,14 +23,13 @@ from dbnode.rest.door import caller_of
 from dbnode.rest.form import Form
 from dbnode.rest.http import cancelled_by_disconnect, error_response
 from dbnode.rest.parse import Asked, Parsed, parse_chat, parse_completion
+from dbnode.rest.sending import PartSender
 from stratakv.errors import Cancelled, Overloaded, StrataError
 from stratakv.http_body import read_body
 from stratakv.log import EventLogger
 from stratakv.settings import RestSettings
 
 log = EventLogger("dbnode.rest")
-
-SEND_TIMEOUT_S = 60.0
 
 _STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 _JSON_HEADERS = [(b"content-type", b"application/json")]
@@ -102,6 +100,7 @@ class Completions:
         answer = self._format(form, parsed)
         streams = [AnswerEvents(answer, writer) for writer in writers]
         usages: list[Usage] = []
+        parts = PartSender(send)
         started = False
         try:
             async for index, chunk in chunks:
@@ -115,13 +114,15 @@ class Completions:
                     await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
                     started = True
                 if events:
-                    await _send_part(send, events)
+                    await parts.send(events)
         except Cancelled:
             raise
         except StrataError as error:
             if not started:
                 raise
-            await _send_part(send, error_event(error.openai_body()))
+            await parts.send(error_event(error.openai_body()))
+        finally:
+            parts.close()
         await send({"type": "http.response.body", "body": b""})
 
     def _writers(self, form: Form, parsed: Parsed) -> list[EventWriter]:
@@ -158,15 +159,6 @@ def _more(parsed: Parsed, usages: list[Usage], *, with_usage: bool) -> dict[str,
     used = total(usages)
     more = {"usage": usage_object(used)} if with_usage else {}
     return more | ({"metrics": metrics_object(used, len(usages))} if parsed.wants_timing else {})
-
-
-async def _send_part(send: Send, part: bytes) -> None:
-    """Raises Cancelled if the client does not read, since its request holds a place that others wait for."""
-    try:
-        async with asyncio.timeout(SEND_TIMEOUT_S):
-            await send({"type": "http.response.body", "body": part, "more_body": True})
-    except TimeoutError:
-        raise Cancelled(f"the client has read nothing for {SEND_TIMEOUT_S:g} s") from None
 
 
 class Endpoint:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from stratakv.errors import PermissionDenied
 from stratakv.tenancy.values import ApiKey, Network, Permission, Tenant
 
+_EVERYTHING = frozenset(Permission)
+
 
 @dataclass(frozen=True, slots=True)
 class Principal:
@@ -23,7 +25,7 @@ class Principal:
     @classmethod
     def operator(cls, tenant: Tenant) -> Principal:
         """Who has the key of the settings, or comes where none is needed."""
-        return cls(tenant, frozenset(Permission))
+        return cls(tenant, _EVERYTHING)
 
     @classmethod
     def of_key(cls, tenant: Tenant, key: ApiKey) -> Principal:

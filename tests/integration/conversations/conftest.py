@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from itertools import count
 from typing import Any
 
 import psycopg
 import pytest
+import pytest_asyncio
 
 from stratakv import migrate
+from stratakv.postgres import EmbeddedPostgres
 from tests.integration.dbnode.running_node import RunningNode, running_node
 from tests.stand_in_worker import StandInWorker
 
 Query = Callable[..., list[tuple[Any, ...]]]
+_numbers = count()
 
 
-@pytest.fixture
-def database_url(postgres_url: str) -> str:
-    """With the tenants acme (key acme-key) and bolt."""
-    migrate.upgrade(postgres_url)
-    return postgres_url
+@pytest.fixture(scope="module")
+def database_url(postgres: EmbeddedPostgres) -> Iterator[str]:
+    """With the newest schema."""
+    name = f"conversations_{next(_numbers)}"
+    with psycopg.connect(postgres.database_url("postgres"), autocommit=True) as admin:
+        admin.execute(f"CREATE DATABASE {name}".encode())
+        migrate.upgrade(postgres.database_url(name))
+        yield postgres.database_url(name)
+        admin.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
 
 
 @pytest.fixture
@@ -32,17 +40,32 @@ def query(database_url: str) -> Query:
     return run
 
 
-@pytest.fixture
-async def worker() -> AsyncIterator[StandInWorker]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_worker() -> AsyncIterator[StandInWorker]:
     one = await StandInWorker("w").start()
     yield one
     await one.stop()
 
 
 @pytest.fixture
-async def node(worker: StandInWorker, database_url: str) -> AsyncIterator[RunningNode]:
-    async with running_node(worker, database_url=database_url) as running:
+def worker(shared_worker: StandInWorker) -> StandInWorker:
+    """As if it had just started."""
+    shared_worker.requests.clear()
+    shared_worker.token_delay_s, shared_worker.refuse_status = 0.0, None
+    return shared_worker
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_node(shared_worker: StandInWorker, database_url: str) -> AsyncIterator[RunningNode]:
+    async with running_node(shared_worker, database_url=database_url) as running:
         yield running
+
+
+@pytest.fixture
+def node(shared_node: RunningNode, worker: StandInWorker, query: Query) -> RunningNode:
+    """Without any conversation."""
+    query("TRUNCATE stratakv.conversations CASCADE")
+    return shared_node
 
 
 async def call(node: RunningNode, method: str, path: str, body: object = None, **headers: str) -> tuple[int, Any]:

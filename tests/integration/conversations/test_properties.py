@@ -143,4 +143,4 @@ def test_conversations_are_what_was_added_to_them(url: str) -> None:
                 connection.execute("TRUNCATE stratakv.conversations CASCADE")
             super().__init__()
 
-    run_state_machine_as_test(Bound, settings=settings(max_examples=12, stateful_step_count=20))
+    run_state_machine_as_test(Bound, settings=settings(max_examples=8, stateful_step_count=15))

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
 import openai
+import psycopg
 import pytest
+import pytest_asyncio
 
+from stratakv import migrate
 from stratakv.settings import RestSettings, Secret
 from stratakv.tenancy.administration import Administration
 from tests.integration.conversations.conftest import Query, call, contents, create, say
 from tests.integration.dbnode.running_node import RunningNode, running_node
 from tests.stand_in_worker import StandInWorker
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 async def test_the_openai_package_creates_reads_changes_and_deletes(node: RunningNode) -> None:
@@ -106,16 +112,17 @@ async def test_what_is_not_there_is_not_found(node: RunningNode) -> None:
         assert (status, answer["error"]["code"]) == (404, "conversation_not_found"), path
 
 
-@pytest.fixture
-async def shared(worker: StandInWorker, database_url: str) -> AsyncIterator[tuple[RunningNode, str, str]]:
-    """A node, and the keys of two tenants."""
-    with Administration(database_url, "test") as admin:
+@pytest_asyncio.fixture(loop_scope="module")
+async def shared(worker: StandInWorker, postgres_url: str) -> AsyncIterator[tuple[RunningNode, str, str]]:
+    """A node with a database of its own, and the keys of two tenants."""
+    await asyncio.to_thread(migrate.upgrade, postgres_url)
+    with Administration(postgres_url, "test") as admin:
         keys = []
         for tenant in ("acme", "bolt"):
             admin.create_tenant(tenant, {})
             keys.append(admin.create_key(tenant, "k").key)
     async with running_node(
-        worker, database_url=database_url, rest=replace(RestSettings(), api_key=Secret("operator"))
+        worker, database_url=postgres_url, rest=replace(RestSettings(), api_key=Secret("operator"))
     ) as running:
         yield running, keys[0], keys[1]
 
@@ -160,13 +167,18 @@ async def test_what_nobody_adds_to_ends_and_is_cleared_away(node: RunningNode, q
     assert query("SELECT expires_at > now() + interval '29 days' FROM stratakv.conversations") == [(True,)]
 
 
-async def test_those_of_a_deleted_tenant_are_cleared_away(shared: tuple[RunningNode, str, str], query: Query) -> None:
+async def test_those_of_a_deleted_tenant_are_cleared_away(
+    shared: tuple[RunningNode, str, str], postgres_url: str
+) -> None:
     node, acme, bolt = shared
     for key in (acme, bolt):
         await call(node, "POST", "", **{"Authorization": f"Bearer {key}"})
-    query("UPDATE stratakv.tenants SET deleted_at = now() WHERE name = 'acme'")
-    assert await node.node.conversations.store.sweep() == 1
-    left = query("SELECT t.name FROM stratakv.conversations c JOIN stratakv.tenants t ON t.id = c.tenant_id")
+    with psycopg.connect(postgres_url, autocommit=True) as admin:
+        admin.execute("UPDATE stratakv.tenants SET deleted_at = now() WHERE name = 'acme'")
+        assert await node.node.conversations.store.sweep() == 1
+        left = admin.execute(
+            "SELECT t.name FROM stratakv.conversations c JOIN stratakv.tenants t ON t.id = c.tenant_id"
+        ).fetchall()
     assert left == [("bolt",)]
 
 

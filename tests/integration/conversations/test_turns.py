@@ -14,6 +14,8 @@ from tests.integration.dbnode.running_node import RunningNode, running_node
 from tests.stand_in_worker import MODEL, StandInWorker, expected_tokens
 from tests.support import eventually_async
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
 
 async def test_the_next_prompt_begins_with_the_tokens_of_the_last_prompt_and_answer(
     node: RunningNode, worker: StandInWorker
