@@ -7,7 +7,7 @@ ordered is in memory only: after a restart it begins anew.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,8 @@ COUNTED_MAX = 32_768
 """Pages, each with one of its readers' daemons, whose reads are counted; those that were not read longest are forgotten."""
 PLANNED_BYTES_MAX = 64 * 1024 * 1024
 """Ordered and not begun yet, of all daemons together."""
+PLANNED_PAGES_MAX = 4096
+"""The same, for small pages."""
 
 
 @dataclass(slots=True)
@@ -51,6 +53,8 @@ class Replicas:
         """By place and reader's daemon."""
         self._plans: dict[tuple[int, Extent], _Plan] = {}
         """By the place that has the page, oldest first."""
+        self._planned_bytes: Counter[int] = Counter()
+        """By target."""
 
     def read_at(self, slots: SlotArray, reader: str) -> SlotArray:
         """Where these blocks are to be read by one whose own daemon is `reader`."""
@@ -63,8 +67,7 @@ class Replicas:
 
     def count(self, slots: SlotArray, read_at: SlotArray, reader: str) -> None:
         """They are being read at those places; what was read often enough by somebody elsewhere is to be copied."""
-        node = self._catalog.nodes.get(reader)
-        if self._places_max <= 1 or node is None:
+        if self._places_max <= 1 or (node := self._catalog.nodes.get(reader)) is None:
             return
         own = [n.index for n in self._catalog.nodes if reader in (n.segment.node, n.segment.disk_of)]
         away = slots[~np.isin(self._catalog.index.segments(read_at), own)]
@@ -102,7 +105,7 @@ class Replicas:
         wanted = [(at, place) for at, place in planned if self._plans[place].target == target.index]
         wanted = wanted[: max(0, self._placement.room_for_replicas(target)) // page_bytes]
         for _, place in wanted:
-            del self._plans[place]
+            self._forget(place)
         return target, [at for at, _ in wanted]
 
     def _plan(self, slot: int, reader: Node) -> None:
@@ -112,23 +115,27 @@ class Replicas:
         source = self._catalog.nodes.at(lies_in[0])
         extents, sizes = index.extents(np.array([slot], np.int64))
         place, page_bytes = (lies_in[0], extent_list(extents)[0]), int(sizes[0])
-        planned_bytes = sum(plan.page_bytes for plan in self._plans.values())
         if source is None or source.segment.is_disk or source.is_draining or len(lies_in) >= self._places_max:
             return
-        if planned_bytes + page_bytes > PLANNED_BYTES_MAX:
+        planned_bytes = self._planned_bytes.total()
+        if planned_bytes + page_bytes > PLANNED_BYTES_MAX or len(self._plans) >= PLANNED_PAGES_MAX:
             return
         for target in self._placement.for_replicas(reader):
-            room_bytes = self._placement.room_for_replicas(target) - self._planned_for(target)
+            room_bytes = self._placement.room_for_replicas(target) - self._planned_bytes[target.index]
             if target.index not in lies_in and room_bytes >= page_bytes:
                 self._plans[place] = _Plan(target.index, page_bytes, self._clock() + MOVE_TIMEOUT_S)
+                self._planned_bytes[target.index] += page_bytes
                 return
 
-    def _planned_for(self, target: Node) -> int:
-        return sum(plan.page_bytes for plan in self._plans.values() if plan.target == target.index)
+    def _forget(self, place: tuple[int, Extent]) -> None:
+        plan = self._plans.pop(place)
+        self._planned_bytes[plan.target] -= plan.page_bytes
+        if not self._planned_bytes[plan.target]:
+            del self._planned_bytes[plan.target]
 
     def _forget_late(self) -> None:
         now = self._clock()
         for place, plan in list(self._plans.items()):
             if plan.until > now:
                 break
-            del self._plans[place]
+            self._forget(place)

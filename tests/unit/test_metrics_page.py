@@ -22,6 +22,7 @@ from dmp.puts import PutTable
 from dmp.traffic import no_traffic
 from meta_server.metrics import PoolCollector
 from stratakv.integrations.sglang import metrics as sglang
+from stratakv.integrations.vllm.counters import COUNTERS
 from stratakv.pool.messages import DaemonStats
 from stratakv.settings import RouterSettings
 from tests.pool_world import World
@@ -62,6 +63,10 @@ def test_those_of_the_router() -> None:
 def test_those_of_the_sglang_integration() -> None:
     assert {name for name in told(REGISTRY) if name.startswith("stratakv_sglang_")} == documented("stratakv_sglang_")
     assert sglang.FAILURES.describe()
+
+
+def test_those_of_the_vllm_integration() -> None:
+    assert {f"{counter.name}_total" for counter in COUNTERS} == documented("stratakv_vllm_")
 
 
 @pytest.mark.parametrize("registry", [WorkerMetrics("m").registry, NodeMetrics("m").registry], ids=["worker", "node"])

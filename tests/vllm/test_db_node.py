@@ -211,6 +211,10 @@ def test_a_long_prompt_is_computed_once_and_answered_elsewhere(
         what="the decode server loads the full blocks and computes what is left",
     )
     assert answer.choices[0].text == decode(load_tokenizer(model), site.prefill.complete(prompt, 16))
+    num_full = len(prompt) // BLOCK_SIZE
+    eventually(lambda: site.prefill.metric("stratakv_vllm_blocks_saved_total") >= num_full, what="saves to be counted")
+    loaded = "stratakv_vllm_tokens_loaded_total"
+    eventually(lambda: site.decode.metric(loaded) >= num_full * BLOCK_SIZE, what="the load to be counted")
 
 
 def test_a_seeded_answer_is_the_same_wherever_it_is_made(site: Site, prompts: Iterator[list[int]]) -> None:

@@ -21,6 +21,10 @@ def test_groups_need_and_are_held_by_what_vllm_frees(tmp_path: Path) -> None:
     assert_same("same_groups.py", tmp_path)
 
 
+def test_what_is_counted_is_served_with_vllms_metrics(tmp_path: Path) -> None:
+    assert_same("same_metrics.py", tmp_path)
+
+
 def assert_same(script: str, directory: Path) -> None:
     (directory / "stratakv").symlink_to(ROOT / "stratakv")
     done = subprocess.run(

@@ -4,7 +4,8 @@
       "kv_connector_module_path": "stratakv.integrations.vllm", "kv_role": "kv_both",
       "kv_load_failure_policy": "recompute", "kv_connector_extra_config": {"meta": "tcp://127.0.0.1:6383"}}'
 
-vLLM is imported by `connector`, `fingerprint`, `group_specs` and `keys` only; the other modules know nothing of it.
+vLLM is imported by `connector`, `engine_metrics`, `fingerprint`, `group_specs` and `keys` only; the other modules know nothing
+of it.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_paral
 from stratakv._native import is_built
 from stratakv.errors import SetupError
 from stratakv.integrations.link import PoolLink, read_credentials
+from stratakv.integrations.vllm.engine_metrics import ConnectorMetrics, ConnectorStats
 from stratakv.integrations.vllm.fingerprint import rank_namespace
 from stratakv.integrations.vllm.group_pages import GroupPages, RankMemory
 from stratakv.integrations.vllm.group_specs import groups_of
@@ -36,6 +37,7 @@ from stratakv.log import EventLogger, log_as_guest
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.distributed.kv_events import KVCacheEvent
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
@@ -219,6 +221,25 @@ class StrataKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         must_wait = self._scheduler.request_finished(request, block_ids, num_final_tokens)
         is_asked_who = INTRODUCTION in (request.kv_transfer_params or {})
         return must_wait, self._scheduler.introduction() if is_asked_who else None
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        """vLLM asks both sides; what the workers have to tell goes with their reports."""
+        counts = self._scheduler.take_counts() if self._scheduler is not None else None
+        return ConnectorStats(counts) if counts else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
+        return ConnectorStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics | None:
+        return ConnectorMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def take_events(self) -> Iterable[KVCacheEvent]:
         return ()

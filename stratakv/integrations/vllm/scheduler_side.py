@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from stratakv.errors import StrataError
 from stratakv.integrations.link import PoolLink
+from stratakv.integrations.vllm.counters import Counts, counted
 from stratakv.integrations.vllm.groups import KVGroups
 from stratakv.integrations.vllm.holds import EngineCache, Held, Holds
 from stratakv.integrations.vllm.lookups import Lookup, Lookups, release
@@ -65,7 +66,7 @@ class SchedulerSide:
         self._holds: Holds | None = None
         self._requests: dict[str, Tracked] = {}
         self._orders = StepOrders()
-        self.totals = StepReport()
+        self._untold = StepReport()
 
     def cache_known(self, cache: EngineCache) -> None:
         """vLLM's cache, of which blocks can be held."""
@@ -213,9 +214,14 @@ class SchedulerSide:
                 tracked.gave_up |= not bad_blocks.isdisjoint(tracked.load_blocks)
         if report is not None:
             self._rates.loaded(report.loaded_tokens, report.load_s)
-            self.totals.add(report)
+            self._untold.add(report)
             if self._holds is not None:
                 self._holds.over(report.over)
+
+    def take_counts(self) -> Counts:
+        """What the workers have told since the last time."""
+        untold, self._untold = self._untold, StepReport()
+        return counted(untold)
 
     def flush(self) -> bool:
         """Drop all pages of this model, whoever wrote them: its weights have changed. Whether they are dropped."""
