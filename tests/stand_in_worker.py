@@ -67,6 +67,8 @@ class StandInWorker:
     load: dict[str, Any] = field(default_factory=lambda: {"prefill_tokens_per_s": 1000.0, "decode_step_s": 0.01})
     requests: list[dict[str, Any]] = field(default_factory=list)
     cancelled: int = 0
+    journal: list[dict[str, Any]] = field(default_factory=list)
+    """What it has written down of requests."""
     traceparents: list[str | None] = field(default_factory=list)
     """Of the requests."""
     l1: set[bytes] = field(default_factory=set)
@@ -83,6 +85,7 @@ class StandInWorker:
         app = web.Application(client_max_size=16 * 1024 * 1024)
         app.router.add_post("/v1/completions", self._completions)
         app.router.add_post("/cache/drop", self._drop)
+        app.router.add_post("/requests/ended", self._ended)
         app.router.add_get("/info", self._info)
         app.router.add_get("/load", self._load)
         app.router.add_get("/ready", self._ready)
@@ -114,6 +117,12 @@ class StandInWorker:
         num_blocks = len(self.l1)
         self.l1.clear()
         return web.json_response({"l1_blocks": num_blocks, "l2_blocks": 0})
+
+    async def _ended(self, request: web.Request) -> web.Response:
+        asked = (await request.json())["request_ids"]
+        return web.json_response(
+            {"ended": [one for one in self.journal if one["request_id"].rpartition("-")[0] in asked]}
+        )
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()

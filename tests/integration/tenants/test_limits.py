@@ -150,3 +150,29 @@ async def test_a_statement_is_charged_for_the_answers_it_asked_for(
     await eventually_async(lambda: quota(admin)["open_reservations"] == 0)
     prompt_tokens = node.node.inference.scheduler.decisions[-1].prompt_tokens
     await eventually_async(lambda: quota(admin)["tokens_month_used"] == prompt_tokens + 10)
+
+
+async def test_what_a_dead_node_has_left_open_is_settled_from_the_workers_journals(
+    node: RunningNode, admin: Administration, metadata: str, worker: StandInWorker
+) -> None:
+    admin.create_tenant("acme", {})
+    admin.set_limits("acme", {"tokens_per_month": 1000})
+    with psycopg.connect(metadata, autocommit=True) as connection:
+        connection.execute(
+            "INSERT INTO stratakv.quota_nodes (node, seen_at) VALUES ('dead', now() - interval '1 hour');"
+            "INSERT INTO stratakv.quota_state (tenant_id, kind, held_micros)"
+            " SELECT id, 'tokens_month', 300000000 FROM stratakv.tenants WHERE name = 'acme';"
+            "INSERT INTO stratakv.quota_leases SELECT 'dead', id, 'tokens_month', 100000000 FROM stratakv.tenants"
+            " WHERE name = 'acme';"
+            "INSERT INTO stratakv.reservations (request_id, node, tenant_id, kinds, reserved_micros)"
+            " SELECT r, 'dead', id, '{tokens_month}', 100000000 FROM stratakv.tenants, unnest('{cmpl-a,cmpl-b}'::text[]) r"
+            " WHERE name = 'acme'"
+        )
+    tokens = {"prompt_tokens": 20, "cached_tokens": 0}
+    worker.journal += [
+        {"request_id": "cmpl-a-0", **tokens, "generated_tokens": 3},
+        {"request_id": "cmpl-a-1", **tokens, "generated_tokens": 4},
+    ]
+    await eventually_async(lambda: quota(admin)["open_reservations"] == 0, timeout_s=30)
+    assert quota(admin)["tokens_month_used"] == 27 + 100
+    assert quota(admin)["unsettled_reservations"] == 1

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from starlette.testclient import TestClient
 
 from stratakv.errors import SetupError
 from workers import request_journal
 from workers.engine.connector import Tier
 from workers.engine.requests import RequestUsage
+from workers.http import create_app
 from workers.request_journal import RequestJournal
 
 
@@ -52,3 +55,15 @@ def test_a_directory_that_cannot_be_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SetupError, match=r"worker\.journal_dir"):
         RequestJournal(tmp_path / "file", "w")
+
+
+def test_the_workers_face_answers_from_it(tmp_path: Path) -> None:
+    journal = RequestJournal(tmp_path, "w")
+    journal.add("a-0", usage(48, 32, 1))
+    client = TestClient(create_app(SimpleNamespace(journal=journal)))  # type: ignore[arg-type]
+    answer = client.post("/requests/ended", json={"request_ids": ["a", "b"]})
+    assert answer.json() == {"ended": journal.find(["a"])}
+    for body in (b"", b"[]", b'{"request_ids": [1]}', b"{}"):
+        assert client.post("/requests/ended", content=body).status_code == 400
+    without = TestClient(create_app(SimpleNamespace(journal=None)))  # type: ignore[arg-type]
+    assert without.post("/requests/ended", json={"request_ids": ["a"]}).json() == {"ended": []}
