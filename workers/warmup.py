@@ -68,9 +68,10 @@ async def _measured(engine: Engine, profiling: Profiling) -> WorkerProfile:
 
 
 async def _run(engine: Engine, number: int) -> FinishedEvent:
-    facts = engine.model.facts
+    facts, config = engine.model.facts, engine.config
     rng = random.Random(number)
-    tokens = [rng.randrange(facts.vocab_size) for _ in range(min(PROMPT_TOKENS, facts.max_model_len // 2))]
+    num_tokens = min(PROMPT_TOKENS, facts.max_model_len // 2, config.num_blocks * config.block_size // 2)
+    tokens = [rng.randrange(facts.vocab_size) for _ in range(num_tokens)]
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[FinishedEvent] = loop.create_future()
 

@@ -85,3 +85,11 @@ async def test_none_is_made_where_it_is_switched_off(engine: Engine, tiny: Path,
     assert rates.profile == WorkerProfile()
     assert rates.prefill_tokens_per_s > 0
     assert not (tmp_path / "profiles").exists()
+
+
+async def test_a_small_l1_is_warmed_up_too(tiny: Path, tmp_path: Path) -> None:
+    rates = Rates()
+    with running(fp32(tiny, num_blocks=12)) as engine:
+        key = profile_key("tiny", model_identity(tiny), engine)
+        await warm_up(engine, rates, Profiling(ProfileStore(tmp_path), key, 0.0, None))
+    assert rates.prefill_tokens_per_s > 0
