@@ -212,10 +212,10 @@ class Dispatch:
     ) -> AsyncGenerator[WorkerChunk, None]:
         """One worker's answer as it streams; its tokens are handed on, `after` those of another one. Raises _Failed."""
         async with AsyncExitStack() as stack:
+            sent = stack.enter_context(self._scheduler.sent(record, self._job.keys, num_tokens))
             if self._deaths:
                 trial = await stack.enter_async_context(self._suspects.trial(record.url, self._job.deadline_s))
                 self._trial = trial
-            sent = stack.enter_context(self._scheduler.sent(record, self._job.keys, num_tokens))
             try:
                 async with _unless_silent(record, sent, self._job.deadline_s):
                     stream = await self._client.stream(record.url, request, self._job.deadline_s)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Iterator
+from typing import Any
 
 import asyncpg
 import openai
@@ -77,6 +78,40 @@ def test_the_openai_package_gets_an_answer(cluster: Instance) -> None:
     assert "Paris" in (answer.choices[0].message.content or "")
     assert answer.usage is not None
     assert answer.usage.prompt_tokens_details is not None
+
+
+def test_the_openai_package_gets_answers_tokens_and_calls_of_a_real_model(cluster: Instance) -> None:
+    client = openai.OpenAI(base_url=f"{cluster.rest_url}/v1", api_key="none", max_retries=0)
+    question: Messages = [{"role": "user", "content": QUESTION}]
+    how: dict[str, Any] = {"model": cluster.state["model"], "messages": question, "max_tokens": 12}
+    several = client.chat.completions.create(**how, n=3, seed=5, logprobs=True, top_logprobs=2)
+    assert len({c.message.content for c in several.choices}) > 1
+    for choice in several.choices:
+        content = choice.logprobs.content if choice.logprobs else None
+        assert content
+        assert all(entry.logprob <= 0 and len(entry.top_logprobs) == 2 for entry in content)
+    greedy = client.chat.completions.create(**how, temperature=0)
+    rest = RestClient(cluster.rest_url)
+    bias = {str(token): -100 for token in rest.post("/tokenize", {"prompt": " Paris"})["tokens"]}
+    rest.close()
+    assert "Paris" in (greedy.choices[0].message.content or "")
+    city = {
+        "name": "city",
+        "parameters": {
+            "type": "object",
+            "properties": {"id": {"enum": ["Oslo", "Rome"]}},
+            "required": ["id"],
+            "additionalProperties": False,
+        },
+    }
+    tools: list[Any] = [{"type": "function", "function": city}]
+    biased = client.chat.completions.create(**how, temperature=0, logit_bias=bias, presence_penalty=0.5)
+    assert biased.choices[0].message.content != greedy.choices[0].message.content
+    for choice_of in ("required", {"type": "function", "function": {"name": "city"}}):
+        asked = {**how, "max_tokens": 60, "temperature": 0, "tools": tools, "tool_choice": choice_of}
+        answer = client.chat.completions.create(**asked, parallel_tool_calls=False)
+        [call] = answer.choices[0].message.tool_calls or []
+        assert json.loads(call.function.arguments)["id"] in ("Oslo", "Rome")
 
 
 def test_the_command_line_finds_it_by_its_state_file(cluster: Instance) -> None:

@@ -14,8 +14,10 @@ import pytest
 from stratakv.cli.sql import _connection
 from stratakv.cli.status import Report, _print
 from stratakv.config import options
+from stratakv.profile_store import ProfileKey, ProfileStore
 from stratakv.settings import Secret, Settings, SqlSettings
 from stratakv.wire import Stats
+from stratakv.worker_profile import DecodePoint, PrefillPoint, WorkerProfile
 from tests.support import free_port
 
 TIMEOUT_S = 60
@@ -149,3 +151,16 @@ def test_the_sql_prompt_goes_to_the_db_node_with_the_backends_role() -> None:
 
 def test_versions_are_told_to_programs() -> None:
     assert json.loads(stratakv("version", "--json").stdout)["protocol"] >= 1
+
+
+def test_profiles_are_shown_as_a_table_and_as_json(tmp_path: Path) -> None:
+    key = ProfileKey("m", "r", "bf16", "a processor", 2, "0.1")
+    points = (PrefillPoint(512, 0, 0.25), PrefillPoint(64, 2048, 0.1))
+    ProfileStore(tmp_path).keep(key, WorkerProfile(points, (DecodePoint(8, 128, 0.045),), {"l2": 5e9}))
+    cache_dir = f"model.cache_dir={tmp_path}"
+    shown = stratakv("profile", "--set", cache_dir).stdout
+    for part in ("m bf16", "a processor, 2 threads", "64 + 2048: 100 ms", "8 × 128: 45.0 ms", "l2: 5.00 GB/s", "0.0 h"):
+        assert part in shown
+    (stored,) = json.loads(stratakv("profile", "--json", "--set", cache_dir).stdout)
+    assert stored["profile"]["prefill"][0] == {"num_tokens": 512, "num_cached": 0, "seconds": 0.25}
+    assert stored["key"]["model"] == "m"

@@ -162,7 +162,7 @@ def _rank(sequence: Sequence) -> float:
     return -1.0 if sequence.preemptions else float(sequence.request_id)
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(
     limits=LIMITS,
     ahead=st.lists(SHAPES, max_size=8),

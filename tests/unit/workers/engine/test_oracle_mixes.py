@@ -95,7 +95,7 @@ def answers(directory: Path) -> list[list[int]]:
     return [oracle.greedy(token_ids, OUTPUT_MAX) for token_ids in PROMPTS]
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(limits=LIMITS, jobs=st.lists(JOBS, min_size=1, max_size=8), below_fails=FAILED_LAYERS, fills=st.booleans())
 def test_any_mix_of_requests_gives_the_oracles_tokens(
     model: Path, limits: dict[str, Any], jobs: list[Job], below_fails: int, fills: bool
