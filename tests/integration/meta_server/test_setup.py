@@ -18,7 +18,7 @@ def test_an_unmigrated_database_is_refused(postgres_url: str, tmp_path: Path) ->
 
 def test_a_database_of_an_unknown_revision_is_refused(migrated_url: str, tmp_path: Path) -> None:
     with psycopg.connect(migrated_url, autocommit=True) as connection:
-        connection.execute("UPDATE stratakv.schema_version SET version_num = '9999'")
+        connection.execute("UPDATE stratakv.schema_version SET version_num = '9999', compatible = '9999'")
     status, errors = MetaProcess(migrated_url, tmp_path).run()
     assert status == 2
     assert "9999" in errors
