@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stratakv.wire import WorkerRole
+from stratakv.worker_profile import Curves
 
 PREFILL_TOKENS_PER_S_DEFAULT = 500.0
 """Until a worker has measured its own."""
@@ -40,6 +41,10 @@ class Candidate:
     decode_step_s: float = 0.0
     pool_bytes_per_s: float = 0.0
     """0 for these three: not measured yet."""
+    curves: Curves | None = None
+    """What it measured at its start."""
+    slowdown: float = 1.0
+    """How much longer computing a prompt takes now than the curves say."""
     free_tokens: int | None = None
     """Tokens it has room for beside what it is running; None: not told."""
     held_tokens: int = 0
@@ -83,12 +88,15 @@ def uncached_tokens(candidate: Candidate, work: Work) -> int:
 
 def prefill_cost(candidate: Candidate, work: Work, preferred: frozenset[WorkerRole]) -> Cost:
     """Cost up to the first token. Loading is never counted dearer than computing: a worker takes the cheaper."""
-    tokens_per_ms = (candidate.prefill_tokens_per_s or PREFILL_TOKENS_PER_S_DEFAULT) / 1000
     num_loaded = max(0, candidate.pool_tokens - candidate.l1_tokens)
+    num_computed = uncached_tokens(candidate, work)
     return Cost(
-        queue_ms=candidate.queued_tokens / tokens_per_ms,
-        load_ms=min(_load_ms(candidate, num_loaded, work.kv_bytes_per_token), num_loaded / tokens_per_ms),
-        prefill_ms=uncached_tokens(candidate, work) / tokens_per_ms,
+        queue_ms=_queue_ms(candidate),
+        load_ms=min(
+            _load_ms(candidate, num_loaded, work.kv_bytes_per_token),
+            _compute_ms(candidate, num_loaded, candidate.l1_tokens),
+        ),
+        prefill_ms=_compute_ms(candidate, num_computed, max(0, work.prompt_tokens - num_computed)),
         decode_ms=_step_ms(candidate) * candidate.running + _room_ms(candidate, work.prompt_tokens),
         role_ms=0.0 if candidate.role in preferred else ROLE_MISMATCH_MS,
     )
@@ -96,10 +104,9 @@ def prefill_cost(candidate: Candidate, work: Work, preferred: frozenset[WorkerRo
 
 def decode_cost(candidate: Candidate, work: Work, preferred: frozenset[WorkerRole]) -> Cost:
     """Cost of an answer whose prompt is computed elsewhere and read from the pool."""
-    tokens_per_ms = (candidate.prefill_tokens_per_s or PREFILL_TOKENS_PER_S_DEFAULT) / 1000
     num_loaded = max(0, work.prompt_tokens - candidate.l1_tokens)
     return Cost(
-        queue_ms=candidate.queued_tokens / tokens_per_ms,
+        queue_ms=_queue_ms(candidate),
         load_ms=_load_ms(candidate, num_loaded, work.kv_bytes_per_token),
         prefill_ms=0.0,
         decode_ms=_step_ms(candidate) * candidate.running
@@ -118,8 +125,7 @@ def whole_cost(candidate: Candidate, work: Work, preferred: frozenset[WorkerRole
 
 def backlog_ms(candidate: Candidate) -> float:
     """What it has to do already: prompts to compute, sequences to decode."""
-    tokens_per_ms = (candidate.prefill_tokens_per_s or PREFILL_TOKENS_PER_S_DEFAULT) / 1000
-    return candidate.queued_tokens / tokens_per_ms + _step_ms(candidate) * candidate.running
+    return _queue_ms(candidate) + _step_ms(candidate) * candidate.running
 
 
 def mean_prefill_ms(candidate: Candidate) -> float:
@@ -132,6 +138,17 @@ def forecast_s(candidates: Sequence[Candidate], computed_tokens: int, decode_ste
     tokens_per_s = sum(c.prefill_tokens_per_s or PREFILL_TOKENS_PER_S_DEFAULT for c in candidates)
     step_s = sum(_step_ms(c) for c in candidates) / len(candidates) / 1000
     return computed_tokens / tokens_per_s + decode_steps / max(1, num_at_once) * step_s
+
+
+def _queue_ms(candidate: Candidate) -> float:
+    """Of many prompts, at the rate that it had of late."""
+    return candidate.queued_tokens * 1000 / (candidate.prefill_tokens_per_s or PREFILL_TOKENS_PER_S_DEFAULT)
+
+
+def _compute_ms(candidate: Candidate, num_tokens: int, num_cached: int) -> float:
+    """Of one prompt, so many tokens behind so many that are cached: by its curves, else at the rate that it had of late."""
+    seconds = candidate.curves.prefill_s(num_tokens, num_cached) * candidate.slowdown if candidate.curves else 0.0
+    return seconds * 1000 or num_tokens * 1000 / (candidate.prefill_tokens_per_s or PREFILL_TOKENS_PER_S_DEFAULT)
 
 
 def _load_ms(candidate: Candidate, num_tokens: int, kv_bytes_per_token: int) -> float:

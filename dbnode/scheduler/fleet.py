@@ -19,6 +19,7 @@ from stratakv.keys import BlockKey
 from stratakv.log import EventLogger
 from stratakv.settings import RouterSettings
 from stratakv.wire import WorkerLoad
+from stratakv.worker_profile import Curves
 
 log = EventLogger("dbnode.workers")
 
@@ -47,6 +48,7 @@ class WorkerRecord:
     url: str
     index: BlockIndex
     facts: WorkerFacts | None = None
+    curves: Curves | None = None
     load: WorkerLoad = WorkerLoad()
     load_at_s: float = 0.0
     alive: bool = False
@@ -98,6 +100,8 @@ class WorkerRecord:
             prefill_tokens_per_s=self.load.prefill_tokens_per_s,
             decode_step_s=self.load.decode_step_s,
             pool_bytes_per_s=self.load.load_bytes_per_s.get("pool", 0.0),
+            curves=self.curves,
+            slowdown=self.load.slowdown,
             free_tokens=free_tokens,
             held_tokens=sum(sent.prompt_tokens for sent in self.sent),
             last_turn=self.last_turn,
@@ -148,6 +152,8 @@ class Fleet:
             record.index.clear()
         if load.l1_blocks_total:
             record.index.resize(min(load.l1_blocks_total, self._settings.index_blocks_max))
+        if record.facts is None or record.facts.profile != facts.profile:
+            record.curves = Curves(facts.profile)
         record.facts, record.load, record.load_at_s = facts, load, asked_s
         record.misses, record.heard_s, record.problem = 0, self._clock(), ""
         record.prefilled_tokens = record.ended = 0

@@ -12,6 +12,7 @@ from dbnode.scheduler.cost import Candidate, Work, whole_cost
 from dbnode.scheduler.policies.cost import CostPolicy
 from dbnode.scheduler.router import route
 from stratakv.wire import WorkerRole
+from stratakv.worker_profile import Curves, PrefillPoint, WorkerProfile
 
 SPLIT_MIN = 512
 ANY = frozenset(WorkerRole)
@@ -115,6 +116,21 @@ def test_what_is_in_the_pool_makes_locality_worth_only_the_difference() -> None:
     decision = route(fleet, work(1700), CostPolicy(), SPLIT_MIN, random.Random(0))
     assert decision is not None
     assert decision.worker.worker == "idle"
+
+
+def test_a_long_prompt_goes_to_whom_long_prompts_take_least() -> None:
+    def measured(*seconds: float) -> Curves:
+        points = zip((128, 512, 4096), seconds, strict=True)
+        return Curves(WorkerProfile(tuple(PrefillPoint(tokens, 0, s) for tokens, s in points)))
+
+    quick_start, quick_end = measured(0.05, 0.3, 8.0), measured(0.2, 0.4, 2.0)
+    fleet = [replace(candidate("start"), curves=quick_start), replace(candidate("end"), curves=quick_end)]
+    chosen = [route(fleet, work(n), CostPolicy(), 10_000, random.Random(0)) for n in (128, 4096)]
+    assert [decision and decision.worker.worker for decision in chosen] == ["start", "end"]
+    slow = replace(fleet[1], slowdown=10.0)
+    decision = route([fleet[0], slow], work(4096), CostPolicy(), 10_000, random.Random(0))
+    assert decision is not None
+    assert decision.worker.worker == "start"
 
 
 def test_a_role_is_only_a_preference() -> None:
