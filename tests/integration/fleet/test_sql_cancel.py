@@ -165,7 +165,7 @@ def test_cancel_frees_the_kv_and_the_session_goes_on(
 
 
 def test_statement_timeout_frees_the_kv_and_the_session_goes_on(stack: Stack, session: Connection, way: str) -> None:
-    session.execute("SET statement_timeout = '700ms'")
+    session.execute("SET statement_timeout = '250ms'")
     with pytest.raises(psycopg.errors.QueryCanceled, match="statement timeout"):
         _run(session, way)
     _freed(stack)
