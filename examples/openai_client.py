@@ -33,7 +33,9 @@ def ask(question: str) -> None:
             print(chunk.choices[0].delta.content or "", end="", flush=True)
         if chunk.usage and chunk.usage.model_extra:
             found = chunk.usage.model_extra["stratakv"]
-            print(f"\n  {found['computed']} of {chunk.usage.prompt_tokens} prompt tokens computed, {found['ttft_ms']} ms\n")
+            print(
+                f"\n  {found['computed']} of {chunk.usage.prompt_tokens} prompt tokens computed, {found['ttft_ms']} ms\n"
+            )
 
 
 for question in QUESTIONS:
