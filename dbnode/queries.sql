@@ -28,6 +28,28 @@ SELECT stratakv.make_usage_partitions(now() - interval '7 days', $1)
 -- Months that are over for longer than so many months.
 SELECT stratakv.drop_usage_partitions($1)
 
+-- name: usage_ahead
+-- For how many seconds from now each request has a partition; looked at as far as partitions are made ahead.
+SELECT greatest(0, extract(epoch FROM coalesce(min(m.month) FILTER (WHERE NOT m.is_there), max(m.month)) AT TIME ZONE 'UTC' - now()))
+    ::double precision
+FROM (
+    SELECT month, EXISTS (
+        SELECT FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
+        WHERE i.inhparent = 'stratakv.usage_history'::regclass AND c.relname = 'usage_history_' || to_char(month, 'YYYY_MM')
+    ) AS is_there
+    FROM generate_series(
+        date_trunc('month', now() AT TIME ZONE 'UTC'),
+        date_trunc('month', now() AT TIME ZONE 'UTC') + ($1 + 1) * interval '1 month', interval '1 month') AS month
+) m
+
+-- name: clear_audit
+-- Some of the changes that are older than so many whole months.
+DELETE FROM stratakv.audit_log WHERE id IN (
+    SELECT id FROM stratakv.audit_log
+    WHERE at < (date_trunc('month', now() AT TIME ZONE 'UTC') - $1::integer * interval '1 month') AT TIME ZONE 'UTC'
+    ORDER BY at LIMIT $2
+)
+
 -- name: clear_settled
 -- Some of the settled requests that nobody settles again; usage_history has them.
 DELETE FROM stratakv.usage_events WHERE id IN (
