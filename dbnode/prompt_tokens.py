@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 INLINE_CHARS_MAX = 4096
 """Longer texts are tokenised off the event loop."""
+INLINE_MESSAGES_MAX = 64
+"""More messages than this are written off the event loop."""
 THREADS = 2
 
 Made = TypeVar("Made")
@@ -49,7 +51,8 @@ class PromptTokens:
         if isinstance(request.prompt, tuple):
             token_ids = self.checked(request.prompt, "prompt")
         elif request.messages is not None:
-            text = chat_text(self.tokenizer, request.messages, request.tools, request.style)
+            make = partial(chat_text, self.tokenizer, request.messages, request.tools, request.style)
+            text = make() if len(request.messages) <= INLINE_MESSAGES_MAX else await self.aside(make)
             token_ids = await self.of_chat_text(text, request.caller.tenant.salt)
         else:
             token_ids = await self.of_text(request.prompt or "", special=True)

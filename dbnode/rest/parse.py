@@ -194,7 +194,7 @@ def parse_completion(body: bytes, asked: Asked) -> Parsed:
     given = read_fields(body, COMPLETION)
     if given.get("echo") and "logprobs" in given:
         raise InvalidRequest(
-            "echo: not with logprobs.", hint="There are no log-probabilities of a prompt's tokens.", param="echo"
+            "echo: not with logprobs", hint="There are no log-probabilities of a prompt's tokens.", param="echo"
         )
     sampling = _sampling(
         given,
