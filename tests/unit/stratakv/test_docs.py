@@ -11,7 +11,11 @@ from stratakv.config import options, show_value
 
 ROOT = Path(__file__).parents[3]
 CONFIGURATION_PAGE = ROOT / "docs" / "reference" / "configuration.md"
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+INDEX_PAGE = ROOT / "docs" / "README.md"
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "examples/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 
 _ROW = re.compile(r"^\| `(?P<name>\w+\.\w+)` \| `(?P<env>\w+)` \| (?P<default>[^|]*) \|", re.MULTILINE)
 _ENVIRONMENT = re.compile(r"\bSTRATAKV_[A-Z_]+\b")
@@ -40,6 +44,11 @@ def test_links_within_the_documentation_lead_somewhere(page: Path) -> None:
         if not target.exists() or (match["section"] and match["section"] not in _anchors(target)):
             broken.append(match[0])
     assert broken == []
+
+
+def test_the_index_of_the_documentation_leads_to_every_page() -> None:
+    listed = {(INDEX_PAGE.parent / match["path"]).resolve() for match in _LINK.finditer(INDEX_PAGE.read_text())}
+    assert {page for page in (ROOT / "docs").rglob("*.md") if page != INDEX_PAGE} <= listed
 
 
 def _configuration() -> str:
