@@ -57,7 +57,7 @@ class NodeMetrics:
         self.usage_dropped = Counter(
             "stratakv_usage_events_dropped", "Usage events lost because the database was away.", registry=self.registry
         )
-
+        self.upkeep = UpkeepMetrics(self.registry)
         self.statements_dropped = Counter(
             "stratakv_sql_statement_stats_dropped",
             "Ends of statements left out of the statistics because the database was away.",
@@ -101,3 +101,18 @@ class NodeMetrics:
 
     def _counter(self, stem: str, doc: str) -> Counter:
         return Counter(stem, doc, ["model_name"], registry=self.registry)
+
+
+class UpkeepMetrics:
+    """Of what DB nodes do to the metadata every hour. What is made or deleted counts at the DB node that did it."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.days_ahead = Gauge(
+            "stratakv_usage_partitions_days_ahead", "Days that have a partition, when last looked.", registry=registry
+        )
+        self.partitions_made = Counter("stratakv_usage_partitions_made", "Months made ahead.", registry=registry)
+        self.partitions_dropped = Counter("stratakv_usage_partitions_dropped", "Months dropped.", registry=registry)
+        self.audit_deleted = Counter(
+            "stratakv_audit_entries_deleted", "Old entries deleted from the log of changes.", registry=registry
+        )
+        self.failures = Counter("stratakv_upkeep_failures", "Rounds that failed; tried again.", registry=registry)

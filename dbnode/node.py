@@ -30,8 +30,8 @@ from dbnode.tenants.journals import read_journals
 from dbnode.tenants.ledger import Ledger
 from dbnode.tenants.quotas import Quotas
 from dbnode.tenants.recovery import Journals, Recovery
+from dbnode.upkeep import Upkeep
 from dbnode.usage import UsageWriter
-from dbnode.usage_upkeep import UsageUpkeep
 from dbnode.vllm.client import GoldenText, VllmClient
 from dbnode.worker_client import WorkerClient
 from stratakv.models import resolve, served_name
@@ -72,7 +72,7 @@ class Node:
         self.quotas = Quotas(Ledger(settings.database), settings.tenants)
         self._recovery = Recovery(settings.database, self._read_journals)
         self.usage = UsageWriter(settings.database, self.metrics.usage_dropped.inc)
-        self.upkeep = UsageUpkeep(settings.database, settings.usage)
+        self.upkeep = Upkeep(settings.database, settings.usage, settings.tenants, self.metrics.upkeep)
         self.statements = StatementStats(settings.database, self.metrics.statements_dropped.inc)
         self.directory = WorkerDirectory(
             settings.router, self.client, pool, self._on_workers_changed, credentials=credentials
@@ -129,7 +129,7 @@ class Node:
             tasks.create_task(self._recovery.run(), name="recovery")
             tasks.create_task(self.usage.run(), name="usage")
             tasks.create_task(self.statements.run(), name="statements")
-            tasks.create_task(self.upkeep.run(), name="usage-upkeep")
+            tasks.create_task(self.upkeep.run(), name="upkeep")
             tasks.create_task(self.conversations.run(), name="conversations")
 
     async def close(self) -> None:

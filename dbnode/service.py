@@ -55,7 +55,11 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             postgres_uid=settings.sql.backend_uid,
             statements=node.statements,
             explainer=SqlExplainer(node.inference, node.tenants),
-            topics={**own_usage_topics(node.metadata), **SqlConversations(node.conversations, node.tenants).topics()},
+            topics={
+                **node.statements.topics(),
+                **own_usage_topics(node.metadata),
+                **SqlConversations(node.conversations, node.tenants).topics(),
+            },
         )
         node.metrics.registry.register(SqlMetrics(sql))
         await sql.start()

@@ -1,7 +1,8 @@
 """Statistics of statements in the metadata database: sums per role, database and statement, written in the background.
 
 The sink of the SQL face's `StatementBook`, and what the view `stratakv.statement_stats` is read from. Several DB nodes add to
-the same rows. While the database is away sums wait here, a bounded number of them.
+the same rows. While the database is away sums wait here, a bounded number of them. A role is known by its cluster, name and OID,
+as in the mapping of roles to tenants, and sees what it did for its tenant.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +18,10 @@ from typing import Any
 
 import asyncpg
 
+from dbnode.sql.commands import FormerFunctions
+from dbnode.sql.service import Login
 from dbnode.sql.statement_meter import StatementCounts, StatementKey
+from dbnode.sql.topics import Asked, Topic, Topics
 from stratakv.errors import Unavailable
 from stratakv.log import EventLogger
 from stratakv.queries import load_queries
@@ -34,6 +39,7 @@ PRUNE_S = 60.0
 WRITE_TIMEOUT_S = 10.0
 
 _AWAY = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError)
+_NOT_TOLD = Login("", 0, "")
 _queries = load_queries("dbnode")
 
 
@@ -83,14 +89,29 @@ class StatementStats:
         if self._connection is not None:
             self._connection.terminate()
 
-    async def read(self, role: str | None) -> list[dict[str, Any]]:
-        """Rows of a role, or of all roles, with what has not been written yet. Raises Unavailable."""
+    def topics(self) -> Topics:
+        """`statements`: rows as JSON. PostgreSQL says whether the role may read those of `all` in its cluster."""
+        return {"statements": Topic(self._answer)}
+
+    async def _answer(self, asked: Asked) -> str:
+        return json.dumps(
+            await self.read(asked.role, asked.login, is_all=asked.payload.get("all") is True), default=str
+        )
+
+    async def read(self, role: str, login: Login | None, *, is_all: bool) -> list[dict[str, Any]]:
+        """Rows of a role of its login's tenant, or all of its cluster, with what has not been written yet.
+
+        Raises Unavailable, or PermissionDenied if the functions do not tell who asks.
+        """
+        if login is None or login.caller_oid is None or not login.cluster:
+            raise FormerFunctions("the functions in this database do not say which role asks for its statistics")
         if self._settings.url is None or not await self._flush():
             raise Unavailable("the metadata database does not answer")
+        whose = (login.cluster, is_all, role, login.caller_oid, login.role, login.oid)
         async with self._lock:
             try:
                 rows = await (await self._connected()).fetch(
-                    _queries["select_statements"], role, timeout=WRITE_TIMEOUT_S
+                    _queries["select_statements"], *whose, timeout=WRITE_TIMEOUT_S
                 )
             except _AWAY as error:
                 self._lost(error)
@@ -117,8 +138,7 @@ class StatementStats:
 
     async def _write(self, sums: dict[StatementKey, _Sum]) -> None:
         connection = await self._connected()
-        # DB nodes that write the same rows lock them in one order
-        rows = sorted(_row(key, found) for key, found in sums.items())
+        rows = [_row(key, found) for key, found in sums.items()]
         await connection.execute(_queries["add_statements"], *zip(*rows, strict=True), timeout=WRITE_TIMEOUT_S)
         if time.monotonic() - self._pruned_s > PRUNE_S:
             self._pruned_s = time.monotonic()
@@ -143,7 +163,9 @@ class StatementStats:
 
 
 def _row(key: StatementKey, found: _Sum) -> tuple[Any, ...]:
-    """Columns in the order of the query's parameters; those of the primary key first."""
+    """Columns in the order of the query's parameters."""
     counts = (getattr(found.counts, name) for name in StatementCounts.__slots__)
     fingerprint = hashlib.sha256(key.query.encode()).digest()[:16] if key.query is not None else b""
-    return key.role, key.database, fingerprint, key.query, *counts, found.seen_at_s
+    login = key.login or _NOT_TOLD
+    whose = (login.cluster, login.role, login.oid, key.role, login.caller_oid or 0, key.database)
+    return *whose, fingerprint, key.query, *counts, found.seen_at_s

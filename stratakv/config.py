@@ -143,9 +143,12 @@ def parse_value(kind: Any, value: Any) -> Any:
             raise ValueError(f"expected one of {', '.join(choices)}, got {value!r}")
         return kind(value)
     try:
-        return kind(value)
+        parsed = kind(value)
     except (ValueError, TypeError):
         raise ValueError(f"expected {kind.__name__}, got {value!r}") from None
+    if kind in (int, float) and not parsed >= 0:
+        raise ValueError(f"expected 0 or more, got {value!r}")
+    return parsed
 
 
 def _split(kind: Any, text: str) -> list[str]:

@@ -296,11 +296,12 @@ class WhenAway(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TenantSettings:
-    """[tenants] limits of tenants at a DB node."""
+    """[tenants] limits of tenants at a DB node, and the log of changes to them."""
 
     parallel_waiting_max: int = setting(
         256, "requests of one tenant that wait for its limit of parallel requests, at one DB node"
     )
+    audit_months_kept: int = setting(24, "whole months of the log of changes that are kept; 0: all of them")
     when_away: WhenAway = setting(
         WhenAway.LEASES,
         "requests of tenants with limits while the metadata database is away: leases (what was leased, then refused) or allow",

@@ -4,7 +4,6 @@
     infer_within …                                  the same, from within a function that is not ours
     poll                                            go on waiting for it
     bind NONCE PID                                  this connection belongs to a session of the gateway
-    statements PID ROLE                             statistics of statements, of one role or of all; polled like a call
     explain PID ROLE DATABASE NAMES QUERY           look at what the query's calls would ask; answered with the query to run
     probe PID ROLE DATABASE MODEL OPTIONS PROMPT    a call of that query
     explained PID TOKEN ROWS                        it has ended: what it would cost; polled like a call
@@ -12,10 +11,10 @@
     set client_encoding to '…'                      what libpq sends for dblink; all our text is ASCII
 
 ROLE, DATABASE and NONCE are hexadecimal UTF-8; behind the ROLE of `infer` and `probe` come, each after a colon, the OID and the
-name of the role that has logged in, which functions of former releases leave out. The cluster is told by the connection's
-application_name; MODEL and OPTIONS too, after `=`, or `-` for NULL, as is the ROLE of `statements`,
-where NULL means all. PROMPT is base64 after `=`, or `-` for NULL in `probe`; QUERY is base64 after `=`, and NAMES are
-separated by commas. The PAYLOAD of `ask` is a JSON object in base64 after `=`; its ROLE is as that of `infer`.
+name of the role that has logged in, and the OID of ROLE, which functions of former releases leave out. The cluster is told by
+the connection's application_name; MODEL and OPTIONS too, after `=`, or `-` for NULL. PROMPT is base64 after `=`, or `-` for NULL
+in `probe`; QUERY is base64 after `=`, and NAMES are separated by commas. The PAYLOAD of `ask` is a JSON object in base64 after `=`;
+its ROLE is as that of `infer`.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ from dbnode.sql.errors import ProtocolViolation
 from dbnode.sql.messages import text_row
 from dbnode.sql.row_prompt import ROW, RowPrompt, parse_row
 from dbnode.sql.service import InferCall, Login, NullAnswer
-from stratakv.errors import InvalidRequest, StrataError
+from stratakv.errors import InvalidRequest, PermissionDenied, StrataError
 
 _INFER_WORDS = 6
-_BIND_WORDS = _STATEMENTS_WORDS = 2
+_BIND_WORDS = 2
 _ASK_WORDS = 5
 _EXPLAINING = {b"explain": 5, b"probe": _INFER_WORDS, b"explained": 3}
 """Words of each command."""
@@ -45,6 +44,13 @@ class NotUtf8(InvalidRequest):
     """A text is not valid UTF-8, which only a database in SQL_ASCII can hold."""
 
     sqlstate = "22021"
+
+
+class FormerFunctions(PermissionDenied):
+    """They are of a release that asked in another way."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, hint="Run `stratakv install` again, with this release.")
 
 
 class NulInAnswer(InvalidRequest):
@@ -102,15 +108,6 @@ class SetEncoding:
 
 
 @dataclass(frozen=True, slots=True)
-class Statements:
-    """Read statistics."""
-
-    pid: int
-    role: str | None
-    """None for all roles'."""
-
-
-@dataclass(frozen=True, slots=True)
 class Explain:
     """Look at what a query would ask."""
 
@@ -152,7 +149,7 @@ class Ask:
     login: Login | None
 
 
-Command = Ask | Infer | Poll | Bind | SetEncoding | Statements | Explain | Probe | Explained
+Command = Ask | Infer | Poll | Bind | SetEncoding | Explain | Probe | Explained
 
 
 def cluster_of(application_name: str) -> str:
@@ -176,9 +173,7 @@ def parse_command(text: bytes, cluster: str = "") -> Command:
         if len(words) == _BIND_WORDS:
             return Bind(_unhex(words[0], "the nonce"), _number(words[1]))
     if name == b"statements":
-        words = rest.split(b" ")
-        if len(words) == _STATEMENTS_WORDS:
-            return Statements(_number(words[0]), _optional(words[1], "the role's name"))
+        raise FormerFunctions("the functions in this database do not say which role asks for its statistics")
     if name == b"ask":
         return _parse_ask(rest, cluster)
     if name in _EXPLAINING:
@@ -237,11 +232,13 @@ def _parse_ask(rest: bytes, cluster: str) -> Ask:
 
 
 def _parse_login(word: bytes, cluster: str) -> Login | None:
-    """OID and name."""
+    """OID and name, and the OID of the caller."""
     if not word:
         return None
-    oid, _, role = word.partition(b":")
-    return Login(_unhex(role, "the name of the login role"), _number(oid), cluster)
+    oid, _, rest = word.partition(b":")
+    role, _, caller_oid = rest.partition(b":")
+    name = _unhex(role, "the name of the login role")
+    return Login(name, _number(oid), cluster, _number(caller_oid) if caller_oid else None)
 
 
 def _parse_explaining(name: bytes, rest: bytes, cluster: str) -> Explain | Probe | Explained:

@@ -63,7 +63,6 @@ class SqlFront:
             service,
             registry,
             self.book,
-            statements,
             explainer,
             topics or {},
             postgres_uid=uid,

@@ -25,7 +25,7 @@ from dbnode.sql.scram import Verifier
 from dbnode.sql.server_tls import own_tls
 from dbnode.sql.service import InferenceService
 from dbnode.sql.session_hints import SessionHints
-from dbnode.sql.statement_meter import MeteredService, StatementBook, StatementLog
+from dbnode.sql.statement_meter import MeteredService, StatementBook
 from dbnode.sql.topics import Topics
 from stratakv.errors import SetupError
 from stratakv.log import EventLogger
@@ -73,7 +73,6 @@ class Listener:
         service: InferenceService,
         registry: BindingRegistry,
         book: StatementBook,
-        statements: StatementLog | None,
         explainer: Explainer | None,
         topics: Topics,
         *,
@@ -83,7 +82,6 @@ class Listener:
         self.limits = limits
         self.service = MeteredService(service, book)
         self.book = book
-        self.statements = statements
         self.explainer = explainer
         self.topics = topics
         self.explaining: set[Explaining] = set()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import enum
-import json
 import secrets
 import socket
 import struct
@@ -25,7 +24,6 @@ from dbnode.sql.commands import (
     Poll,
     Probe,
     SetEncoding,
-    Statements,
     Status,
     answer_reply,
     cluster_of,
@@ -270,9 +268,6 @@ class ListenerConnection(asyncio.Protocol):
                 case Bind():
                     self._binding = self._listener.registry.redeem(command.nonce, command.pid, self)
                     self._transport.write(reply(Status.OK))
-                case Statements():
-                    self._drop_call()
-                    self._start(_read_statements(self._listener, command.role), command.pid)
                 case Explain():
                     self._drop_call()
                     begun = self._explaining.begin(
@@ -304,7 +299,7 @@ class ListenerConnection(asyncio.Protocol):
             raise _prompt_too_long(listener.limits.prompt_bytes_max)
         session_hints = self._binding.hints if self._binding is not None else None
         hints = session_hints.statement if session_hints is not None else None
-        meter = listener.book.called(self._session_name, command.role, command.database)
+        meter = listener.book.called(self._session_name, command.role, command.database, command.login)
         if hints is not None and hints.is_collecting:
             self._answer_pass(hints, command)
             return
@@ -457,12 +452,6 @@ async def _answer_asked(topic: Topic, asked: Asked) -> str:
     except Exception:
         log.exception("asked_failed", session=asked.session, database=asked.database)
         raise
-
-
-async def _read_statements(listener: Listener, role: str | None) -> str:
-    if listener.statements is None:
-        raise Unavailable("this DB node keeps no statistics of statements")
-    return json.dumps(await listener.statements.read(role), default=str)
 
 
 def _prompt_too_long(bytes_max: int) -> StrataError:

@@ -31,6 +31,8 @@ class Login:
     oid: int
     cluster: str
     """System identifier, in digits; empty if the functions do not tell it."""
+    caller_oid: int | None = None
+    """Of the role that calls, which SET ROLE does change; None if the functions do not tell it."""
 
 
 @dataclass(frozen=True, slots=True)

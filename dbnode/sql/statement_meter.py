@@ -11,18 +11,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol
 
-from dbnode.sql.service import CallCost, InferCall, InferenceService
+from dbnode.sql.service import CallCost, InferCall, InferenceService, Login
 from stratakv.errors import StrataError
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class StatementKey:
     """Whose statement, where, and which."""
 
     role: str
     database: str
+    login: Login | None
+    """With the cluster, and the OID of the role; None if the functions do not tell it."""
     query: str | None
     """Without literals; None if it is not known."""
 
@@ -65,13 +67,9 @@ class StatementCounts:
 
 
 class StatementLog(Protocol):
-    """Where counts go when a statement has ended, and are read from. Implemented by `dbnode.statement_stats`."""
+    """Where counts go when a statement has ended. Implemented by `dbnode.statement_stats`."""
 
     def add(self, key: StatementKey, counts: StatementCounts) -> None: ...
-
-    async def read(self, role: str | None) -> list[dict[str, Any]]:
-        """Rows of a role, or of all roles. Raises StrataError."""
-        ...
 
 
 @dataclass(slots=True)
@@ -86,6 +84,7 @@ class StatementMeter:
     role: str | None = None
     """Whose it is, once it has called infer()."""
     database: str = ""
+    login: Login | None = None
     num_done: int = 0
     """Of the distinct prompts."""
     num_waiting: int = 0
@@ -157,14 +156,14 @@ class StatementBook:
 
     # What the listener tells
 
-    def called(self, session: str, role: str, database: str) -> StatementMeter:
+    def called(self, session: str, role: str, database: str, login: Login | None) -> StatementMeter:
         """A call of infer(), of a pass too. The meter of a session that has told no statement is the call's own."""
         meter = self._running.get(session)
         if meter is None:
             meter = StatementMeter(session, None, asyncio.get_running_loop().time())
             meter.counts.calls = 0
         if meter.role is None:
-            meter.role, meter.database = role, database
+            meter.role, meter.database, meter.login = role, database, login
         return meter
 
     def finish_own(self, meter: StatementMeter) -> None:
@@ -200,7 +199,7 @@ class StatementBook:
             return  # it has the word infer in it, and no call
         self.by_database.setdefault(meter.database, StatementCounts()).add(counts)
         if self._sink is not None:
-            self._sink.add(StatementKey(meter.role, meter.database, meter.query), counts)
+            self._sink.add(StatementKey(meter.role, meter.database, meter.login, meter.query), counts)
 
 
 class MeteredService:
@@ -212,7 +211,7 @@ class MeteredService:
 
     async def infer_text(self, call: InferCall) -> str:
         """Raises what the service raises."""
-        meter = self._book.called(call.session, call.role, call.database)
+        meter = self._book.called(call.session, call.role, call.database, call.login)
         try:
             return await self._service.infer_text(replace(call, on_cost=self._reporter(meter)))
         except StrataError:

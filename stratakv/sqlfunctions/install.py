@@ -15,7 +15,7 @@ from stratakv.errors import SetupError
 from stratakv.sqlfunctions.address import ListenerAddress
 from stratakv.sqlfunctions.aggregate import AGGREGATE, drop_aggregate, make_public_aggregate
 
-VERSION = 4
+VERSION = 5
 DBLINK_SCHEMA = "stratakv_dblink"
 PROBE_SCHEMA = "stratakv_probe"
 """Of what stands in for infer() and its kin while a query is explained."""

@@ -117,13 +117,15 @@ BEGIN
 END
 $$;
 
--- The same with the role that has logged in, by its OID and its name: a tenant is known by it, whatever SET ROLE says.
+-- The same with the role that has logged in, by its OID and its name: a tenant is known by it, whatever SET ROLE says. Then the
+-- caller's OID: another role may come to its name.
 CREATE OR REPLACE FUNCTION stratakv.sql_caller_word(caller text) RETURNS text
 LANGUAGE sql STABLE PARALLEL RESTRICTED
 RETURN pg_catalog.format(
-    '%s:%s:%s', pg_catalog.encode(pg_catalog.convert_to(caller, 'UTF8'), 'hex'),
+    '%s:%s:%s:%s', pg_catalog.encode(pg_catalog.convert_to(caller, 'UTF8'), 'hex'),
     pg_catalog.to_regrole(pg_catalog.quote_ident(session_user))::oid,
-    pg_catalog.encode(pg_catalog.convert_to(session_user::text, 'UTF8'), 'hex'));
+    pg_catalog.encode(pg_catalog.convert_to(session_user::text, 'UTF8'), 'hex'),
+    pg_catalog.to_regrole(pg_catalog.quote_ident(caller))::oid);
 
 -- Asks a request that is no infer() and waits for its answer, polling as infer() does.
 CREATE OR REPLACE FUNCTION stratakv.sql_call(request text) RETURNS text

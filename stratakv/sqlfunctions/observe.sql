@@ -1,6 +1,15 @@
 -- What users look at. Safe to run again, after install.sql.
 
--- Statistics from the DB node: those of the session's role, or all for who may read all statistics.
+-- Asks the DB node about a topic, in the name of the session.
+CREATE OR REPLACE FUNCTION stratakv.sql_ask_node(topic text, payload jsonb) RETURNS text
+LANGUAGE sql VOLATILE PARALLEL RESTRICTED
+RETURN stratakv.sql_call(pg_catalog.format(
+    'ask %s %s %s %s =%s', pg_catalog.pg_backend_pid(), stratakv.sql_caller_word(stratakv.sql_caller()),
+    pg_catalog.encode(pg_catalog.convert_to(pg_catalog.current_database()::text, 'UTF8'), 'hex'), topic,
+    pg_catalog.encode(pg_catalog.convert_to(payload::text, 'UTF8'), 'base64')));
+REVOKE ALL ON FUNCTION stratakv.sql_ask_node(text, jsonb) FROM PUBLIC;
+
+-- Statistics from the DB node: those of the session's role, or all of the cluster for who may read all statistics.
 CREATE OR REPLACE FUNCTION stratakv.sql_statement_stats() RETURNS TABLE (
     role text, database text, query text, calls bigint, infer_calls bigint, distinct_prompts bigint, memo_hits bigint,
     prompt_tokens bigint, cached_l1_tokens bigint, cached_l2_tokens bigint, cached_pool_tokens bigint,
@@ -8,15 +17,10 @@ CREATE OR REPLACE FUNCTION stratakv.sql_statement_stats() RETURNS TABLE (
 LANGUAGE plpgsql VOLATILE PARALLEL RESTRICTED SECURITY DEFINER ROWS 100
 SET search_path = pg_catalog, pg_temp SET client_min_messages = error AS $$
 #variable_conflict use_column
-DECLARE
-    caller text := stratakv.sql_caller();
-    whose  text := '-';
 BEGIN
-    IF NOT pg_catalog.pg_has_role(caller::name, 'pg_read_all_stats', 'USAGE') THEN
-        whose := '=' || pg_catalog.encode(pg_catalog.convert_to(caller, 'UTF8'), 'hex');
-    END IF;
     RETURN QUERY SELECT s.* FROM pg_catalog.jsonb_to_recordset(
-        stratakv.sql_call(pg_catalog.format('statements %s %s', pg_catalog.pg_backend_pid(), whose))::jsonb
+        stratakv.sql_ask_node('statements', pg_catalog.jsonb_build_object(
+            'all', pg_catalog.pg_has_role(stratakv.sql_caller()::name, 'pg_read_all_stats', 'USAGE')))::jsonb
     ) AS s(
         role text, database text, query text, calls bigint, infer_calls bigint, distinct_prompts bigint, memo_hits bigint,
         prompt_tokens bigint, cached_l1_tokens bigint, cached_l2_tokens bigint, cached_pool_tokens bigint,
@@ -30,15 +34,6 @@ GRANT EXECUTE ON FUNCTION stratakv.sql_statement_stats() TO PUBLIC;
 GRANT SELECT ON stratakv.statement_stats TO PUBLIC;
 COMMENT ON FUNCTION stratakv.sql_statement_stats() IS 'Inner part of the view statement_stats';
 COMMENT ON VIEW stratakv.statement_stats IS 'Statements that call infer(): what they asked of the model, and got';
-
--- Asks the DB node about a topic, in the name of the session.
-CREATE OR REPLACE FUNCTION stratakv.sql_ask_node(topic text, payload jsonb) RETURNS text
-LANGUAGE sql VOLATILE PARALLEL RESTRICTED
-RETURN stratakv.sql_call(pg_catalog.format(
-    'ask %s %s %s %s =%s', pg_catalog.pg_backend_pid(), stratakv.sql_caller_word(stratakv.sql_caller()),
-    pg_catalog.encode(pg_catalog.convert_to(pg_catalog.current_database()::text, 'UTF8'), 'hex'), topic,
-    pg_catalog.encode(pg_catalog.convert_to(payload::text, 'UTF8'), 'base64')));
-REVOKE ALL ON FUNCTION stratakv.sql_ask_node(text, jsonb) FROM PUBLIC;
 
 -- What the tenant of the session's role has used and may use. The database that has the metadata has views of these names itself.
 CREATE OR REPLACE FUNCTION stratakv.sql_my_usage() RETURNS TABLE (

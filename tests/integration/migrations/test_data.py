@@ -15,6 +15,7 @@ from stratakv import migrate
 Rows = list[tuple[Any, ...]]
 ROWS = {
     "0001": """
+        INSERT INTO stratakv.models (name) VALUES ('m');
         INSERT INTO stratakv.nodes (name) VALUES ('n0');
         INSERT INTO stratakv.segments (epoch, node, host, port, socket_name, size_bytes)
             VALUES ('\\x01', 'n0', 'h', 1, 's', 4096);
@@ -35,7 +36,11 @@ ROWS = {
         INSERT INTO stratakv.segments (epoch, node, host, port, socket_name, size_bytes, disk_of)
             VALUES ('\\x05', 'n0-disk', 'h', 2, 's', 4096, 'n0');""",
     "0004": "INSERT INTO stratakv.cache_rules VALUES ('\\x02', 60, 0, 0, true);",
-    "0005": "INSERT INTO stratakv.kvcm_groups VALUES ('g', '\\x06');",
+    "0005": """
+        INSERT INTO stratakv.kvcm_groups VALUES ('g', '\\x06');
+        INSERT INTO stratakv.kvcm_storages VALUES ('s', '\\x06', true);
+        INSERT INTO stratakv.kvcm_instances VALUES ('i', '\\x06');
+        INSERT INTO stratakv.kvcm_writes VALUES ('w', 'i', 'g', 'p', 'l', '\\x00', '\\x04', '\\x02', NULL, 0, now());""",
     "0006": "INSERT INTO stratakv.meta_servers VALUES ('a:1', '', 0, 0, now());",
     "0007": "INSERT INTO stratakv.kvcm_accounts VALUES ('u', 1, 'h');",
     "0008": """
@@ -44,6 +49,7 @@ ROWS = {
         INSERT INTO stratakv.tenant_limits (tenant_id, tokens_per_month) VALUES (2, 1000);
         INSERT INTO stratakv.quota_nodes (node) VALUES ('d');
         INSERT INTO stratakv.quota_state (tenant_id, kind, spent_micros) VALUES (2, 'tokens_month', 7);
+        INSERT INTO stratakv.quota_leases VALUES ('d', 2, 'tokens_month', 3);
         INSERT INTO stratakv.reservations (request_id, node, tenant_id, reserved_micros) VALUES ('q', 'd', 2, 9);""",
     "0010": """
         INSERT INTO stratakv.usage_events (request_id, tenant_id, model, source, prompt_tokens, outcome)
@@ -52,6 +58,9 @@ ROWS = {
         INSERT INTO stratakv.conversations (id, tenant_id, num_items, expires_at) VALUES ('conv_1', 2, 1, now());
         INSERT INTO stratakv.conversation_items (conversation_id, position, item_id, role, content)
             VALUES ('conv_1', 0, 'msg_1', 'user', 'x');""",
+    "0013": """
+        INSERT INTO stratakv.statements VALUES
+            ('1', 2, 'r', 1, 'd', '', 'q', 1, 1, 1, 0, 9, 0, 0, 0, 4, 1.5, 0, now(), now());""",
 }
 KEPT = {
     "tenants": "SELECT id, name FROM stratakv.tenants ORDER BY id",
@@ -92,6 +101,16 @@ def test_data_survive_each_step_down_and_up_again(full: str) -> None:
     for revision in steps[1:]:
         migrate.upgrade(full, revision)
         assert kept(full) == before, revision
+
+
+def test_every_table_has_rows_when_the_steps_are_taken(full: str) -> None:
+    with psycopg.connect(full) as connection:
+        tables = connection.execute(
+            "SELECT oid::regclass::text FROM pg_class"
+            " WHERE relnamespace = 'stratakv'::regnamespace AND relkind IN ('r', 'p') AND NOT relispartition"
+        ).fetchall()
+        found = {name: connection.execute(f"SELECT count(*) FROM {name}".encode()).fetchone() for (name,) in tables}
+    assert [name for name, rows in found.items() if rows == (0,)] == []
 
 
 def test_nothing_is_left_below_the_first_step(full: str) -> None:

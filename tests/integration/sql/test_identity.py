@@ -13,6 +13,7 @@ import pytest
 from psycopg import errors
 
 from dbnode.sql.messages import int32
+from dbnode.sql.service import Login
 from stratakv.postgres import EmbeddedPostgres
 from stratakv.sqlfunctions import ListenerAddress, install
 from stratakv.sqlfunctions.address import KEY_FILE
@@ -232,10 +233,12 @@ def test_the_role_that_has_logged_in_is_told_with_its_oid_and_cluster_whatever_r
     alice.execute("SELECT infer('a')")
     alice.execute("SET ROLE team")
     alice.execute("SELECT infer('b')")
-    oid = roles.execute("SELECT 'alice'::regrole::oid::bigint").fetchone()
+    (oid,), (team_oid,) = roles.execute(
+        "SELECT rolname::regrole::oid::bigint FROM pg_roles WHERE rolname IN ('alice', 'team') ORDER BY rolname"
+    ).fetchall()
     cluster = roles.execute("SELECT system_identifier::text FROM pg_control_system()").fetchone()
     first, second = model.calls
     assert (first.role, second.role) == ("alice", "team")
-    assert first.login is not None
-    assert first.login == second.login
-    assert (first.login.role, (first.login.oid,), (first.login.cluster,)) == ("alice", oid, cluster)
+    assert cluster is not None
+    assert first.login == Login("alice", oid, str(cluster[0]), caller_oid=oid)
+    assert second.login == replace(first.login, caller_oid=team_oid)

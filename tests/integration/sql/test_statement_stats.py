@@ -13,7 +13,7 @@ from psycopg import sql
 from psycopg.rows import dict_row
 
 from dbnode import statement_stats as module
-from dbnode.sql.service import CallCost, InferCall
+from dbnode.sql.service import CallCost, InferCall, Login
 from dbnode.sql.statement_meter import StatementCounts, StatementKey
 from dbnode.statement_stats import StatementStats
 from stratakv import migrate
@@ -24,6 +24,7 @@ from tests.integration.sql.harness import FrontThread, ReversingModel, address_i
 from tests.support import eventually
 
 COST = CallCost(prompt_tokens=100, l1_tokens=32, l2_tokens=16, pool_tokens=8, generated_tokens=5)
+ADA = Login("ada", 16384, "7", caller_oid=16384)
 SLOW = """options => '{"delay_s": 0.05}'"""
 
 
@@ -53,7 +54,7 @@ def observed(cluster: EmbeddedPostgres, tmp_path_factory: pytest.TempPathFactory
         with suppress(PermissionError):
             parent.chmod(parent.stat().st_mode | 0o111)
     stats = StatementStats(DatabaseSettings(url=Secret(cluster.database_url("statistics_meta"))), lambda: None)
-    with front_thread(cluster, directory, CostingModel(), statements=stats) as thread:
+    with front_thread(cluster, directory, CostingModel(), statements=stats, topics=stats.topics()) as thread:
         yield thread
         thread.run(stats.close())
 
@@ -155,7 +156,7 @@ def test_without_a_metadata_database_the_view_says_so(
     front: FrontThread, cluster: EmbeddedPostgres, template: str
 ) -> None:
     with psycopg.connect(cluster.database_url(template), autocommit=True) as connection:
-        with pytest.raises(psycopg.errors.CannotConnectNow, match="keeps no statistics"):
+        with pytest.raises(psycopg.errors.CannotConnectNow, match="does not answer about 'statements'"):
             connection.execute("SELECT * FROM stratakv.statement_stats")
         assert connection.execute("SELECT infer('ab')").fetchone() == ("ba",)
 
@@ -173,13 +174,13 @@ async def test_two_nodes_add_up_and_the_oldest_are_dropped(postgres_url: str, mo
     nodes = [StatementStats(DatabaseSettings(url=Secret(postgres_url)), lambda: None) for _ in range(2)]
     for number in range(5):
         for node in nodes:
-            node.add(StatementKey("ada", "d", f"query {number}"), StatementCounts(calls=1, infer_calls=10))
-            await node.read(None)
-    found = await nodes[0].read("ada")
+            node.add(StatementKey("ada", "d", ADA, f"query {number}"), StatementCounts(calls=1, infer_calls=10))
+            await node.read("ada", ADA, is_all=False)
+    found = await nodes[0].read("ada", ADA, is_all=False)
     assert sorted((row["query"], row["calls"], row["infer_calls"]) for row in found) == [
         (f"query {number}", 2, 20) for number in (2, 3, 4)
     ]
-    assert await nodes[0].read("bob") == []
+    assert await nodes[0].read("bob", ADA, is_all=False) == []
     for node in nodes:
         await node.close()
 
@@ -189,9 +190,9 @@ async def test_while_the_database_is_away_sums_wait_in_bounds(monkeypatch: pytes
     dropped: list[int] = []
     stats = StatementStats(DatabaseSettings(url=Secret("postgresql://u@127.0.0.1:1/none")), lambda: dropped.append(1))
     for number in range(4):
-        stats.add(StatementKey("ada", "d", f"query {number}"), StatementCounts(calls=1))
+        stats.add(StatementKey("ada", "d", ADA, f"query {number}"), StatementCounts(calls=1))
     with pytest.raises(Exception, match="does not answer"):
-        await stats.read(None)
+        await stats.read("ada", ADA, is_all=False)
     assert len(dropped) == 2
     await stats.close()
 

@@ -10,11 +10,14 @@ from typing import Any
 import asyncpg
 import psycopg
 import pytest
+from prometheus_client import CollectorRegistry
 
-from dbnode import usage_upkeep
-from dbnode.usage_upkeep import MONTHS_AHEAD, UsageUpkeep
-from stratakv.settings import DatabaseSettings, Secret, UsageSettings
+from dbnode import upkeep
+from dbnode.metrics import UpkeepMetrics
+from dbnode.upkeep import MONTHS_AHEAD, Upkeep
+from stratakv.settings import DatabaseSettings, Secret, TenantSettings, UsageSettings
 from tests.integration.usage.conftest import event, write_now
+from tests.support import eventually_async
 
 Query = Callable[..., list[tuple[Any, ...]]]
 BOUNDS = """
@@ -24,8 +27,13 @@ BOUNDS = """
 MONTHS = "SELECT to_char(now() AT TIME ZONE 'UTC' + i * interval '1 month', 'YYYY_MM') FROM generate_series(0, %s) i"
 
 
-def tend(url: str, months_kept: int = 24) -> bool:
-    return asyncio.run(UsageUpkeep(DatabaseSettings(url=Secret(url)), UsageSettings(months_kept)).tend())
+def upkeep_of(url: str, registry: CollectorRegistry, months_kept: int = 24, audit_months_kept: int = 24) -> Upkeep:
+    tenants = TenantSettings(audit_months_kept=audit_months_kept)
+    return Upkeep(DatabaseSettings(url=Secret(url)), UsageSettings(months_kept), tenants, UpkeepMetrics(registry))
+
+
+def tend(url: str, **kept: int) -> bool:
+    return asyncio.run(upkeep_of(url, CollectorRegistry(), **kept).tend())
 
 
 def test_partitions_are_there_ahead_without_a_gap_and_without_a_default_one(url: str, query: Query) -> None:
@@ -75,7 +83,7 @@ def test_months_past_their_time_go_and_their_sums_stay(url: str, query: Query) -
 def test_what_settled_long_ago_is_cleared_and_stays_in_the_history(
     url: str, query: Query, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(usage_upkeep, "CLEARED_ROWS_MAX", 2)
+    monkeypatch.setattr(upkeep, "CLEARED_ROWS_MAX", 2)
     query("SELECT stratakv.make_usage_partitions(now() - interval '2 months', 3)")
     query(
         "INSERT INTO stratakv.usage_events (request_id, tenant_id, model, source, outcome, created_at)"
@@ -89,7 +97,7 @@ def test_what_settled_long_ago_is_cleared_and_stays_in_the_history(
 
 def test_while_one_db_node_is_at_it_others_leave_it_alone(url: str) -> None:
     with psycopg.connect(url) as other:
-        other.execute("SELECT pg_advisory_lock(%s)", (usage_upkeep.ADVISORY_LOCK,))
+        other.execute("SELECT pg_advisory_lock(%s)", (upkeep.ADVISORY_LOCK,))
         assert not tend(url)
     assert tend(url)
 
@@ -97,7 +105,7 @@ def test_while_one_db_node_is_at_it_others_leave_it_alone(url: str) -> None:
 def test_a_long_look_at_the_history_does_not_hold_up_what_is_written(
     url: str, query: Query, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(usage_upkeep, "LOCK_TIMEOUT_S", 1)
+    monkeypatch.setattr(upkeep, "LOCK_TIMEOUT_S", 1)
     query("SELECT stratakv.make_usage_partitions(now() - interval '5 months', 3)")
     with psycopg.connect(url) as reader:
         reader.execute("SELECT count(*) FROM stratakv.usage_history")
@@ -106,3 +114,63 @@ def test_a_long_look_at_the_history_does_not_hold_up_what_is_written(
         write_now(url, event("meanwhile"))
         assert query("SELECT request_id FROM stratakv.usage_events") == [("meanwhile",)]
     assert tend(url, months_kept=1)
+
+
+def test_the_log_of_changes_is_kept_for_so_many_whole_months(
+    url: str, query: Query, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upkeep, "CLEARED_ROWS_MAX", 2)
+    query("DELETE FROM stratakv.audit_log")
+    query(
+        "INSERT INTO stratakv.audit_log (at, actor, action, object)"
+        " SELECT date_trunc('month', now() AT TIME ZONE 'UTC') AT TIME ZONE 'UTC' - i * interval '1 month', i::text, 'a', 'o'"
+        " FROM generate_series(0, 7) i"
+    )
+    assert tend(url, audit_months_kept=0)
+    assert query("SELECT count(*) FROM stratakv.audit_log") == [(8,)]
+    assert tend(url, audit_months_kept=2)
+    assert query("SELECT actor FROM stratakv.audit_log ORDER BY actor") == [("0",), ("1",), ("2",)]
+
+
+def told(registry: CollectorRegistry, name: str) -> float:
+    value = registry.get_sample_value(f"stratakv_{name}")
+    assert value is not None
+    return value
+
+
+def test_what_is_made_dropped_and_deleted_is_counted_and_how_far_ahead_partitions_are_is_told(
+    url: str, query: Query
+) -> None:
+    registry = CollectorRegistry()
+    rounds = upkeep_of(url, registry, months_kept=3, audit_months_kept=1)
+    assert told(registry, "usage_partitions_days_ahead") == 0
+    query("SELECT stratakv.make_usage_partitions(now() - interval '5 months', 3)")
+    query("UPDATE stratakv.audit_log SET at = now() - interval '3 months'")
+    names = [name for name, _ in query(BOUNDS)]
+    query(f"DROP TABLE stratakv.{names[-1]}")
+    assert asyncio.run(rounds.tend())
+    counts = {name: told(registry, f"{name}_total") for name in ("usage_partitions_made", "usage_partitions_dropped")}
+    assert counts == {"usage_partitions_made": 1, "usage_partitions_dropped": 2}
+    assert told(registry, "audit_entries_deleted_total") == 2  # the two tenants of the test
+    assert 89 < told(registry, "usage_partitions_days_ahead") < 124
+
+
+def test_a_db_node_that_leaves_it_to_another_tells_how_far_ahead_partitions_are(url: str, query: Query) -> None:
+    registry = CollectorRegistry()
+    rounds = upkeep_of(url, registry)
+    with psycopg.connect(url) as other:
+        other.execute("SELECT pg_advisory_lock(%s)", (upkeep.ADVISORY_LOCK,))
+        assert not asyncio.run(rounds.tend())
+        assert told(registry, "usage_partitions_days_ahead") > 89
+        next_month = query(MONTHS, 1)[1][0]
+        query(f"DROP TABLE stratakv.usage_history_{next_month}")
+        assert not asyncio.run(rounds.tend())
+        assert told(registry, "usage_partitions_days_ahead") <= 31  # the months behind the gap do not count
+
+
+async def test_a_round_that_fails_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upkeep, "RETRY_S", 0.01)
+    registry = CollectorRegistry()
+    task = asyncio.create_task(upkeep_of("postgresql://u@127.0.0.1:1/none", registry).run())
+    await eventually_async(lambda: told(registry, "upkeep_failures_total") >= 2)
+    task.cancel()

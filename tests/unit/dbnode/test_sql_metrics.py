@@ -30,7 +30,7 @@ async def test_what_statements_did_is_told_once_they_have_ended() -> None:
     registry.register(SqlMetrics(front))
     book = front.book
     book.begin("sql-1", "SELECT infer($1)")
-    meter = book.called("sql-1", "ada", "d")
+    meter = book.called("sql-1", "ada", "d", None)
     for is_known in (True, True, False):
         meter.count_call(is_known=is_known)
     with meter.waiting():

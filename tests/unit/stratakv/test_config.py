@@ -76,7 +76,18 @@ def test_values_are_read_in_their_usual_spelling(kind: object, text: object, val
     assert parse_value(kind, text) == value
 
 
-@pytest.mark.parametrize(("kind", "text"), [(Bytes, "12 parsecs"), (bool, "maybe"), (int, "1.5"), (WorkerRole, "chef")])
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (Bytes, "12 parsecs"),
+        (bool, "maybe"),
+        (int, "1.5"),
+        (WorkerRole, "chef"),
+        (int, "-1"),
+        (float, "-0.5"),
+        (float, "nan"),
+    ],
+)
 def test_values_of_the_wrong_kind_are_refused(kind: object, text: str) -> None:
     with pytest.raises(ValueError, match="expected"):
         parse_value(kind, text)

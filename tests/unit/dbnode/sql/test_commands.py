@@ -17,7 +17,7 @@ from dbnode.sql.messages import cstring, int32, message
 from dbnode.sql.own_statements import Within, bind_exchange
 from dbnode.sql.row_prompt import RowPrompt
 from dbnode.sql.service import Login
-from stratakv.errors import InvalidRequest, StrataError
+from stratakv.errors import InvalidRequest, PermissionDenied, StrataError
 
 texts = st.text(st.characters(blacklist_categories=["Cs"]), max_size=30)
 
@@ -55,6 +55,17 @@ def _ask(role: str, payload: bytes, topic: bytes = b"usage") -> bytes:
 def test_question_is_read_as_it_was_written(role: str, payload: dict[str, str]) -> None:
     command = parse_command(_ask(role, json.dumps(payload).encode()), "42")
     assert command == Ask(7, "usage", payload, "r", "db", Login(role, 16384, "42"))
+
+
+def test_who_calls_is_told_by_its_oid_too() -> None:
+    command = parse_command(b"ask 7 72:16384:6c:16385 6462 usage =e30=", "42")
+    assert command == Ask(7, "usage", {}, "r", "db", Login("l", 16384, "42", 16385))
+
+
+def test_functions_of_former_releases_are_told_what_to_do() -> None:
+    with pytest.raises(PermissionDenied, match="do not say which role") as caught:
+        parse_command(b"statements 1 =72")
+    assert "stratakv install" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize(
