@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +115,32 @@ def test_a_wrong_message_is_refused_by_the_name_of_its_field(tokenizer: Any, mes
 def test_a_directory_without_tokenizer_is_a_setup_error(tmp_path: Path) -> None:
     with pytest.raises(SetupError):
         load_tokenizer(tmp_path)
+
+
+def test_the_tokenizer_is_the_one_that_transformers_chooses_among_all(tokenizer: Any) -> None:
+    from transformers import AutoTokenizer
+
+    chosen = AutoTokenizer.from_pretrained(tokenizer.name_or_path, local_files_only=True)
+    assert type(tokenizer) is type(chosen)
+    assert tokenizer.init_kwargs == chosen.init_kwargs
+    assert tokenizer.all_special_ids == chosen.all_special_ids
+    assert tokenizer.backend_tokenizer.to_str() == chosen.backend_tokenizer.to_str()
+
+
+def test_a_model_that_declares_another_class_gets_that_one(tokenizer: Any, tmp_path: Path) -> None:
+    directory = Path(tokenizer.name_or_path)
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).symlink_to(directory / name)
+    declared = json.loads((directory / "tokenizer_config.json").read_text()) | {"tokenizer_class": "GPT2Tokenizer"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(declared))
+    assert type(load_tokenizer(tmp_path)).__name__.startswith("GPT2Tokenizer")
+
+
+def test_the_tokenizer_of_the_embedded_model_comes_without_torch(tokenizer: Any) -> None:
+    """Importing it costs every DB node two seconds and 250 MB."""
+    program = (
+        "import sys, pathlib; from stratakv.text import load_tokenizer;"
+        " load_tokenizer(pathlib.Path(sys.argv[1])); print('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", program, tokenizer.name_or_path]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False\n"
