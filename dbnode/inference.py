@@ -36,6 +36,7 @@ from dbnode.worker_base import WorkerDoor
 from stratakv.errors import (
     Cancelled,
     ContextTooLong,
+    InvalidRequest,
     ModelNotFound,
     PermissionDenied,
     StrataError,
@@ -195,7 +196,14 @@ class InferenceService:
         self.check_allowed(request)
         token_ids = await self.tokens.of(request)
         progress.prompt_tokens = len(token_ids)
-        max_tokens = self._max_tokens(request, len(token_ids))
+        context = self.max_model_len()
+        if not context:
+            raise NoWorker(f"no worker is there for model {self.model}")
+        if request.prompt_tokens_max is not None:
+            room = max(1, context - (request.sampling.max_tokens or 1))
+            token_ids = token_ids[-(request.prompt_tokens_max or room) :]
+            progress.prompt_tokens = len(token_ids)
+        max_tokens = self._max_tokens(request, len(token_ids), context)
         deadline_s = request.arrived_s + self._router.request_timeout_s
         if request.deadline_s is not None:
             deadline_s = min(deadline_s, request.deadline_s)
@@ -210,14 +218,13 @@ class InferenceService:
             traceparent=request.traceparent,
         )
 
-    def _max_tokens(self, request: GenerateRequest, num_prompt: int) -> int:
-        """How many it may generate, by default all that the context has room for. Raises NoWorker, ContextTooLong."""
-        context = self.max_model_len()
-        if not context:
-            raise NoWorker(f"no worker is there for model {self.model}")
-        max_tokens = request.sampling.max_tokens
-        if max_tokens is None:
-            max_tokens = context - num_prompt
+    def _max_tokens(self, request: GenerateRequest, num_prompt: int, context: int) -> int:
+        """How many it may generate, by default all that the context has room for. Raises InvalidRequest, ContextTooLong."""
+        sampling = request.sampling
+        max_tokens = context - num_prompt if sampling.max_tokens is None else sampling.max_tokens
+        self.tokens.checked(sampling.stop_token_ids, "stop_token_ids")
+        if sampling.min_tokens > max_tokens:
+            raise InvalidRequest(f"min_tokens: at most max_tokens, which is {max_tokens}", param="min_tokens")
         if num_prompt + max(1, max_tokens) > context:
             raise ContextTooLong(
                 f"the prompt has {num_prompt} tokens and {max(1, max_tokens)} are to be generated, together more than"
@@ -271,7 +278,14 @@ class InferenceService:
     async def _answer(self, job: Job, progress: Progress) -> AsyncGenerator[Chunk, None]:
         """Tokens to text; ends at a stop string or when the worker ends."""
         dispatch = progress.dispatch = Dispatch(self._client, self.scheduler, self.suspects, job)
-        detokenizer = Detokenizer(self.tokens.tokenizer, job.sampling.stop)
+        sampling = job.sampling
+        detokenizer = Detokenizer(
+            self.tokens.tokenizer,
+            sampling.stop,
+            skip_special=sampling.skip_special_tokens,
+            min_tokens=sampling.min_tokens,
+            shows_stop=sampling.include_stop_str_in_output,
+        )
         async with aclosing(dispatch.tokens()) as tokens:
             async for token_ids in tokens:
                 if not progress.first_token_s:
