@@ -254,7 +254,7 @@ class Runtime:
             return None
         form = body.structured_outputs.form()
         return await asyncio.get_running_loop().run_in_executor(
-            self._compile, self._structures.structure, form, resumed
+            self._compile, self._structures.structure, form, resumed, body.cache_salt
         )
 
     @property
