@@ -20,8 +20,6 @@ class KVTransfer(msgspec.Struct, frozen=True, omit_defaults=True):
 
     do_remote_decode: bool = False
     do_remote_prefill: bool = False
-    remote_engine_id: str = ""
-    remote_epoch: str = ""
     num_tokens: int = 0
     output_token_ids: list[int] = []
     is_followed: bool = False
@@ -50,6 +48,10 @@ class WorkerRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     seed: int | None = None
     stop: list[str] = []
     ignore_eos: bool = False
+    stop_token_ids: list[int] = []
+    min_tokens: int = 0
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     stream: bool = False
     stream_options: UsageOptions | None = None
     return_token_ids: bool = False
