@@ -53,6 +53,7 @@ class StartedPut:
     keys: bytes
     """The wanted ones, packed."""
     left_s: float
+    owner: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,8 @@ class CommittedRun:
     page_bytes: int
     keys: bytes
     extents: bytes
+    owner: int = 0
+    """Who wrote them; 0: nobody in particular."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,7 @@ class _Plan:
 
     target: int
     page_bytes: int
+    owner: int
     until: float
     is_ordered: bool = False
 
@@ -92,7 +93,7 @@ class Replicas:
         ordered = [(extent, plan) for extent, plan in waiting if plan.target == waiting[0][1].target]
         for _, plan in ordered:
             plan.is_ordered = True
-        return [Move(extent, plan.page_bytes) for extent, plan in ordered]
+        return [Move(extent, plan.page_bytes, plan.owner) for extent, plan in ordered]
 
     def grant(self, source: Node, namespace: bytes, keys: bytes, page_bytes: int) -> tuple[Node | None, list[int]]:
         """The source's daemon begins to copy: where to, and which of the pages. A plan is good for one put."""
@@ -113,8 +114,9 @@ class Replicas:
         index = self._catalog.index
         lies_in = index.copies.segments_of(slot)
         source = self._catalog.nodes.at(lies_in[0])
-        extents, sizes = index.extents(np.array([slot], np.int64))
-        place, page_bytes = (lies_in[0], extent_list(extents)[0]), int(sizes[0])
+        slots = np.array([slot], np.int64)
+        extents, sizes = index.extents(slots)
+        place, page_bytes, owner = (lies_in[0], extent_list(extents)[0]), int(sizes[0]), int(index.owners.of(slots)[0])
         if source is None or source.segment.is_disk or source.is_draining or len(lies_in) >= self._places_max:
             return
         planned_bytes = self._planned_bytes.total()
@@ -123,7 +125,7 @@ class Replicas:
         for target in self._placement.for_replicas(reader):
             room_bytes = self._placement.room_for_replicas(target) - self._planned_bytes[target.index]
             if target.index not in lies_in and room_bytes >= page_bytes:
-                self._plans[place] = _Plan(target.index, page_bytes, self._clock() + MOVE_TIMEOUT_S)
+                self._plans[place] = _Plan(target.index, page_bytes, owner, self._clock() + MOVE_TIMEOUT_S)
                 self._planned_bytes[target.index] += page_bytes
                 return
 

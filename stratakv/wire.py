@@ -25,6 +25,8 @@ from stratakv.wire_parts import (
     Move,
     MovedPage,
     NamespaceState,
+    OwnerLimit,
+    OwnerState,
     PageAt,
     Place,
     Segment,
@@ -50,6 +52,8 @@ __all__ = [
     "Move",
     "MovedPage",
     "NamespaceState",
+    "OwnerLimit",
+    "OwnerState",
     "PageAt",
     "Place",
     "ReleaseLease",
@@ -264,6 +268,8 @@ class PutStart(Message, frozen=True):
     copies_from: str = ""
     """The pages are copied from this node: wanted are those that lie there. If it is drained it gives them up, else they are
     replicas, and only those are wanted that it was ordered to copy. `block_size` may be 0."""
+    owner: int = 0
+    """The tenant that has the pages computed; 0: none. Copies are of whom the pages are."""
 
 
 class PutGrant(Message, frozen=True):
@@ -340,6 +346,21 @@ class Pages(Message, frozen=True):
     pages: list[PageAt]
     """Empty behind the last part."""
     last: int = -1
+
+
+class SetOwnerLimits(Message, frozen=True):
+    """Takes the place of all limits before. In the meta server's memory only: whoever knows them says so again and again."""
+
+    limits: list[OwnerLimit]
+
+
+class ListOwners(Message, frozen=True):
+    """Owners with pages or limits."""
+
+
+class OwnerStates(Message, frozen=True):
+    owners: list[OwnerState]
+    """Of several shards: one for each of them."""
 
 
 class FetchAhead(Message, frozen=True):
@@ -457,6 +478,8 @@ Request = (
     | SetCacheRule
     | ListNamespaces
     | ListPages
+    | SetOwnerLimits
+    | ListOwners
     | FetchAhead
     | PinPrefix
     | Unpin
@@ -483,6 +506,7 @@ Reply = (
     | Flushed
     | Namespaces
     | Pages
+    | OwnerStates
     | Pinned
     | DrainProgress
     | Stats
