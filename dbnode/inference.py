@@ -257,6 +257,7 @@ class InferenceService:
             deadline_s=deadline_s,
             tpot_max_s=self._targets(request).tpot_s,
             traceparent=request.traceparent,
+            owner=request.caller.tenant.id,
         )
 
     async def _reserved(self, request: GenerateRequest, job: Job) -> Reservation | None:

@@ -35,7 +35,7 @@ class OwnerLimits:
 
     def get(self, owner: int) -> OwnerLimit:
         """What was said of the owner; its id in the place of a name if nothing was."""
-        return self._by_owner.get(owner) or OwnerLimit(owner, str(owner))
+        return self._by_owner.get(owner) or OwnerLimit(owner, f"({owner})")
 
     def owners(self) -> list[int]:
         """Of whom something was said."""
