@@ -95,7 +95,14 @@ class Dispatch:
             except _Failed as failed:
                 if self.enough:
                     return
+                if self._is_ended():
+                    self.finish_reason = FinishReason.STOP
+                    return
                 last_error = self._give_up_or_go_on(failed.record, failed.error)
+
+    def _is_ended(self) -> bool:
+        """The last token handed on is one that ends the answer; the worker had no time to say so."""
+        return bool(self.output) and self.output[-1] in self._job.sampling.stop_token_ids
 
     async def _plan(self, last_error: StrataError | None) -> Plan:
         job = self._job
@@ -177,7 +184,8 @@ class Dispatch:
         The token comes at once; unless the request is followed, the hand-over comes when the prompt's blocks can be found. Some
         answers cannot go on from a token that another worker made; then only the hand-over comes.
         """
-        request = msgspec.structs.replace(self._body(transfer), max_tokens=1)
+        body = self._body(transfer)
+        request = msgspec.structs.replace(body, max_tokens=1, min_tokens=min(1, body.min_tokens))
         reason: FinishReason | None = None
         is_handed_over = False
         async with aclosing(self._chunks(record, request, num_tokens)) as chunks:
@@ -253,6 +261,10 @@ class Dispatch:
             seed=sampling.seed,
             stop=list(sampling.stop),
             ignore_eos=sampling.ignore_eos,
+            stop_token_ids=list(sampling.stop_token_ids),
+            min_tokens=sampling.min_tokens,
+            include_stop_str_in_output=sampling.include_stop_str_in_output,
+            skip_special_tokens=sampling.skip_special_tokens,
             kv_transfer_params=transfer if transfer != KVTransfer() else None,
             structured_outputs=sampling.structured_outputs,
             cache_salt=job.keys.cache_salt,

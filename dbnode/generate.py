@@ -13,6 +13,7 @@ from dbnode.charge import Charge
 from dbnode.tenants.account import Reservation
 from dbnode.tenants.salts import combined_salt
 from stratakv.tenancy.values import DEFAULT_TENANT, Tenant
+from stratakv.text import PLAIN_CHAT, ChatStyle
 
 
 class Source(enum.StrEnum):
@@ -43,6 +44,7 @@ class StructuredOutputs(msgspec.Struct, frozen=True, omit_defaults=True):
     json: dict[str, Any] | None = None
     """A JSON schema."""
     choice: list[str] | None = None
+    regex: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,14 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    """They end the answer and are not told."""
+    min_tokens: int = 0
+    """Before so many tokens nothing that is generated ends the answer."""
+    include_stop_str_in_output: bool = False
+    """Tell the stop string, or the token of `stop_token_ids`, that ended it."""
+    skip_special_tokens: bool = True
+    """Leave the text of special tokens out."""
     structured_outputs: StructuredOutputs | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -103,6 +113,10 @@ class GenerateRequest:
     """None: the model this node serves."""
     messages: tuple[object, ...] | None = None
     prompt: str | tuple[int, ...] | None = None
+    style: ChatStyle = PLAIN_CHAT
+    """How messages are written."""
+    prompt_tokens_max: int | None = None
+    """Of a longer prompt only its last tokens are used; 0: as many as the context has room for."""
     sampling: Sampling = Sampling()
     tools: tuple[Mapping[str, Any], ...] = ()
     """What the model is told that it may call, in OpenAI's form."""

@@ -39,6 +39,7 @@ from dbnode.worker_base import WorkerDoor
 from stratakv.errors import (
     Cancelled,
     ContextTooLong,
+    InvalidRequest,
     ModelNotFound,
     PermissionDenied,
     StrataError,
@@ -231,13 +232,19 @@ class InferenceService:
             raise Unavailable("this DB node is shutting down")
         self.check_allowed(request)
         token_ids = await self.tokens.of(request)
-        progress.prompt_tokens = len(token_ids)
         context = self.max_model_len()
         if not context:
+            progress.prompt_tokens = len(token_ids)
             raise NoWorker(f"no worker is there for model {self.model}")
         max_tokens = request.sampling.max_tokens
+        if request.prompt_tokens_max is not None:
+            token_ids = token_ids[-(request.prompt_tokens_max or max(1, context - (max_tokens or 1))) :]
+        progress.prompt_tokens = len(token_ids)
         if max_tokens is None:
             max_tokens = context - len(token_ids)
+        self.tokens.checked(request.sampling.stop_token_ids, "stop_token_ids")
+        if request.sampling.min_tokens > max_tokens:
+            raise InvalidRequest(f"min_tokens: at most max_tokens, which is {max_tokens}", param="min_tokens")
         if len(token_ids) + max(1, max_tokens) > context:
             raise ContextTooLong(
                 f"the prompt has {len(token_ids)} tokens and {max(1, max_tokens)} are to be generated, together more than"
@@ -306,7 +313,14 @@ class InferenceService:
     async def _answer(self, job: Job, progress: _Progress) -> AsyncGenerator[Chunk, None]:
         """Tokens to text; ends at a stop string or when the worker ends."""
         dispatch = progress.dispatch = Dispatch(self._client, self.scheduler, self.suspects, job)
-        detokenizer = Detokenizer(self.tokens.tokenizer, job.sampling.stop)
+        sampling = job.sampling
+        detokenizer = Detokenizer(
+            self.tokens.tokenizer,
+            sampling.stop,
+            skip_special=sampling.skip_special_tokens,
+            min_tokens=sampling.min_tokens,
+            shows_stop=sampling.include_stop_str_in_output,
+        )
         async with aclosing(dispatch.tokens()) as tokens:
             async for token_ids in tokens:
                 if not progress.first_token_s:

@@ -50,7 +50,7 @@ class Node:
     """Owns everything below the faces. `run` keeps it going; `close` ends it."""
 
     def __init__(self, settings: Settings, meta: MetaCalls | None) -> None:
-        """Loads the tokenizer, which takes a second or two. Raises SetupError."""
+        """Loads the tokenizer, which takes up to a few seconds. Raises SetupError."""
         self.model = served_name(settings.model.name)
         model_dir = resolve(settings.model.name, settings.model.cache_dir.expanduser())
         tokenizer = load_tokenizer(model_dir)

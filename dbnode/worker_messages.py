@@ -51,6 +51,10 @@ class WorkerRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     seed: int | None = None
     stop: list[str] = []
     ignore_eos: bool = False
+    stop_token_ids: list[int] = []
+    min_tokens: int = 0
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     stream: bool = False
     stream_options: UsageOptions | None = None
     return_token_ids: bool = False

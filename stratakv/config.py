@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stratakv.errors import SetupError
-from stratakv.settings import Bytes, Secret, Settings, WorkerAddress
+from stratakv.settings import IMPLIED, Bytes, Secret, Settings, WorkerAddress
 from stratakv.worker_address import check_worker, split_workers
 
 ENV_PREFIX = "STRATAKV_"
@@ -98,6 +98,9 @@ def load_settings(
             mistakes.append(f"{source}: {option.section}.{option.key}: {error}")
     if mistakes:
         raise SetupError("\n".join(["the configuration has mistakes:", *(f"  {m}" for m in sorted(mistakes))]))
+    for (section, key), signs in IMPLIED.items():
+        if any(sign in values.get(section, {}) for sign in signs):
+            values[section].setdefault(key, True)
     hints = typing.get_type_hints(Settings)
     return Settings(**{name: hints[name](**given) for name, given in values.items()})
 
@@ -202,8 +205,10 @@ def parse_flags(prog: str, description: str, sections: Sequence[str], argv: Sequ
         shown = show_value(option, option.default)
         dest, text = f"{option.section}.{option.key}", f"{option.doc} [{shown}]"
         if typing.get_origin(option.type) is tuple:
-            singular = flag.removesuffix("s")
+            singular = flag.removesuffix("es" if flag.endswith("sses") else "s")
             parser.add_argument(flag, singular, dest=dest, metavar="VALUE", action="append", help=f"{text}; repeatable")
+        elif option.type is bool:
+            parser.add_argument(flag, dest=dest, metavar="VALUE", nargs="?", const="true", help=text)
         else:
             parser.add_argument(flag, dest=dest, metavar="VALUE", help=text)
     given = vars(parser.parse_args(argv))

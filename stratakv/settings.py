@@ -117,7 +117,10 @@ class MetaSettings:
     demote_low: float = setting(0.70, "share of a memory segment in use down to which they go")
     replicas_max: int = setting(1, "daemons at which a page that is read often may lie at once; 1: none is copied")
     replica_reads: int = setting(3, "a page that was read so often from another daemon's host is copied there")
-    kvcm_enabled: bool = setting(False, "serve the KVCM API too")
+    embedded_postgres: Path | None = setting(
+        None, "directory of a PostgreSQL that runs while the meta server does, instead of the one at database.url"
+    )
+    kvcm_enabled: bool = setting(False, "serve the KVCM API too; by default if one of its ports is given")
     kvcm_host: str = setting("127.0.0.1", "address the KVCM API listens on")
     kvcm_token: Secret | None = setting(
         None, "token that clients of the KVCM API may send; needed to listen beyond this machine"
@@ -371,6 +374,12 @@ class UpSettings:
     daemons: int = setting(2, "memory-pool daemons")
     prefill_workers: int = setting(1, "workers for prefill")
     decode_workers: int = setting(1, "workers for decode")
+
+
+IMPLIED = {
+    ("meta", "kvcm_enabled"): ("kvcm_grpc_port", "kvcm_http_port", "admin_grpc_port", "admin_http_port"),
+}
+"""Settings that are true, unless something else is said, where one of these of their section is given."""
 
 
 @dataclass(frozen=True, slots=True)

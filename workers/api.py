@@ -93,6 +93,11 @@ class CompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     seed: int | None = None
     stop: list[str] | str | None = None
     ignore_eos: bool = False
+    stop_token_ids: list[int] = []
+    min_tokens: int = 0
+    include_stop_str_in_output: bool = False
+    """Send the token of `stop_token_ids` that ends the answer; text is cut by who asks."""
+    skip_special_tokens: bool = True
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -132,6 +137,9 @@ class CompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
             min_p=self.min_p,
             seed=self.seed,
             ignore_eos=self.ignore_eos,
+            stop_token_ids=tuple(self.stop_token_ids),
+            min_tokens=self.min_tokens,
+            tells_stop_token=self.include_stop_str_in_output,
             logprobs=self.logprobs,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,

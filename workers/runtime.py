@@ -164,7 +164,13 @@ class Runtime:
         if external is not None:
             num_cached += len(external.pages)
         num_to_prefill = max(1, len(prompt) + len(resumed) - num_cached * self.info.block_size)
-        detokenizer = Detokenizer(self._tokenizer, body.stop_strings)
+        detokenizer = Detokenizer(
+            self._tokenizer,
+            body.stop_strings,
+            skip_special=body.skip_special_tokens,
+            min_tokens=body.min_tokens,
+            shows_stop=body.include_stop_str_in_output,
+        )
         detokenizer.push(resumed)
         num_prompt_keys = len(prompt) // self.info.block_size
         prompt_keys = keys[:num_prompt_keys]
@@ -249,7 +255,7 @@ class Runtime:
             return None
         form = body.structured_outputs.form()
         return await asyncio.get_running_loop().run_in_executor(
-            self._compile, self._structures.structure, form, resumed
+            self._compile, self._structures.structure, form, resumed, body.cache_salt
         )
 
     @property

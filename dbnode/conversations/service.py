@@ -59,7 +59,7 @@ class Conversations:
         try:
             self.store.check_room(turn.conversation, new, num_more=1)
             chat = _as_chat([*(item.message for item in turn.items), *new])
-            text = await self._tokens.aside(partial(chat_text, self._tokens.tokenizer, chat))
+            text = await self._tokens.aside(partial(chat_text, self._tokens.tokenizer, chat, style=request.style))
             begin = self._history.beginning(turn.items, text)
             rest = await self._tokens.of_chat_text(text[begin.end_chars :], request.caller.tenant.salt)
             prompt = (*begin.token_ids, *rest)

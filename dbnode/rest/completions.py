@@ -82,7 +82,7 @@ class Completions:
 
     async def _whole(self, form: Form, parsed: Parsed, chunks: _Answers, send: Send) -> None:
         answer = self._format(form, parsed)
-        choices = [WholeAnswer(answer, index) for index in range(parsed.num_choices)]
+        choices = [WholeAnswer(answer, index, echo) for index, echo in enumerate(await self._echoes(parsed))]
         usages: list[Usage] = []
         async for index, chunk in chunks:
             choices[index].add(chunk)
@@ -98,7 +98,8 @@ class Completions:
     async def _stream(self, form: Form, parsed: Parsed, chunks: _Answers, send: Send) -> None:
         writers = self._writers(form, parsed)
         answer = self._format(form, parsed)
-        streams = [AnswerEvents(answer, writer) for writer in writers]
+        echoes = await self._echoes(parsed)
+        streams = [AnswerEvents(answer, writer, echo) for writer, echo in zip(writers, echoes, strict=True)]
         usages: list[Usage] = []
         parts = PartSender(send)
         started = False
@@ -131,6 +132,13 @@ class Completions:
             EventWriter(form, request_id, model, include_usage=include_usage, index=index)
             for index in range(parsed.num_choices)
         ]
+
+    async def _echoes(self, parsed: Parsed) -> list[str]:
+        """What each answer begins with."""
+        if not parsed.echo:
+            return [""] * parsed.num_choices
+        texts = [await self._service.tokens.prompt_text(request) for request in parsed.prompts]
+        return [text for text in texts for _ in range(parsed.num_answers)]
 
     def _format(self, form: Form, parsed: Parsed) -> AnswerFormat:
         num_top = parsed.request.sampling.logprobs

@@ -171,7 +171,9 @@ class Lookahead:
         if self._cursors and (fetch := fetched(text)) is not None:
             return self._aim_further(fetch.name, fetch.num_rows)
         declare = declared(text)
-        target = collectable(text if declare is None else declare.query, self._session.calls.views)
+        session = self._session
+        query = text if declare is None else declare.query
+        target = collectable(query, session.calls.views, session.packet.user)
         if target is None:
             return None
         window = max(self._session.relay.settings.hints_window, batch.num_rows)

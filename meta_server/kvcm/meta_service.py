@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 import msgspec
@@ -145,20 +146,24 @@ class MetaService:
         if request.min_replica_count < 0:
             raise InvalidRequest("min_replica_count is negative", param="min_replica_count")
         layouts = {group: instance.layout(group) for group in set(groups)}
+        wanted = [(key, layouts[group]) for key, group in zip(keys, groups, strict=True)]
+        min_replicas = request.min_replica_count or 1
         self._state.changes.check_room()
-        place = await self._place(instance)
+        try:
+            place = await self._place(instance)
+        except StorageFailed:
+            if not self._state.holds(instance, wanted, min_replicas):
+                raise
+            return meta.StartWriteCacheResponse(
+                write_session_id=NOTHING_TO_WRITE, block_mask=meta.BlockMask(offset=len(keys))
+            )
         instance = self._state.instance(request.instance_id)
-        write, held = self._state.start(
-            instance,
-            [(key, layouts[group]) for key, group in zip(keys, groups, strict=True)],
-            place,
-            timeout_s=timeout_s,
-            min_replicas=request.min_replica_count or 1,
-        )
+        write, held = self._state.start(instance, wanted, place, timeout_s=timeout_s, min_replicas=min_replicas)
         if write is not None:
             try:
                 await self._state.changes.written()
-            except Unavailable:
+            except (Unavailable, asyncio.CancelledError):
+                # Nobody was told of the session, so nobody will finish it.
                 self._state.abandon(write)
                 raise
         return meta.StartWriteCacheResponse(
@@ -251,7 +256,8 @@ class MetaService:
             except StorageFailed as error:
                 failure = error
             else:
-                return storage.place
+                if storage.name in self._state.storages:
+                    return storage.place
         raise failure
 
     def _check_locations(self, request: meta.FinishWriteCacheRequest, granted: Sequence[Location]) -> None:

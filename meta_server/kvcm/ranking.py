@@ -125,7 +125,7 @@ class Ranking:
         spare: Collection[Location] = (),
         keys_max: int | None = None,
     ) -> list[Location]:
-        """Blocks that together free so much, or as many as there are; the caller removes them all."""
+        """Blocks that together free so much, or as many as there are; the caller removes them all, or puts them all back."""
         found: list[Location] = []
         spared: list[tuple[Order, Location]] = []
         freed_bytes = 0
@@ -143,6 +143,11 @@ class Ranking:
         for order, location in spared:
             heapq.heappush(order.heap, (location.rank, location.tick, location))
         return found
+
+    def put_back(self, victims: Iterable[Location]) -> None:
+        """They stay after all."""
+        for location in victims:
+            heapq.heappush(self._orders[_place_of(location)].heap, (location.rank, location.tick, location))
 
     def unread_since(self, moment: float, keys_max: int) -> list[Location]:
         """Of policy ttl: blocks that were not read since; the caller removes them all."""

@@ -85,6 +85,10 @@ class KvcmState:
         """Of an open session."""
         return write.ends_at - self._clock()
 
+    def holds(self, instance: Instance, wanted: Sequence[tuple[int, Layout]], min_replicas: int) -> bool:
+        """Whether all of these blocks are there, or being written."""
+        return not _split(instance, wanted, min_replicas)[1]
+
     def start(
         self,
         instance: Instance,
@@ -179,11 +183,20 @@ class KvcmState:
 
     def remove_instance(self, instance: Instance) -> None:
         """Forget an instance; its open sessions are over."""
-        for write in [w for w in self.writes.values() if w.instance_id == instance.id and w.is_open]:
+        for write in [w for w in self.open_writes.values() if w.instance_id == instance.id]:
             self._decide(write, bytes(len(write.keys)))
         self.remove(self.served(instance))
         del self.instances[instance.id]
         self.changes.remove_instance(instance.id)
+
+    def remove_storage(self, name: str) -> None:
+        """Forget a storage with its blocks; open sessions that write there are over."""
+        for write in [w for w in self.open_writes.values() if w.place.storage == name]:
+            self._decide(write, bytes(len(write.keys)))
+        for instance in self.instances.values():
+            self.remove([location for location in self.served(instance) if location.write.place.storage == name])
+        del self.storages[name]
+        self.changes.remove_storage(name)
 
     def served(self, instance: Instance) -> list[Location]:
         """All blocks of an instance that readers see."""
@@ -275,6 +288,8 @@ class KvcmState:
                 self._leave(location, State.DELETING)
         if group is not None and instance is not None:
             group.ranking.enter(served, instance.block_size)
+        if write.place.storage not in self.storages:
+            self.remove(served)
         # The instance may have been removed meanwhile, and registered again.
         self.remove([s for s in served if instance is None or s not in instance.by_key.get(s.key, ())])
         for chunk in sorted({write.chunk_of(i) for i, state in enumerate(write.status) if state == State.DELETING}):

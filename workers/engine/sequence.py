@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Collection
 from collections.abc import Sequence as Blocks
 from dataclasses import dataclass, field
 
@@ -33,6 +34,7 @@ class Sequence:
     block_size: int
     seed: int
     arrived_at: float
+    eos_token_ids: Collection[int] = ()
     token_ids: list[int] = field(init=False)
     """Prompt, resumed and generated tokens."""
     keys: list[BlockKey] = field(init=False)
@@ -61,7 +63,7 @@ class Sequence:
         self.held = self.request.held
         self.table = BlockTable(self.block_size)
         request = self.request
-        self.penalties = Penalties.of(request.sampling, request.token_ids, request.resume_token_ids)
+        self.penalties = Penalties.of(request.sampling, request.token_ids, request.resume_token_ids, self.eos_token_ids)
 
     @property
     def request_id(self) -> str:

@@ -9,7 +9,7 @@ import typer
 from stratakv.cli.cache.common import parse_size, show_bytes
 from stratakv.cli.meta.shown import done, show
 from stratakv.cli.options import ConfigOption, DatabaseOption, JsonOption, SetOption, StateFileOption, print_json
-from stratakv.cli.tenancy.common import administration
+from stratakv.cli.tenancy.common import administration, demand_changes
 from stratakv.tenancy.values import TOKEN_MICROS
 
 app = typer.Typer(help="Limits of tenants, and what is taken of them.", no_args_is_help=True)
@@ -99,6 +99,7 @@ def set_quota(
     changes |= {n: None if text == NO_LIMIT else parse_size(text) for n, text in sizes.items() if text is not None}
     if cached_ratio is not None:
         changes["cached_token_micros"] = round(cached_ratio * TOKEN_MICROS)
+    demand_changes(changes)
     with administration(database, config, sets, state_file) as admin:
         found = admin.set_limits(tenant, changes)
     done(as_json, f"the limits of tenant {tenant} are set", **found)
@@ -123,6 +124,6 @@ def _number(text: str) -> int | None:
     """Raises typer.BadParameter."""
     if text == NO_LIMIT:
         return None
-    if not text.isdigit():
+    if not (text.isascii() and text.isdigit()):
         raise typer.BadParameter(f"expected a number or `{NO_LIMIT}`, got {text!r}")
     return int(text)

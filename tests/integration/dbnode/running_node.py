@@ -6,8 +6,10 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import aiohttp
 from openai import AsyncOpenAI
@@ -17,6 +19,7 @@ from dbnode.scheduler.pool_view import MetaCalls
 from stratakv.http_server import HttpServer
 from stratakv.models import DEFAULT_MODEL, pull
 from stratakv.settings import DatabaseSettings, ModelSettings, RestSettings, RouterSettings, Secret, Settings
+from stratakv.text import load_tokenizer
 from stratakv.wire import ListOwners, ListWorkers, Match, OwnerStates, Pinned, PinPrefix, Workers
 from stratakv.worker_address import worker_url
 from tests.stand_in_worker import MODEL, StandInWorker
@@ -46,7 +49,17 @@ class RunningNode:
         self.node = node
         self.url = f"http://127.0.0.1:{port}"
         self.http = aiohttp.ClientSession(self.url)
-        self.openai = AsyncOpenAI(base_url=f"{self.url}/v1", api_key=api_key or "none", max_retries=0, timeout=30)
+        self._api_key = api_key
+
+    @cached_property
+    def openai(self) -> AsyncOpenAI:
+        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key=self._api_key or "none", max_retries=0, timeout=30)
+
+    async def close(self) -> None:
+        """The clients."""
+        await self.http.close()
+        if "openai" in vars(self):
+            await self.openai.close()
 
     async def sees(self, *urls: str) -> None:
         """Wait until the node uses exactly these."""
@@ -55,6 +68,8 @@ class RunningNode:
 
 
 CACHE_DIR = Path("~/.cache/stratakv").expanduser()
+_tokenizer = cache(load_tokenizer)
+"""The same one for all nodes: loading it takes longer than most tests."""
 
 
 @asynccontextmanager
@@ -67,8 +82,8 @@ async def running_node(
     rest: RestSettings | None = None,
     **router: Any,
 ) -> AsyncIterator[RunningNode]:
-    pull(DEFAULT_MODEL, CACHE_DIR)
     """`also` are addresses of other workers that are there, `later` of some that are not waited for."""
+    pull(DEFAULT_MODEL, CACHE_DIR)
     urls = (*(worker.url for worker in workers), *also)
     settings = Settings(
         model=ModelSettings(cache_dir=CACHE_DIR),
@@ -76,7 +91,8 @@ async def running_node(
         router=RouterSettings(**{"workers": (*urls, *later), "refresh_s": 0.1} | router),
         database=DatabaseSettings(url=Secret(database_url) if database_url else None),
     )
-    node = Node(settings, meta)
+    with mock.patch("dbnode.node.load_tokenizer", _tokenizer):
+        node = Node(settings, meta)
     await node.tenants.load()
     server = HttpServer(settings.rest.host, settings.rest.port, "rest")
     tasks = [asyncio.create_task(node.run()), asyncio.create_task(server.run(node.rest_app()))]
@@ -85,8 +101,7 @@ async def running_node(
         await running.sees(*map(worker_url, urls))
         yield running
     finally:
-        await running.http.close()
-        await running.openai.close()
+        await running.close()
         server.stop()
         await tasks[1]
         tasks[0].cancel()

@@ -121,6 +121,7 @@ async def test_what_is_written_down_is_its_owners(worker: WorkerSide) -> None:
     keys = [BlockKey(bytes([at]) * KEY_BYTES) for at in range(3)]
     blocks = worker.cache.allocate(3, None)
     assert blocks is not None
+    worker.tiers.open()
     job = await asyncio.to_thread(worker.tiers.save, keys, blocks, 7, lambda: None)
     assert job is not None
     for layer in range(FACTS.num_layers):

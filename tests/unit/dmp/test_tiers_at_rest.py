@@ -150,7 +150,9 @@ class DaemonMachine(RuleBasedStateMachine):
             extents = self.puts.allocate(put_id, count, page_bytes, PUT_TIMEOUT_S)
         except SegmentFull:
             return
-        written = {os.urandom(32): self._write(extent, page_bytes) for extent in extents}
+        # By number, not at random: what is drawn from the index by its order must be the same when an example is run again.
+        keys = [put_id + number.to_bytes(16, "big") for number in range(count)]
+        written = {key: self._write(extent, page_bytes) for key, extent in zip(keys, extents, strict=True)}
         if end is End.GIVEN_UP:
             self.puts.release(put_id)
         elif end is not End.COMMITTED:

@@ -25,6 +25,7 @@ from workers.engine.requests import TokenEvent, TokenLogprob
         ("repetition_penalty", 0),
         ("logit_bias", {"x": 1}),
         ("logprobs", 1),
+        ("min_tokens", 17),
     ],
 )
 def test_a_wrong_field_is_refused_by_name(field: str, value: object) -> None:
