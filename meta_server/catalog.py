@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from meta_server.copies import Heirs
 from meta_server.counts import PoolCounts
 from meta_server.events import EventLog
-from meta_server.index import BlockIndex, ExtentArray, Removed
+from meta_server.index import BlockIndex
 from meta_server.journal import Journal
 from meta_server.leases import LeaseTable
 from meta_server.nodes import Node, NodeTable
 from meta_server.owners import NOBODY
+from meta_server.page_arrays import ExtentArray, Removed
 from meta_server.records import (
     EXTENT_BYTES,
     CommittedRun,

@@ -18,13 +18,12 @@ from numpy.typing import NDArray
 
 from meta_server.copies import Copies, Heirs
 from meta_server.owners import NOBODY, Owners
+from meta_server.page_arrays import ExtentArray, History, Removed
 from meta_server.policies import Candidates, Lru, Policy
 from meta_server.slots import KEY_WORDS, NO_SEGMENT, SlotArray, SlotTable
 from stratakv._native import KeyTable, make_key_table
 from stratakv.keys import KEY_BYTES
 
-ExtentArray = NDArray[np.int64]
-"""[pages, 2]: offset and generation."""
 _ABSENT = -1
 _READS_MAX = 255
 
@@ -39,32 +38,6 @@ class _Names:
     cost_per_byte: float = math.nan
     by_low: KeyTable | None = None
     """By the last 8 bytes of the key, once somebody has asked for it like that."""
-
-
-@dataclass(frozen=True, slots=True)
-class Removed:
-    """Pages that left the index, one array element each."""
-
-    slots: SlotArray
-    segments: NDArray[np.int32]
-    extents: ExtentArray
-    page_bytes: NDArray[np.int64]
-    pinned: NDArray[np.bool_]
-    num_copies: int
-    """Those that were not the first places of their blocks."""
-    heirs: Heirs
-    """Of the others, where their blocks lie further on."""
-
-    def __len__(self) -> int:
-        return len(self.slots)
-
-
-@dataclass(frozen=True, slots=True)
-class History:
-    """How pages were used, one array element each."""
-
-    ticks: NDArray[np.int64]
-    reads: NDArray[np.uint8]
 
 
 class BlockIndex:

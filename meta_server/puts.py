@@ -16,10 +16,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from meta_server.catalog import Catalog
-from meta_server.index import ExtentArray
 from meta_server.journal import Decided, Journal
 from meta_server.nodes import Node
 from meta_server.owners import NOBODY
+from meta_server.page_arrays import ExtentArray
 from meta_server.placement import Placement
 from meta_server.presence import Clock
 from meta_server.records import StartedPut, extent_array, extent_list, pack_extents, unpack_extents

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from meta_server.index import ExtentArray
+from meta_server.page_arrays import ExtentArray
 from stratakv.wire import CacheRule, Extent, Segment, WorkerInfo
 
 EXTENT_BYTES = 16

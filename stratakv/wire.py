@@ -14,6 +14,7 @@ import msgspec
 
 from stratakv.wire_events import EventSnapshot, GetEventSnapshot
 from stratakv.wire_lookups import FindBlocks, FoundBlocks, Match, MatchPrefix, ReleaseLease
+from stratakv.wire_owners import ListOwners, OwnerLimit, OwnerState, OwnerStates, SetOwnerLimits
 from stratakv.wire_parts import (
     EPOCH_BYTES,
     MESSAGE_BYTES_MAX,
@@ -25,8 +26,6 @@ from stratakv.wire_parts import (
     Move,
     MovedPage,
     NamespaceState,
-    OwnerLimit,
-    OwnerState,
     PageAt,
     Place,
     Segment,
@@ -34,6 +33,7 @@ from stratakv.wire_parts import (
     WorkerLoad,
     WorkerRole,
 )
+from stratakv.wire_puts import PutEnd, PutGrant, PutRevoke, PutStart
 
 __all__ = [
     "EPOCH_BYTES",
@@ -46,6 +46,7 @@ __all__ = [
     "FindBlocks",
     "FoundBlocks",
     "GetEventSnapshot",
+    "ListOwners",
     "Match",
     "MatchPrefix",
     "Message",
@@ -54,10 +55,16 @@ __all__ = [
     "NamespaceState",
     "OwnerLimit",
     "OwnerState",
+    "OwnerStates",
     "PageAt",
     "Place",
+    "PutEnd",
+    "PutGrant",
+    "PutRevoke",
+    "PutStart",
     "ReleaseLease",
     "Segment",
+    "SetOwnerLimits",
     "WorkerInfo",
     "WorkerLoad",
     "WorkerRole",
@@ -252,56 +259,6 @@ class Nodes(Message, frozen=True):
     nodes: list[NodeState]
 
 
-class PutStart(Message, frozen=True):
-    """Ask for room for pages; nothing can be found until `PutEnd`."""
-
-    put_id: bytes
-    namespace: bytes
-    keys: bytes
-    page_bytes: int
-    block_size: int
-    prefer_node: str | None = None
-    worker: str = ""
-    timeout_s: float = 30.0
-    cost_us: int = 0
-    """To compute one page again, in microseconds; 0 while that is not known. What a page is worth depends on it."""
-    copies_from: str = ""
-    """The pages are copied from this node: wanted are those that lie there. If it is drained it gives them up, else they are
-    replicas, and only those are wanted that it was ordered to copy. `block_size` may be 0."""
-    owner: int = 0
-    """The tenant that has the pages computed; 0: none. Copies are of whom the pages are."""
-
-
-class PutGrant(Message, frozen=True):
-    """Room for the missing pages, or for the first of them that fit, all on one segment.
-
-    Pages that are there already, or that another writer is just writing, are not wanted. With an empty `wanted` there is no
-    put: nothing is to be ended.
-    """
-
-    wanted: list[int]
-    """Indexes into the request's keys, ascending."""
-    segment: Segment | None = None
-    term: int = 0
-    """Of the leader that grants it; daemons refuse what leaders of the past have granted."""
-
-
-class PutEnd(Message, frozen=True):
-    """All bytes and headers of the wanted pages are written."""
-
-    put_id: bytes
-    epoch: bytes
-    """Of the segment that was granted."""
-    extents: list[Extent]
-    """One for each wanted page, in order."""
-
-
-class PutRevoke(Message, frozen=True):
-    """The writer gives up; its extents may be freed."""
-
-    put_id: bytes
-
-
 class ReportCorrupt(Message, frozen=True):
     """A reader found a page that is not what the index says; it is taken out of the index and its extent never reused blindly."""
 
@@ -346,21 +303,6 @@ class Pages(Message, frozen=True):
     pages: list[PageAt]
     """Empty behind the last part."""
     last: int = -1
-
-
-class SetOwnerLimits(Message, frozen=True):
-    """Takes the place of all limits before. In the meta server's memory only: whoever knows them says so again and again."""
-
-    limits: list[OwnerLimit]
-
-
-class ListOwners(Message, frozen=True):
-    """Owners with pages or limits."""
-
-
-class OwnerStates(Message, frozen=True):
-    owners: list[OwnerState]
-    """Of several shards: one for each of them."""
 
 
 class FetchAhead(Message, frozen=True):

@@ -113,25 +113,6 @@ class CacheRule(msgspec.Struct, frozen=True, omit_defaults=True):
     """Pages stay when room is needed, as long as there is any other page."""
 
 
-class OwnerLimit(msgspec.Struct, frozen=True, array_like=True):
-    """How many bytes of the pool an owner may have; None is no limit."""
-
-    owner: int
-    name: str
-    """As people know it."""
-    memory_bytes_max: int | None = None
-    """In the memory of all daemons of a shard together."""
-    disk_bytes_max: int | None = None
-
-
-class OwnerState(msgspec.Struct, frozen=True, array_like=True):
-    """What an owner has, and may have."""
-
-    limit: OwnerLimit
-    memory_bytes: int
-    disk_bytes: int
-
-
 class Move(msgspec.Struct, frozen=True, array_like=True):
     """Copy one page to the daemon's other segment: from memory to disk, or back."""
 

@@ -22,7 +22,7 @@ from stratakv.wire import Done, ListOwners, OwnerLimit, OwnerStates, SetOwnerLim
 log = EventLogger("dbnode.cache_quotas")
 
 SYNC_S = 5.0
-LIMITS_MAX = 10_000
+LIMITS_MAX = 20_000
 """Tenants that are told of: those with limits before those that only have something in the pool."""
 
 
