@@ -99,7 +99,7 @@ class Handlers:
             high=settings.reclaim_high,
             low=min(settings.reclaim_low, settings.demote_low),
         )
-        self._replicas = Replicas(self._catalog, placement, clock, settings)
+        self._replicas = Replicas(self._catalog, placement, clock, settings, limits)
         self._puts = PutTable(self._catalog, self.journal, store, clock, settings, placement, self._replicas)
         self._draining = Draining(self._catalog, self._moves, placement)
         self.administration = Administration(self._catalog, self.journal, self._workers, self._pins, self._rules)

@@ -73,10 +73,16 @@ class Owners:
     def sizes(self, segments: Collection[int]) -> dict[int, int]:
         """Owner → bytes on these segments together; only of those that have any there."""
         found = {}
-        for number, sizes in self._sizes.items():
-            if size_bytes := sum(size for segment, size in sizes.items() if segment in segments):
-                found[self._ids[number]] = size_bytes
+        for number in self._sizes:
+            owner = self._ids[number]
+            if size_bytes := self.size_of(owner, segments):
+                found[owner] = size_bytes
         return found
+
+    def size_of(self, owner: int, segments: Collection[int]) -> int:
+        """The same of one owner; 0 where it has none."""
+        sizes = self._sizes.get(self._number_of.get(owner, NOBODY), {})
+        return sum(size for segment, size in sizes.items() if segment in segments)
 
     def _number(self, owner: int) -> int:
         number = NOBODY if owner == NOBODY else self._number_of.get(owner)

@@ -264,6 +264,17 @@ def test_copies_go_first_and_the_block_stays(world: World) -> None:
     assert there(world, keys) == list(range(8))
 
 
+def test_no_copies_are_made_that_would_have_to_leave_again(world: World) -> None:
+    world.settings = replace(world.settings, replicas_max=2, replica_reads=1)
+    world.restart()
+    world.start_daemon("b", pages=PAGES)
+    world.tick(1.0)
+    limit(world, ACME, memory=20)
+    read(world, put(world, 8, ACME), "b")
+    assert copy(world, "a") == 6
+    assert states(world) == {ACME: (14, 0)}
+
+
 def test_limits_are_those_that_were_told_last(world: World) -> None:
     limit(world, ACME, memory=10)
     limit(world, BETA, memory=10)
