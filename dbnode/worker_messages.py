@@ -21,8 +21,6 @@ class KVTransfer(msgspec.Struct, frozen=True, omit_defaults=True):
 
     do_remote_decode: bool = False
     do_remote_prefill: bool = False
-    remote_engine_id: str = ""
-    remote_epoch: str = ""
     num_tokens: int = 0
     output_token_ids: list[int] = []
     is_followed: bool = False

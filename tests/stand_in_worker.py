@@ -175,8 +175,6 @@ class StandInWorker:
         prompt = body["prompt"]
         handover = {
             "do_remote_prefill": not self.pool_writes_fail,
-            "remote_engine_id": self.name,
-            "remote_epoch": self.epoch.hex(),
             "num_tokens": len(prompt) // BLOCK_SIZE * BLOCK_SIZE,
         }
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})

@@ -40,8 +40,6 @@ class KVTransferParams(msgspec.Struct, frozen=True):
     """Told to a decode worker: another one has computed the prompt."""
     output_token_ids: list[int] = []
     """Generated elsewhere already: counted against max_tokens, not sent again."""
-    remote_engine_id: str = ""
-    remote_epoch: str = ""
     num_tokens: int = 0
     is_followed: bool = False
     """Told to a prefill worker: the decode worker follows the request; the answer waits for nothing."""

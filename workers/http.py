@@ -253,12 +253,9 @@ async def _handover(body: CompletionRequest, generation: Generation, runtime: Ru
     """For a prefill worker: what the decode worker must be told, once the prompt's blocks can be found."""
     if not body.transfer.do_remote_decode:
         return None
-    info = runtime.info
     return {
         "do_remote_prefill": (await runtime.wait_saved(generation.prompt_keys, HANDOVER_WAIT_S)).is_whole,
-        "remote_engine_id": info.worker,
-        "remote_epoch": info.epoch.hex(),
-        "num_tokens": len(generation.prompt_keys) * info.block_size,
+        "num_tokens": len(generation.prompt_keys) * runtime.info.block_size,
     }
 
 

@@ -15,10 +15,11 @@ import sqlglot
 from sqlglot import Token, TokenType, exp
 from sqlglot.errors import SqlglotError
 
-from dbnode.sql.call_sites import CallSites, call_sites, has_one_level, is_named, marked, written_calls
+from dbnode.sql.call_sites import CallSites, call_sites, has_one_level, is_named
 from dbnode.sql.explained import explained
 from dbnode.sql.merged import merged
 from dbnode.sql.token_lists import clauses_of, split, top_level, written
+from dbnode.sql.written_calls import marked, written_calls
 from stratakv.log import EventLogger
 
 log = EventLogger(__name__)

@@ -104,8 +104,6 @@ class VllmStream(EventStream):
             await asyncio.sleep(HAND_OVER_POLL_S)
         return KVTransfer(
             do_remote_prefill=True,
-            remote_engine_id=facts.worker,
-            remote_epoch=facts.epoch,
             num_tokens=len(keys) * size,
         )
 

@@ -20,7 +20,6 @@ class EngineStats:
     waiting: int = 0
     blocks_total: int = 0
     blocks_free: int = 0
-    blocks_cached: int = 0
     blocks_referenced: int = 0
     num_steps: int = 0
     step_time_s: float = 0.0
@@ -61,6 +60,5 @@ class StatsKeeper:
             recovered_tokens={tier: scheduler.recovered_tokens[tier] for tier in Tier},
             blocks_total=use.total,
             blocks_free=use.free,
-            blocks_cached=use.cached,
             blocks_referenced=use.referenced,
         )
