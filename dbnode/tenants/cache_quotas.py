@@ -7,13 +7,11 @@ seconds. Several DB nodes tell and write the same.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import Counter
 
-import asyncpg
-
+from dbnode.own_connection import AWAY, OwnConnection
 from dbnode.scheduler.pool_view import MetaCalls
-from dbnode.tenants.ledger import AWAY, STATEMENT_TIMEOUT_S, queries
+from dbnode.tenants.ledger import STATEMENT_TIMEOUT_S, queries
 from stratakv.errors import StrataError
 from stratakv.log import EventLogger
 from stratakv.settings import DatabaseSettings
@@ -32,7 +30,7 @@ class CacheQuotas:
     def __init__(self, settings: DatabaseSettings, meta: MetaCalls | None) -> None:
         self._settings = settings
         self._meta = meta
-        self._connection: asyncpg.Connection | None = None
+        self._connection = OwnConnection(settings, STATEMENT_TIMEOUT_S)
         self._is_warned = False
 
     async def run(self) -> None:
@@ -52,14 +50,11 @@ class CacheQuotas:
             await asyncio.sleep(SYNC_S)
 
     def close(self) -> None:
-        if self._connection is not None:
-            with contextlib.suppress(*AWAY):
-                self._connection.terminate()
-            self._connection = None
+        self._connection.drop()
 
     async def sync(self, meta: MetaCalls) -> None:
         """Once, both ways. Raises StrataError, or one of AWAY."""
-        connection = await self._connected()
+        connection = await self._connection.get()
         rows = await connection.fetch(queries["cache_limits"], LIMITS_MAX)
         await meta.call(SetOwnerLimits([OwnerLimit(*row) for row in rows]), Done)
         memory: Counter[int] = Counter()
@@ -70,10 +65,3 @@ class CacheQuotas:
         owners = sorted(owner for owner in memory if memory[owner] or disk[owner])
         used = ([sizes[owner] for owner in owners] for sizes in (memory, disk))
         await connection.execute(queries["set_cache_usage"], owners, *used)
-
-    async def _connected(self) -> asyncpg.Connection:
-        if self._connection is None or self._connection.is_closed():
-            self._connection = await asyncpg.connect(
-                self._settings.url, timeout=self._settings.connect_timeout_s, command_timeout=STATEMENT_TIMEOUT_S
-            )
-        return self._connection
