@@ -60,6 +60,9 @@ class ExternalHit(Protocol):
     def load(self, first_block: int, l1_blocks: Sequence[int]) -> LoadJob:
         """Start loading blocks `first_block`, `first_block` + 1, … (indexes in the prompt) into the given L1 blocks."""
 
+    def load_ahead(self, first_block: int, l1_blocks: Sequence[int]) -> LoadJob:
+        """`load` before the request's turn, without holding up the loads of others."""
+
     def release(self) -> None:
         """Give the leases back. Safe to call more than once."""
 

@@ -153,7 +153,9 @@ class StepRunner:
         part = transfers.part
         sequence, block_size = part.sequence, self._cache.block_size
         first_filled, stop_filled = sequence.num_computed // block_size, part.stop // block_size
-        if part.load_first_block is not None and sequence.external is not None:
+        if part.load_job is not None:
+            transfers.load = part.load_job
+        elif part.load_first_block is not None and sequence.external is not None:
             blocks = sequence.table.blocks[part.load_first_block : first_filled]
             try:
                 transfers.load = sequence.external.load(part.load_first_block, blocks)

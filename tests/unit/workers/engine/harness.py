@@ -220,11 +220,17 @@ class MemoryHit:
     fail_layer: int = -1
     num_good_blocks: int = 0
     num_released: int = 0
+    num_ahead: int = 0
+    """Of the loads, those begun before the request's turn."""
     loads: list[MemoryLoad] = field(default_factory=list)
 
     @property
     def tiers(self) -> list[Tier]:
         return [Tier.POOL] * len(self.keys)
+
+    def load_ahead(self, first_block: int, l1_blocks: Sequence[int]) -> MemoryLoad:
+        self.num_ahead += 1
+        return self.load(first_block, l1_blocks)
 
     def load(self, first_block: int, l1_blocks: Sequence[int]) -> MemoryLoad:
         assert self.num_released == 0, "a released hit is not loaded"
@@ -261,6 +267,10 @@ class MemoryLoad:
         if layer == self.hit.fail_layer:
             raise KVLoadError("damaged on the way", self.hit.num_good_blocks)
 
-    def cancel(self) -> None:
+    def join(self) -> None:
+        """Until all of it is there."""
         self._thread.join(TIMEOUT_S)
+
+    def cancel(self) -> None:
+        self.join()
         self.cancelled = True
