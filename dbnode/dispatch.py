@@ -50,6 +50,8 @@ class Job:
     tpot_max_s: float = 0.0
     """What a token should take at most; 0: no matter."""
     traceparent: str | None = None
+    owner: int = 0
+    """The tenant whose its blocks in the pool are."""
 
 
 class Dispatch:
@@ -273,6 +275,7 @@ class Dispatch:
             logprobs=sampling.logprobs,
             return_tokens_as_token_ids=sampling.logprobs is not None,
             traceparent=job.traceparent,
+            owner=job.owner,
         )
 
     def _take_scores(self, record: WorkerRecord, chunk: WorkerChunk) -> None:

@@ -216,6 +216,7 @@ class InferenceService:
             deadline_s=deadline_s,
             tpot_max_s=self._targets(request).tpot_s,
             traceparent=request.traceparent,
+            owner=request.caller.tenant.id,
         )
 
     def _max_tokens(self, request: GenerateRequest, num_prompt: int, context: int) -> int:

@@ -63,7 +63,7 @@ class WorkerClient(HttpDoor):
         """Start a streamed completion. Raises before the first event what `dbnode.worker_base` says."""
         headers = request.headers
         request = msgspec.structs.replace(
-            request, stream=True, stream_options=UsageOptions(), return_token_ids=True, traceparent=None
+            request, stream=True, stream_options=UsageOptions(), return_token_ids=True, traceparent=None, owner=0
         )
         response = await self._complete(url, _encode(request), headers, deadline_s)
         return OwnStream(url, response, deadline_s)

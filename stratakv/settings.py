@@ -212,6 +212,8 @@ class WorkerSettings:
     max_batched_tokens: int = setting(4096, "tokens computed in one step at most")
     pool_enabled: bool = setting(True, "use the memory pool (L2 and L3)")
     load_timeout_s: float = setting(5.0, "recompute what the pool has not delivered after so long")
+    load_ahead_requests: int = setting(4, "queued requests whose blocks are loaded before their turn; 0: none")
+    load_ahead_bytes: Bytes = setting(Bytes(512 * MIB), "room in the paged cache for what is loaded so")
     journal_dir: Path | None = setting(
         None, "directory in which it writes down what each request took, for tenants' quotas; without one, nowhere"
     )

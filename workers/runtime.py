@@ -187,6 +187,7 @@ class Runtime:
             structure=structure,
             held=held,
             cache_salt=body.cache_salt,
+            owner=body.owner,
         )
         try:
             self._engine.submit(request, self._observed(generation, arrived, num_to_prefill))

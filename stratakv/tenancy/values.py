@@ -87,6 +87,8 @@ class Tenant:
     is_enabled: bool = True
 
 
+OWNER_HEADER = "X-StrataKV-Owner"
+"""Of a DB node's request to a worker: the id of the tenant whose the blocks are that it fills."""
 DEFAULT_TENANT = Tenant(1, DEFAULT_TENANT_NAME)
 """While nothing else is known of it."""
 
