@@ -213,6 +213,8 @@ class WorkerFacts(msgspec.Struct, frozen=True):
     """How it computes block keys, as far as it tells."""
     hands_over: bool = False
     """Prompts can be handed over, to it and from it, while they are computed."""
+    max_running: int = 0
+    """Sequences it decodes at once; 0: it does not tell."""
     profile: WorkerProfile = WorkerProfile()
     """What it measured of itself at its start; `stratakv.worker_profile.Curves` draws the curves."""
 

@@ -150,7 +150,11 @@ class _Face:
     async def info(self, request: Request) -> Response:
         info = self._runtime.info
         facts = msgspec.to_builtins(info) | {"epoch": info.epoch.hex(), "namespace": info.namespace.hex()}
-        more = {"hands_over": self._runtime.hands_over, "profile": msgspec.to_builtins(self._runtime.profile)}
+        more = {
+            "hands_over": self._runtime.hands_over,
+            "max_running": self._runtime.max_running,
+            "profile": msgspec.to_builtins(self._runtime.profile),
+        }
         return JSONResponse(facts | {"dtype": self._runtime.dtype} | more)
 
     async def load(self, request: Request) -> Response:

@@ -263,6 +263,11 @@ class Runtime:
         """Whether prompts can be handed over to this worker, and from it, while they are computed."""
         return self._taker is not None
 
+    @property
+    def max_running(self) -> int:
+        """Sequences decoded at once."""
+        return self._engine.config.max_running
+
     async def wait_saved(self, keys: Sequence[BlockKey], timeout_s: float, lease_s: float = 0.0) -> Saved:
         """Whether these blocks can be found in the pool, waiting for writes that are under way."""
         if self._tiers is None:

@@ -65,7 +65,12 @@ class Limits:
     @property
     def is_limited(self) -> bool:
         """Whether requests must be counted."""
-        return any(self.of(kind) is not None for kind in LimitKind)
+        return not (
+            self.requests_per_minute is None
+            and self.tokens_per_minute is None
+            and self.parallel_requests is None
+            and self.tokens_per_month is None
+        )
 
 
 @dataclass(frozen=True, slots=True)
