@@ -113,6 +113,8 @@ def _build(settings: Settings, credentials: PoolCredentials | None, loop: asynci
             max_running=worker.max_running,
             max_waiting=worker.max_waiting,
             max_batched_tokens=worker.max_batched_tokens,
+            load_ahead_requests=worker.load_ahead_requests,
+            load_ahead_bytes=worker.load_ahead_bytes,
         )
     )
     facts = engine.model.facts
