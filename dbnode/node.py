@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dbnode.all_workers import AllWorkers
+from dbnode.conversations.metrics import ConversationMetrics
 from dbnode.conversations.service import Conversations
 from dbnode.conversations.store import ConversationStore
 from dbnode.generate import Source
@@ -91,7 +92,10 @@ class Node:
             quotas=self.quotas,
         )
         self.conversations = Conversations(
-            ConversationStore(self.metadata, settings.conversations), self.inference, settings.router.request_timeout_s
+            ConversationStore(self.metadata, settings.conversations),
+            self.inference,
+            settings.router.request_timeout_s,
+            ConversationMetrics(self.metrics.registry),
         )
         self.metrics.watch_admission(lambda: self.inference.admission.running, lambda: self.inference.admission.waiting)
         self.metrics.watch_suspects(lambda: self.inference.suspects.num_remembered)
