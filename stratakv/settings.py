@@ -212,6 +212,8 @@ class WorkerSettings:
     max_batched_tokens: int = setting(4096, "tokens computed in one step at most")
     pool_enabled: bool = setting(True, "use the memory pool (L2 and L3)")
     load_timeout_s: float = setting(5.0, "recompute what the pool has not delivered after so long")
+    load_ahead_requests: int = setting(4, "queued requests whose blocks are loaded before their turn; 0: none")
+    load_ahead_bytes: Bytes = setting(Bytes(512 * MIB), "room in the paged cache for what is loaded so")
     journal_dir: Path | None = setting(
         None, "directory in which it writes down what each request took, for tenants' quotas; without one, nowhere"
     )
@@ -326,6 +328,10 @@ class RouterSettings:
     split_tokens_min: int = setting(512, "uncached prompt tokens from which prefill and decode are split")
     refresh_s: float = setting(1.0, "how often worker states are read")
     index_blocks_max: int = setting(200_000, "blocks remembered per worker")
+    worker_requests_max: int = setting(
+        256,
+        "requests a worker is given at once; one that tells how many sequences it decodes at once gets twice as many",
+    )
     request_timeout_s: float = setting(600.0, "deadline of every request; infer() may ask for a shorter one")
     interactive_ttft_s: float = setting(
         0.0,
@@ -356,12 +362,28 @@ class UsageSettings:
     months_kept: int = setting(24, "whole months of single requests that are kept; sums by day stay; 0: all of them")
 
 
+class LogLevel(enum.StrEnum):
+    """What is logged: this and what matters more."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class LogFormat(enum.StrEnum):
+    """How a log line looks."""
+
+    CONSOLE = "console"
+    JSON = "json"
+
+
 @dataclass(frozen=True, slots=True)
 class LogSettings:
     """[log] what is logged, and how."""
 
-    level: str = setting("info", "debug, info, warning or error")
-    format: str = setting("console", "console or json")
+    level: LogLevel = setting(LogLevel.INFO, "debug, info, warning or error")
+    format: LogFormat = setting(LogFormat.CONSOLE, "console or json")
 
 
 @dataclass(frozen=True, slots=True)

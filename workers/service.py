@@ -165,6 +165,8 @@ def _engine(worker: WorkerSettings, model_dir: Path) -> Engine:
             max_running=worker.max_running,
             max_waiting=worker.max_waiting,
             max_batched_tokens=worker.max_batched_tokens,
+            load_ahead_requests=worker.load_ahead_requests,
+            load_ahead_bytes=worker.load_ahead_bytes,
         )
     )
 

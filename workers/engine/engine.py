@@ -332,6 +332,7 @@ class Engine:
                 else Unavailable("The engine is shutting down.")
             )
             try:
+                self._scheduler.ahead.drop(sequence)
                 sequence.release_external()
             except StrataError:
                 _log.exception("release_failed")
