@@ -47,8 +47,7 @@ class StructuredOutputs(msgspec.Struct, frozen=True, omit_defaults=True):
     regex: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
+class Sampling(msgspec.Struct, frozen=True):
     """How tokens are chosen, and when to stop."""
 
     max_tokens: int | None = None
@@ -79,8 +78,7 @@ class Sampling:
     """Tell the log-probability of each token, and of so many of the likeliest ones at its place."""
 
 
-@dataclass(frozen=True, slots=True)
-class TokenScore:
+class TokenScore(msgspec.Struct, frozen=True):
     """How likely a token was, before temperature, penalties and forms."""
 
     logprob: float
@@ -88,8 +86,7 @@ class TokenScore:
     """Token ids and log-probabilities of the likeliest ones, in no order."""
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
+class Caller(msgspec.Struct, frozen=True):
     """Who is asking."""
 
     tenant: Tenant = DEFAULT_TENANT
@@ -100,8 +97,7 @@ class Caller:
     session: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class GenerateRequest:
+class GenerateRequest(msgspec.Struct, frozen=True):
     """One answer to generate. Exactly one of `messages` and `prompt` is given."""
 
     request_id: str
@@ -135,12 +131,11 @@ class GenerateRequest:
     """W3C trace context, for the worker."""
     is_sibling: bool = False
     """One of several answers to a prompt; another request's usage has the prompt."""
-    on_settled: Callable[[Settled], None] | None = field(default=None, repr=False, compare=False)
+    on_settled: Callable[[Settled], None] | None = None
     """Told once, when the request has ended, whatever the end."""
-    charge: Charge | None = field(default=None, repr=False, compare=False)
+    charge: Charge | None = None
     """Decides later whether its usage counts; without it, it does."""
-
-    reservation: Reservation | None = field(default=None, repr=False, compare=False)
+    reservation: Reservation | None = None
     """Of its tenant's quota, if that was made before."""
 
     @property
@@ -163,8 +158,7 @@ class PromptTiers(msgspec.Struct, frozen=True):
         return self.l1 + self.l2 + self.pool + self.disk
 
 
-@dataclass(frozen=True, slots=True)
-class Timings:
+class Timings(msgspec.Struct, frozen=True):
     """Measured from the arrival of the request."""
 
     ttft_ms: float
@@ -173,8 +167,7 @@ class Timings:
     e2e_ms: float
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(msgspec.Struct, frozen=True):
     """What one request took."""
 
     prompt_tokens: int
@@ -193,8 +186,7 @@ class Outcome(enum.StrEnum):
     """Made ahead of a statement that did not ask for it after all: not charged."""
 
 
-@dataclass(frozen=True, slots=True)
-class Settled:
+class Settled(msgspec.Struct, frozen=True):
     """A request that has ended, whatever the end."""
 
     request: GenerateRequest
@@ -204,8 +196,7 @@ class Settled:
     usage: Usage
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(msgspec.Struct, frozen=True):
     """A piece of the answer. The last one has `finish_reason` and `usage`."""
 
     text: str
@@ -214,6 +205,8 @@ class Chunk:
     usage: Usage | None = None
     scores: tuple[TokenScore, ...] = ()
     """Of the tokens, if they were asked for."""
+    index: int = 0
+    """Which of several answers to one request it belongs to."""
 
 
 @dataclass(slots=True)

@@ -51,8 +51,8 @@ if TYPE_CHECKING:
 
 log = EventLogger("dbnode.inference")
 
-RUNNING_PER_WORKER_MAX = 128
-"""Requests one worker is given at once; the rest wait here, where they can still be routed."""
+GIVEN_PER_RUNNING = 2
+"""Requests a worker is given for each that it runs at once; the rest wait here, where they can still be routed."""
 HASH_INLINE_TOKENS_MAX = 4096
 """The keys of longer prompts are computed off the event loop."""
 STOP_SETTLE_S = 1.0
@@ -216,6 +216,7 @@ class InferenceService:
             deadline_s=deadline_s,
             tpot_max_s=self._targets(request).tpot_s,
             traceparent=request.traceparent,
+            owner=request.caller.tenant.id,
         )
 
     def _max_tokens(self, request: GenerateRequest, num_prompt: int, context: int) -> int:
@@ -279,6 +280,7 @@ class InferenceService:
         """Tokens to text; ends at a stop string or when the worker ends."""
         dispatch = progress.dispatch = Dispatch(self._client, self.scheduler, self.suspects, job)
         sampling = job.sampling
+        wants_scores = sampling.logprobs is not None
         detokenizer = Detokenizer(
             self.tokens.tokenizer,
             sampling.stop,
@@ -291,7 +293,7 @@ class InferenceService:
                 if not progress.first_token_s:
                     self._first_token(progress)
                 text = detokenizer.push(token_ids)
-                scores = tuple(dispatch.scores[-len(token_ids) :]) if job.sampling.logprobs is not None else ()
+                scores = tuple(dispatch.scores[-len(token_ids) :]) if wants_scores else ()
                 yield Chunk(text, tuple(token_ids), scores=scores)
                 if detokenizer.stopped:
                     await _let_settle(dispatch, tokens)
@@ -324,7 +326,10 @@ class InferenceService:
         return {r.facts.block_size for r in self.scheduler.directory.usable(self.model) if r.facts}
 
     def _running_max(self) -> int:
-        return RUNNING_PER_WORKER_MAX * max(1, len(self.scheduler.directory.usable(self.model)))
+        """Requests that all workers are given at once."""
+        untold = self._router.worker_requests_max
+        told = (r.facts.max_running for r in self.scheduler.directory.usable(self.model) if r.facts)
+        return sum(GIVEN_PER_RUNNING * running or untold for running in told) or untold
 
 
 async def _let_settle(dispatch: Dispatch, tokens: AsyncGenerator[list[int], None]) -> None:

@@ -11,7 +11,9 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from msgspec.structs import replace
 
 from dbnode.generate import Outcome, Settled, Source
 from dbnode.own_connection import AWAY, OwnConnection

@@ -328,6 +328,10 @@ class RouterSettings:
     split_tokens_min: int = setting(512, "uncached prompt tokens from which prefill and decode are split")
     refresh_s: float = setting(1.0, "how often worker states are read")
     index_blocks_max: int = setting(200_000, "blocks remembered per worker")
+    worker_requests_max: int = setting(
+        256,
+        "requests a worker is given at once; one that tells how many sequences it decodes at once gets twice as many",
+    )
     request_timeout_s: float = setting(600.0, "deadline of every request; infer() may ask for a shorter one")
     interactive_ttft_s: float = setting(
         0.0,
@@ -358,12 +362,28 @@ class UsageSettings:
     months_kept: int = setting(24, "whole months of single requests that are kept; sums by day stay; 0: all of them")
 
 
+class LogLevel(enum.StrEnum):
+    """What is logged: this and what matters more."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class LogFormat(enum.StrEnum):
+    """How a log line looks."""
+
+    CONSOLE = "console"
+    JSON = "json"
+
+
 @dataclass(frozen=True, slots=True)
 class LogSettings:
     """[log] what is logged, and how."""
 
-    level: str = setting("info", "debug, info, warning or error")
-    format: str = setting("console", "console or json")
+    level: LogLevel = setting(LogLevel.INFO, "debug, info, warning or error")
+    format: LogFormat = setting(LogFormat.CONSOLE, "console or json")
 
 
 @dataclass(frozen=True, slots=True)

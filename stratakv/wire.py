@@ -27,6 +27,7 @@ from stratakv.wire_nodes import (
     RegisterNode,
     ReportMoves,
 )
+from stratakv.wire_owners import ListOwners, OwnerLimit, OwnerState, OwnerStates, SetOwnerLimits
 from stratakv.wire_parts import (
     EPOCH_BYTES,
     MESSAGE_BYTES_MAX,
@@ -59,6 +60,7 @@ __all__ = [
     "GetEventSnapshot",
     "HeartbeatNode",
     "ListNodes",
+    "ListOwners",
     "Match",
     "MatchPrefix",
     "Message",
@@ -69,6 +71,9 @@ __all__ = [
     "NodeOrders",
     "NodeState",
     "Nodes",
+    "OwnerLimit",
+    "OwnerState",
+    "OwnerStates",
     "PageAt",
     "Place",
     "ReconcilePages",
@@ -78,6 +83,7 @@ __all__ = [
     "ReleaseLease",
     "ReportMoves",
     "Segment",
+    "SetOwnerLimits",
     "WorkerInfo",
     "WorkerLoad",
     "WorkerRole",
@@ -189,6 +195,8 @@ class PutStart(Message, frozen=True):
     copies_from: str = ""
     """The pages are copied from this node: wanted are those that lie there. If it is drained it gives them up, else they are
     replicas, and only those are wanted that it was ordered to copy. `block_size` may be 0."""
+    owner: int = 0
+    """The tenant that has the pages computed; 0: none. Copies are of whom the pages are."""
 
 
 class PutGrant(Message, frozen=True):
@@ -382,6 +390,8 @@ Request = (
     | SetCacheRule
     | ListNamespaces
     | ListPages
+    | SetOwnerLimits
+    | ListOwners
     | FetchAhead
     | PinPrefix
     | Unpin
@@ -408,6 +418,7 @@ Reply = (
     | Flushed
     | Namespaces
     | Pages
+    | OwnerStates
     | Pinned
     | DrainProgress
     | Stats

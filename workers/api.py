@@ -6,12 +6,14 @@ does not know is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from stratakv.errors import InvalidRequest
+from stratakv.tenancy.values import OWNER_HEADER
 from workers.engine.connector import Tier
 from workers.engine.requests import RequestUsage, SamplingParams, TokenEvent
 from workers.engine.structured import Form, FormKind
@@ -20,6 +22,7 @@ STOP_STRINGS_MAX = 16
 STOP_STRING_CHARS_MAX = 1024
 CHOICES_MAX = 1000
 FORM_CHARS_MAX = 64 * 1024
+_OWNER = re.compile(r"[0-9]{1,18}")
 LOGPROB_MIN = -9999.0
 """What is told in place of minus infinity, which JSON does not have."""
 
@@ -110,6 +113,8 @@ class CompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     """KV is shared only between requests with the same salt."""
     timeout_s: float | None = None
     """Deadline of the request, counted from its arrival."""
+    owner: int = 0
+    """Whose its blocks in the pool are; a header says it."""
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -142,6 +147,12 @@ class CompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 
 
 _decode = msgspec.json.Decoder(CompletionRequest).decode
+
+
+def owner_of(headers: Mapping[str, str]) -> int:
+    """The tenant that a DB node asks for; 0 where nobody says."""
+    said = headers.get(OWNER_HEADER, "")
+    return int(said) if _OWNER.fullmatch(said) else 0
 
 
 def parse_completion(body: bytes) -> CompletionRequest:

@@ -187,6 +187,7 @@ class Runtime:
             structure=structure,
             held=held,
             cache_salt=body.cache_salt,
+            owner=body.owner,
         )
         try:
             self._engine.submit(request, self._observed(generation, arrived, num_to_prefill))
@@ -261,6 +262,11 @@ class Runtime:
     def hands_over(self) -> bool:
         """Whether prompts can be handed over to this worker, and from it, while they are computed."""
         return self._taker is not None
+
+    @property
+    def max_running(self) -> int:
+        """Sequences decoded at once."""
+        return self._engine.config.max_running
 
     async def wait_saved(self, keys: Sequence[BlockKey], timeout_s: float, lease_s: float = 0.0) -> Saved:
         """Whether these blocks can be found in the pool, waiting for writes that are under way."""

@@ -9,8 +9,9 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from functools import partial
+
+from msgspec.structs import replace
 
 from dbnode.conversations.history import Beginning, History
 from dbnode.conversations.metrics import ConversationMetrics, TurnOutcome

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -166,8 +165,7 @@ class RestFace:
         return {"workers": dropped}
 
     async def _routes(self) -> Response:
-        decisions = [asdict(decision) for decision in self._service.scheduler.decisions]
-        return Response(json_bytes({"routes": decisions}), media_type="application/json")
+        return Response(json_bytes({"routes": list(self._service.scheduler.decisions)}), media_type="application/json")
 
     async def _workers(self) -> Response:
         states = [

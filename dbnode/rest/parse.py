@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from dbnode.generate import Caller, GenerateRequest, Sampling, Source, StructuredOutputs
 from dbnode.rest.fields import Boolean, Field, Integer, Number, Schema, Unsupported, read_fields
@@ -28,8 +29,7 @@ _Given = Mapping[str, Any]
 _TOKEN_IDS_SCHEMA: Schema = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(msgspec.Struct, frozen=True):
     """Of whom and how a request came, beside its body."""
 
     request_id: str
@@ -39,8 +39,7 @@ class Asked:
     wants_timing: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Parsed:
+class Parsed(msgspec.Struct, frozen=True):
     """Prompts, how many answers each of them gets, and the form these are to have."""
 
     prompts: tuple[GenerateRequest, ...]

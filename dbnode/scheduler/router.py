@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from dbnode.scheduler.cost import Candidate, Work, prefill_cost, uncached_tokens
 from dbnode.scheduler.policies.base import Policy, Stage
 from stratakv.wire import WorkerRole
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(msgspec.Struct, frozen=True):
     """Where a request goes: `worker` alone, or `prefill` first and `worker` for the rest."""
 
     worker: Candidate

@@ -106,6 +106,8 @@ class EngineRequest:
     """Blocks of its prompt that were put into L1 ahead of it."""
     cache_salt: str | None = None
     """`keys` were made with it."""
+    owner: int = 0
+    """Whose the blocks that it fills are; 0: nobody's."""
 
 
 class FinishReason(enum.StrEnum):

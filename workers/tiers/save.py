@@ -63,6 +63,8 @@ class BlockSave:
     on_released: Callable[[], None]
     """L1's blocks are not needed any more."""
     listener: SaveListener | None = None
+    owner: int = 0
+    """Whose the blocks are."""
     published: Future[None] = field(default_factory=Future)
     """Done when the blocks can be found, or never will be by this save."""
     ready: Gate = field(default_factory=make_gate)
@@ -155,6 +157,7 @@ class Saver:
             worker=self._worker,
             timeout_s=PUT_TIMEOUT_S,
             cost_us=round(self._page_cost_s() * 1e6),
+            owner=save.owner,
         )
         grant = self._wait(self._meta.call(request, PutGrant))
         if grant.segment is None or not grant.wanted:

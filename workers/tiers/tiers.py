@@ -249,7 +249,7 @@ class Tiers:
             self._spawn(ReportCorrupt(self._namespace, outcome.bad_page.key, outcome.bad_page.place))
 
     def save(
-        self, keys: Sequence[BlockKey], l1_blocks: Sequence[int], on_finished: Callable[[], None]
+        self, keys: Sequence[BlockKey], l1_blocks: Sequence[int], owner: int, on_finished: Callable[[], None]
     ) -> SaveJob | None:
         """Begin to write down blocks that the coming step will fill; None while the pool is away or too far behind."""
         if not keys or not self._is_open or not self._meta.available:
@@ -259,6 +259,7 @@ class Tiers:
             lambda wanted: self._open_window([l1_blocks[index] for index in wanted]),
             on_finished,
             self._listen(keys),
+            owner,
         )
         for key in keys:
             self._in_flight[key] = save.published

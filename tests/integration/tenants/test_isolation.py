@@ -17,7 +17,7 @@ from dbnode.suspects import STRIKES_MAX, prompt_id
 from dbnode.tenants.salts import combined_salt
 from stratakv.settings import RestSettings, Secret
 from stratakv.tenancy.administration import Administration
-from stratakv.wire import ListWorkers, Match, Workers
+from stratakv.wire import ListOwners, ListWorkers, Match, OwnerStates, SetOwnerLimits, Workers
 from tests.integration.dbnode.running_node import RunningNode, running_node
 from tests.stand_in_worker import StandInWorker
 from tests.support import eventually_async
@@ -39,6 +39,8 @@ class ListeningPool:
     async def call(self, request: Any, reply_type: type[Any], timeout_s: float | None = None) -> Any:
         if isinstance(request, ListWorkers):
             return Workers([])
+        if isinstance(request, SetOwnerLimits | ListOwners):
+            return OwnerStates([])
         self.asked.append(request.keys)
         return Match(0)
 
@@ -49,14 +51,21 @@ def pool() -> ListeningPool:
 
 
 @pytest.fixture
-async def node(metadata: str, admin: Administration, pool: ListeningPool) -> AsyncIterator[RunningNode]:
+async def worker() -> AsyncIterator[StandInWorker]:
+    started = await StandInWorker("w").start()
+    yield started
+    await started.stop()
+
+
+@pytest.fixture
+async def node(
+    metadata: str, admin: Administration, pool: ListeningPool, worker: StandInWorker
+) -> AsyncIterator[RunningNode]:
     for name in ("victim", "attacker", "sharing", "sharing too"):
         admin.create_tenant(name, {"permissions": ["infer", "pin"], "shares_cache": name.startswith("sharing")})
-    worker = await StandInWorker("w").start()
     rest = RestSettings(api_key=Secret(OPERATOR))
     async with running_node(worker, database_url=metadata, rest=rest, meta=pool) as running:
         yield running
-    await worker.stop()
 
 
 @pytest.fixture
@@ -92,6 +101,16 @@ async def test_the_same_prompt_of_another_tenant_is_not_found(node: RunningNode,
         assert await cached(node, other) == 0
     for other in (keys["sharing"], keys["sharing too"]):
         assert await cached(node, other) > 100  # as the operator, by agreement
+
+
+async def test_workers_are_told_whose_blocks_they_fill(
+    node: RunningNode, keys: dict[str, str], worker: StandInWorker, admin: Administration
+) -> None:
+    await known(node, *keys.values())
+    for name in ("victim", "sharing"):
+        await cached(node, keys[name])
+    await cached(node, OPERATOR)
+    assert worker.owners == [str(admin.tenant(name)["id"]) for name in ("victim", "sharing", "default")]
 
 
 async def test_who_knows_the_victims_salts_does_not_come_in_by_them(

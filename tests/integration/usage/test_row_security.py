@@ -14,7 +14,7 @@ from tests.integration.usage.conftest import event, write_now
 Query = Callable[..., list[tuple[Any, ...]]]
 Connection = psycopg.Connection[tuple[Any, ...]]
 ROLES = ("acme_app", "bolt_app", "nobody_app")
-GUARDED = ("usage_history", "usage_daily", "tenant_limits", "quota_state")
+GUARDED = ("usage_history", "usage_daily", "tenant_limits", "quota_state", "cache_usage")
 FOR_TENANTS = {*GUARDED, "my_usage", "my_requests", "my_limits", "limits_in_use"}
 MAP = """
     INSERT INTO stratakv.tenant_roles (cluster, role_name, role_oid, tenant_id)
@@ -34,9 +34,10 @@ def world(url: str, query: Query) -> Iterator[str]:
     query(MAP, "bolt_app", "bolt")
     write_now(url, event("a1", prompt=100), event("a2", model="n"), event("b1", "bolt"))
     query(
-        "INSERT INTO stratakv.tenant_limits (tenant_id, tokens_per_month, requests_per_minute)"
-        " SELECT id, 1000 * id, 60 FROM stratakv.tenants WHERE name IN ('acme', 'bolt')"
+        "INSERT INTO stratakv.tenant_limits (tenant_id, tokens_per_month, requests_per_minute, cache_memory_bytes)"
+        " SELECT id, 1000 * id, 60, 4096 FROM stratakv.tenants WHERE name IN ('acme', 'bolt')"
     )
+    query("INSERT INTO stratakv.cache_usage SELECT id, 10 * id, 0 FROM stratakv.tenants WHERE name IN ('acme', 'bolt')")
     query(
         "INSERT INTO stratakv.quota_state (tenant_id, kind, spent_micros)"
         " SELECT id, 'tokens_month', id * 1000000 FROM stratakv.tenants WHERE name IN ('acme', 'bolt')"
@@ -77,7 +78,11 @@ def test_a_role_sees_the_usage_requests_and_limits_of_its_tenant(world: str, que
         requests = acme_app.execute("SELECT request_id FROM stratakv.my_requests ORDER BY 1").fetchall()
         assert requests == [("a1",), ("a2",)]
         limits = acme_app.execute('SELECT "limit", maximum, used FROM stratakv.my_limits ORDER BY 1').fetchall()
-        assert limits == [("requests_per_minute", 60, 0), ("tokens_per_month", 1000 * acme, acme)]
+        assert limits == [
+            ("cache_memory_bytes", 4096, 10 * acme),
+            ("requests_per_minute", 60, 0),
+            ("tokens_per_month", 1000 * acme, acme),
+        ]
         assert visible(acme_app) == {acme}
     with session(world, "nobody_app") as nobody:
         assert models(nobody) == []

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from dbnode.scheduler.cost import Candidate, Work, whole_cost
 from dbnode.scheduler.policies.cost import CostPolicy

@@ -167,12 +167,16 @@ class MemoryTier:
     """Of what is found for preempted requests."""
     hits: list[MemoryHit] = field(default_factory=list)
     """Found for preempted requests."""
+    owners: dict[BlockKey, int] = field(default_factory=dict)
 
     def find(self, keys: Sequence[BlockKey], num_l1_blocks: int, on_found: OnFound) -> None:
         self.hits.append(self.hit(keys, num_l1_blocks, **self.fault))
         on_found(self.hits[-1])
 
-    def save(self, keys: Sequence[BlockKey], l1_blocks: Sequence[int], on_finished: Callable[[], None]) -> MemorySave:
+    def save(
+        self, keys: Sequence[BlockKey], l1_blocks: Sequence[int], owner: int, on_finished: Callable[[], None]
+    ) -> MemorySave:
+        self.owners.update(dict.fromkeys(keys, owner))
         return MemorySave(self, list(keys), list(l1_blocks), on_finished)
 
     def hit(self, keys: Sequence[BlockKey], start_block: int, **fault: int) -> MemoryHit:

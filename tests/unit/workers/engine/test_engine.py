@@ -165,7 +165,7 @@ def test_a_dying_engine_answers_everybody_and_reports_it(tiny: Path) -> None:
         def find(self, keys: object, num_l1_blocks: object, on_found: object) -> None:
             raise ZeroDivisionError
 
-        def save(self, keys: object, l1_blocks: object, on_finished: object) -> None:
+        def save(self, keys: object, l1_blocks: object, owner: int, on_finished: object) -> None:
             assert all_are_in.wait(20.0)
             raise ZeroDivisionError
 
