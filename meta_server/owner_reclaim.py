@@ -26,7 +26,7 @@ from stratakv.settings import MetaSettings
 from stratakv.wire import Done, ListOwners, OwnerState, OwnerStates, SetOwnerLimits
 
 APPLY_S = 1.0
-OWNERS_MAX = 16
+OWNERS_MAX = 8
 """Whose pages are looked through in one go, in each tier: those that are furthest beyond their limits."""
 REASON = "tenant_quota"
 _log = EventLogger("meta_server.owner_reclaim")
