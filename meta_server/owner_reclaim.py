@@ -97,18 +97,24 @@ class OwnerReclaimer:
         if tier is Tier.MEMORY:
             goal = int(min(self._settings.demote_low, low) * limit)
             size_bytes -= self._remove_spare(np.setdiff1d(slots, first), size_bytes - goal)
-            going = self._sent_down(index.first_to_go(first, size_bytes - goal))
+            going = self._sent_down(self._coldest(first, size_bytes - goal))
             size_bytes -= int(index.extents(going)[1].sum())
             first = np.setdiff1d(first, going)
         if size_bytes > self._settings.reclaim_high * limit:
-            self._remove(index.first_to_go(first, size_bytes - int(low * limit))[:PAGES_MAX])
+            self._remove(self._coldest(first, size_bytes - int(low * limit)))
+
+    def _coldest(self, slots: SlotArray, size_bytes: int) -> SlotArray:
+        """What goes first of the pages, as much as can be in one go: a limit may have become much smaller."""
+        index = self._catalog.index
+        size_bytes_max = PAGES_MAX * int(index.extents(slots)[1].max(initial=0))
+        return index.first_to_go(slots, min(size_bytes, size_bytes_max))[:PAGES_MAX]
 
     def _remove_spare(self, slots: SlotArray, size_bytes: int) -> int:
         """Of pages that lie elsewhere too the coldest, which together free so much; how much that is."""
         if size_bytes <= 0 or not len(slots):
             return 0
         index = self._catalog.index
-        slots = slots[np.argsort(index.slot_ticks(slots), kind="stable")]
+        slots = slots[np.argsort(index.slot_ticks(slots), kind="stable")][:PAGES_MAX]
         sizes = np.cumsum(index.extents(slots)[1])
         count = min(int(np.searchsorted(sizes, size_bytes)) + 1, len(slots))
         self._remove(slots[:count])

@@ -111,11 +111,13 @@ class Replicas:
         target = self._catalog.nodes.at(self._plans[planned[0][1]].target) if planned else None
         if target is None or not self._placement.takes(target):
             return None, []
-        wanted = [(at, place) for at, place in planned if self._plans[place].target == target.index]
+        # A page that was ordered anew after its time was over may be asked for twice.
+        once = {place: at for at, place in reversed(planned) if self._plans[place].target == target.index}
+        wanted = sorted(once.items(), key=lambda one: one[1])
         wanted = wanted[: max(0, self._placement.room_for_replicas(target)) // page_bytes]
-        for _, place in wanted:
+        for place, _ in wanted:
             self._forget(place)
-        return target, [at for at, _ in wanted]
+        return target, [at for _, at in wanted]
 
     def _plan(self, slot: int, reader: Node) -> None:
         """Have the page copied to the reader's daemon, or to the emptiest one; not at all if none has room to spare."""

@@ -27,6 +27,7 @@ NATIVE_ENV = "STRATAKV_NATIVE"
 _NO_SETTINGS = {CONFIG_FILE_ENV, NATIVE_ENV}
 """Variables of this program that are no settings."""
 MASK = "***"
+PORT_MAX = 65_535
 _UNITS = {"": 1, "B": 1, "KIB": 1024, "MIB": 1024**2, "GIB": 1024**3, "TIB": 1024**4}
 
 
@@ -93,7 +94,7 @@ def load_settings(
             mistakes.append(f"{source}: there is no setting {'.'.join(p for p in place if p)}")
             continue
         try:
-            values.setdefault(place[0], {})[place[1]] = parse_value(option.type, value)
+            values.setdefault(place[0], {})[place[1]] = _checked_port(option, parse_value(option.type, value))
         except (ValueError, TypeError) as error:
             mistakes.append(f"{source}: {option.section}.{option.key}: {error}")
     if mistakes:
@@ -152,6 +153,13 @@ def parse_value(kind: Any, value: Any) -> Any:
     if kind in (int, float) and not parsed >= 0:
         raise ValueError(f"expected 0 or more, got {value!r}")
     return parsed
+
+
+def _checked_port(option: Option, value: Any) -> Any:
+    """Raises ValueError: some listeners would take another port than the one that was meant, without a word."""
+    if option.type is int and option.key.rpartition("_")[2] == "port" and value > PORT_MAX:
+        raise ValueError(f"expected a port, 0 to {PORT_MAX}, got {value}")
+    return value
 
 
 def _split(kind: Any, text: str) -> list[str]:

@@ -362,12 +362,28 @@ class UsageSettings:
     months_kept: int = setting(24, "whole months of single requests that are kept; sums by day stay; 0: all of them")
 
 
+class LogLevel(enum.StrEnum):
+    """What is logged: this and what matters more."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class LogFormat(enum.StrEnum):
+    """How a log line looks."""
+
+    CONSOLE = "console"
+    JSON = "json"
+
+
 @dataclass(frozen=True, slots=True)
 class LogSettings:
     """[log] what is logged, and how."""
 
-    level: str = setting("info", "debug, info, warning or error")
-    format: str = setting("console", "console or json")
+    level: LogLevel = setting(LogLevel.INFO, "debug, info, warning or error")
+    format: LogFormat = setting(LogFormat.CONSOLE, "console or json")
 
 
 @dataclass(frozen=True, slots=True)

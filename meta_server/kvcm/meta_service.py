@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgspec
 
@@ -84,7 +85,8 @@ class MetaService:
         return meta.GetInstanceInfoResponse(instance_group=info.instance_group_name, instance_info=info)
 
     async def get_cache_location(self, request: meta.GetCacheLocationRequest) -> meta.GetCacheLocationResponse:
-        return meta.GetCacheLocationResponse(locations=self._locations(request))
+        found, as_message = self._matched(request)
+        return meta.GetCacheLocationResponse(locations=[as_message(one) for one in found])
 
     async def get_cache_location_len(
         self, request: meta.GetCacheLocationLenRequest
@@ -97,10 +99,13 @@ class MetaService:
             token_ids=request.token_ids,
             sw_size=request.sw_size,
         )
-        found = self._locations(asked)
-        return meta.GetCacheLocationLenResponse(cache_location_len=sum(bool(item.location_specs) for item in found))
+        found, _ = self._matched(asked)
+        return meta.GetCacheLocationLenResponse(cache_location_len=sum(one is not None for one in found))
 
-    def _locations(self, request: meta.GetCacheLocationRequest) -> list[meta.CacheLocation]:
+    def _matched(
+        self, request: meta.GetCacheLocationRequest
+    ) -> tuple[Sequence[object], Callable[[Any], meta.CacheLocation]]:
+        """What is found, None where nothing is to be told; and how it is told."""
         names = frozenset(request.location_spec_names)
         if (namespace := self._own.namespace_of(request.instance_id)) is not None:
             if names - {OWN_SPEC}:
@@ -108,14 +113,14 @@ class MetaService:
             keys = visible(request.block_mask, self._own_keys(request, namespace))
             query_type = request.query_type or meta.QT_PREFIX_MATCH
             own = match(query_type, keys, request.sw_size, lambda asked: self._own.find(namespace, asked))
-            return [_own_message(block) for block in own]
+            return own, _own_message
         instance = self._state.instance(request.instance_id)
         instance.check_spec_names(names)
         keys = visible(request.block_mask, _keys(request, instance.config.block_size))
         query_type = request.query_type or instance.config.default_query_type
         found = match(query_type, keys, request.sw_size, lambda asked: _serving(instance, asked, names))
         self._state.group(instance.group).ranking.touch([location for location in found if location is not None])
-        return [location.message(names) if location is not None else meta.CacheLocation() for location in found]
+        return found, lambda location: location.message(names) if location is not None else meta.CacheLocation()
 
     async def get_cache_meta(self, request: meta.GetCacheMetaRequest) -> meta.GetCacheMetaResponse:
         """Of each block the location that is furthest, whatever its state, and what is known of it as JSON."""
@@ -192,7 +197,7 @@ class MetaService:
         instance = self._state.instance(request.instance_id)
         keys = visible(request.block_mask, _keys(request, instance.config.block_size))
         self._state.changes.check_room()
-        self._state.remove([location for key in keys for location in instance.by_key.get(key, ())])
+        await self._state.remove_in_turns([location for key in keys for location in instance.by_key.get(key, ())])
         await self._state.changes.written()
         return meta.CommonResponse()
 
@@ -207,7 +212,7 @@ class MetaService:
         elif request.strategy not in (meta.TS_REMOVE_ALL_CACHE, meta.TS_REMOVE_ALL_META):
             raise InvalidRequest("strategy is not given, or unknown", param="strategy")
         self._state.changes.check_room()
-        self._state.remove(served, delete_files=request.strategy != meta.TS_REMOVE_ALL_META)
+        await self._state.remove_in_turns(served, delete_files=request.strategy != meta.TS_REMOVE_ALL_META)
         await self._state.changes.written()
         return meta.CommonResponse()
 

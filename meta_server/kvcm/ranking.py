@@ -80,14 +80,17 @@ class Ranking:
 
     def enter(self, locations: Iterable[Location], tokens_per_block: int) -> None:
         """Blocks of one session that are served from now on, in their order."""
-        for location in reversed(list(locations)):
-            order = self._orders.setdefault(_place_of(location), Order(tokens_per_block))
+        entering = list(locations)
+        if not entering:
+            return
+        order = self._orders.setdefault(_place_of(entering[0]), Order(tokens_per_block))
+        for location in reversed(entering):
             self._tick += 1
             location.tick, location.is_ranked = self._tick, True
             location.rank = self._rank(order, location)
-            order.num_keys += 1
             order.size_bytes += location.size_bytes
             heapq.heappush(order.heap, (location.rank, location.tick, location))
+        order.num_keys += len(entering)
 
     def leave(self, location: Location) -> None:
         """It is served no longer."""
