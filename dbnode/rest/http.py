@@ -62,16 +62,16 @@ class Guard:
         except Exception as error:
             if started:
                 raise
-            await error_response(error)(scope, receive, send_with_id)
+            await error_response(error, trace_id)(scope, receive, send_with_id)
 
 
-def error_response(error: Exception) -> Response:
+def error_response(error: Exception, trace_id: str = "") -> Response:
     """The OpenAI error body of any error; what is not ours is logged and told as an internal error."""
     if isinstance(error, HTTPException):
         body = {"message": error.detail, "type": "invalid_request_error", "param": None, "code": None}
         return _json({"error": body}, error.status_code, dict(error.headers or {}))
     if not isinstance(error, StrataError):
-        log.exception("request_failed_unexpectedly")
+        log.exception("request_failed_unexpectedly", trace_id=trace_id)
         error = StrataError("internal error")
     headers = {}
     if error.http_status in (429, 503):
