@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 INLINE_CHARS_MAX = 4096
 """Longer texts are tokenised off the event loop."""
+KNOWN_CHARS_MAX = 256 * 1024
+"""Longer ones even if most of their tokens are remembered: to look for them takes its time too."""
 INLINE_MESSAGES_MAX = 64
 """More messages than this are written off the event loop."""
 THREADS = 2
@@ -63,7 +65,7 @@ class PromptTokens:
     async def of_chat_text(self, text: str, owner: str) -> list[int]:
         """Of what a chat template has written, or of its end from a special token on; `owner` as the cache's."""
         make = partial(self._encoder.encode, text, owner)
-        is_short = self._encoder.is_mostly_known(text, INLINE_CHARS_MAX, owner)
+        is_short = len(text) <= KNOWN_CHARS_MAX and self._encoder.is_mostly_known(text, INLINE_CHARS_MAX, owner)
         return make() if is_short else await self.aside(make)
 
     def of_chat(self, request: GenerateRequest) -> list[int]:

@@ -6,6 +6,7 @@ the field.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -134,13 +135,20 @@ def read_fields(body: bytes, fields: Fields) -> dict[str, Any]:
     for name, value in given.items():
         field = fields.get(name)
         if field is None:
-            shown = name[:NAME_CHARS_MAX]
-            raise InvalidRequest(f"{shown}: unknown field", param=shown)
+            raise _unknown(name, fields)
         if value is not None:
             meant = field.read(name, value)
             if meant is not None:
                 found[name] = meant
     return found
+
+
+def _unknown(name: str, fields: Fields) -> InvalidRequest:
+    """With the field that may have been meant."""
+    shown = name[:NAME_CHARS_MAX]
+    near = difflib.get_close_matches(shown, fields, n=1, cutoff=0.8)
+    hint = f"Did you mean {near[0]}?" if near else None
+    return InvalidRequest(f"{shown}: unknown field", hint=hint, param=shown)
 
 
 def _not_json(body: bytes, error: Exception) -> InvalidRequest:

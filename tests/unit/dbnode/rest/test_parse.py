@@ -130,6 +130,15 @@ def test_response_format_becomes_a_form() -> None:
     assert chat(response_format={"type": "text"}).request.sampling.structured_outputs is None
 
 
+@pytest.mark.parametrize(
+    ("field", "hint"), [("max_token", "max_tokens"), ("Temperature", "temperature"), ("stopp", "stop"), ("xyz", None)]
+)
+def test_an_unknown_field_is_refused_with_the_one_that_may_be_meant(field: str, hint: str | None) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        chat(**{field: 1})
+    assert (caught.value.param, caught.value.hint) == (field, hint and f"Did you mean {hint}?")
+
+
 def test_every_field_is_documented() -> None:
     page = (Path(__file__).parents[4] / "docs" / "reference" / "rest.md").read_text()
     missing = [name for name in {**CHAT, **COMPLETION, **TOKENIZE} if f"`{name}`" not in page]
