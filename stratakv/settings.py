@@ -201,7 +201,7 @@ class WorkerSettings:
     events_port: int = setting(
         0, "ZeroMQ port on which it tells which blocks it holds, and the next one for replays; 0 takes free ones"
     )
-    dtype: str = setting("bf16", "bf16 or fp32")
+    dtype: str = setting("bf16", "bf16, fp32 or fp16; the last is for GPUs that have no bf16")
     device: str = setting("auto", "auto, cpu or cuda")
     threads: int = setting(0, "CPU threads of the engine; 0 takes all cores")
     block_size: int = setting(16, "tokens in a block")

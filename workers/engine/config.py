@@ -15,15 +15,23 @@ class EngineDtype(enum.StrEnum):
     """Type of products and of the KV cache; residual stream, norms and logits are always fp32."""
 
     BF16 = "bf16"
+    FP16 = "fp16"
     FP32 = "fp32"
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self is EngineDtype.BF16 else torch.float32
+        return _TORCH_DTYPES[self]
 
     @property
     def element_bytes(self) -> int:
         return self.torch_dtype.itemsize
+
+
+_TORCH_DTYPES = {
+    EngineDtype.BF16: torch.bfloat16,
+    EngineDtype.FP16: torch.float16,
+    EngineDtype.FP32: torch.float32,
+}
 
 
 @dataclass(frozen=True, slots=True)
