@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
@@ -10,6 +11,7 @@ import psycopg
 import pytest
 from hypothesis import HealthCheck, settings
 
+from stratakv import migrate
 from stratakv.postgres import EmbeddedPostgres
 from stratakv.settings import PostgresSettings
 
@@ -55,8 +57,31 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedPostg
 @pytest.fixture
 def postgres_url(postgres: EmbeddedPostgres) -> Iterator[str]:
     """URL, as superuser, of an empty database of the test's own."""
-    name = f"test_{next(_database_numbers)}"
+    with _database(postgres) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def migrated_template(postgres: EmbeddedPostgres) -> str:
+    """Name of a database with the newest schema, to copy: that is quicker than to migrate one more."""
+    name = "migrated_template"
     with psycopg.connect(postgres.database_url("postgres"), autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")
+    migrate.upgrade(postgres.database_url(name))
+    return name
+
+
+@pytest.fixture
+def migrated_url(postgres: EmbeddedPostgres, migrated_template: str) -> Iterator[str]:
+    """URL, as superuser, of a database of the test's own with the newest schema."""
+    with _database(postgres, migrated_template) as url:
+        yield url
+
+
+@contextmanager
+def _database(postgres: EmbeddedPostgres, template: str = "template1") -> Iterator[str]:
+    name = f"test_{next(_database_numbers)}"
+    with psycopg.connect(postgres.database_url("postgres"), autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
         yield postgres.database_url(name)
         connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
