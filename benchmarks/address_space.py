@@ -22,7 +22,8 @@ import numpy as np
 
 from benchmarks.harness import parse_options, report
 from dmp.allocator import ExtentAllocator
-from meta_server.index import BlockIndex, ExtentArray
+from meta_server.index import BlockIndex
+from meta_server.page_arrays import ExtentArray
 from stratakv.keys import KEY_BYTES
 from stratakv.layout import HEADER_BYTES
 from stratakv.pool.errors import SegmentFull

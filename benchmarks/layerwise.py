@@ -82,6 +82,8 @@ class Hit:
     def load(self, first_block: int, l1_blocks: Sequence[int]) -> LoadJob:
         return self.start_load(self.pages[first_block : first_block + len(l1_blocks)], l1_blocks)
 
+    load_ahead = load
+
     def release(self) -> None:
         """There is no lease."""
 
@@ -161,7 +163,7 @@ class Bench:
             pages=pages,
             window=self._open_window(l1_blocks),
             num_layers=self._num_layers,
-            deadline=time.monotonic() + TIMEOUT_S,
+            timeout_s=TIMEOUT_S,
             on_finished=lambda _: None,
         )
         load.start(self._threads, self._reader, self._connections)

@@ -1,4 +1,4 @@
-"""The meta server against Mooncake's master: looking up prefixes, and its own figures that nobody else publishes alike.
+"""meta: the meta server against Mooncake's master, looking up prefixes, and its own figures that nobody else publishes alike.
 
 Both run here, in one run, interleaved. Ours tells of every key where it lies and pins it; `batch_is_exist` of Mooncake's client
 tells only whether it is there. Beside that: GetHostCacheState over HTTP, two-phase writes of large batches until they are in

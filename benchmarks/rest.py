@@ -29,6 +29,7 @@ from benchmarks.rest_worker import NO_BEAT_SEED, STEP_S
 from dbnode.node import Node
 from stratakv.http_server import HttpServer
 from stratakv.models import DEFAULT_MODEL, pull, resolve
+from stratakv.process import started
 from stratakv.settings import ModelSettings, RestSettings, RouterSettings, Settings, WorkerAddress
 from stratakv.text import encode, load_tokenizer
 
@@ -270,6 +271,7 @@ async def serve_node(worker_port: int) -> None:
         async with asyncio.timeout(START_TIMEOUT_S):
             while node.not_ready():  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
+        started()
         print(server.port, flush=True)
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, nullcontext
 
 import msgspec
 
@@ -20,7 +19,7 @@ from dbnode.scheduler.fleet import Sent, WorkerRecord
 from dbnode.scheduler.planner import Plan, PromptKeys
 from dbnode.scheduler.scheduler import Scheduler
 from dbnode.suspects import PromptId, Suspects, Trial, prompt_id
-from dbnode.worker_base import WorkerDoor
+from dbnode.worker_base import WorkerDoor, WorkerStream
 from dbnode.worker_messages import KVTransfer, WorkerChunk, WorkerRequest, WorkerUsage
 from stratakv.errors import DeadlineExceeded, Overloaded, StrataError
 from stratakv.log import EventLogger
@@ -37,8 +36,7 @@ _ELSEWHERE = (WorkerUnreachable, WorkerRefused, WorkerLost, Overloaded)
 """Failures after which another worker is tried."""
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(msgspec.Struct, frozen=True):
     """What is sent to workers."""
 
     request_id: str
@@ -50,6 +48,8 @@ class Job:
     tpot_max_s: float = 0.0
     """What a token should take at most; 0: no matter."""
     traceparent: str | None = None
+    owner: int = 0
+    """The tenant whose its blocks in the pool are."""
 
 
 class Dispatch:
@@ -93,7 +93,14 @@ class Dispatch:
             except _Failed as failed:
                 if self.enough:
                     return
+                if self._is_ended():
+                    self.finish_reason = FinishReason.STOP
+                    return
                 last_error = self._give_up_or_go_on(failed.record, failed.error)
+
+    def _is_ended(self) -> bool:
+        """The last token handed on is one that ends the answer; the worker had no time to say so."""
+        return bool(self.output) and self.output[-1] in self._job.sampling.stop_token_ids
 
     async def _plan(self, last_error: StrataError | None) -> Plan:
         job = self._job
@@ -175,7 +182,8 @@ class Dispatch:
         The token comes at once; unless the request is followed, the hand-over comes when the prompt's blocks can be found. Some
         answers cannot go on from a token that another worker made; then only the hand-over comes.
         """
-        request = msgspec.structs.replace(self._body(transfer), max_tokens=1)
+        body = self._body(transfer)
+        request = msgspec.structs.replace(body, max_tokens=1, min_tokens=min(1, body.min_tokens))
         reason: FinishReason | None = None
         is_handed_over = False
         async with aclosing(self._chunks(record, request, num_tokens)) as chunks:
@@ -200,8 +208,8 @@ class Dispatch:
         async with aclosing(self._chunks(record, self._body(transfer), num_tokens, after)) as chunks:
             async for chunk in chunks:
                 reason = chunk.finish_reason or reason
-                if chunk.token_ids:
-                    yield chunk.token_ids
+                if token_ids := chunk.token_ids:
+                    yield token_ids
         if reason is None:
             raise _Failed(record, WorkerRefused(f"{record.url} ended without saying why"))
         self._scheduler.answered(record, self._job.keys, self.output)
@@ -211,30 +219,52 @@ class Dispatch:
         self, record: WorkerRecord, request: WorkerRequest, num_tokens: int, after: asyncio.Event | None = None
     ) -> AsyncGenerator[WorkerChunk, None]:
         """One worker's answer as it streams; its tokens are handed on, `after` those of another one. Raises _Failed."""
-        async with AsyncExitStack() as stack:
-            sent = stack.enter_context(self._scheduler.sent(record, self._job.keys, num_tokens))
-            if self._deaths:
-                trial = await stack.enter_async_context(self._suspects.trial(record.url, self._job.deadline_s))
-                self._trial = trial
-            try:
-                async with _unless_silent(record, sent, self._job.deadline_s):
-                    stream = await self._client.stream(record.url, request, self._job.deadline_s)
-                sent.abort = stream.close
-                async with stream, aclosing(stream.chunks()) as chunks:
-                    if after is not None:
-                        await after.wait()
-                    async for chunk in chunks:
-                        if chunk.token_ids:
-                            self._scheduler.prefilled(record, sent)
-                            if self._trial is not None:
-                                self._trial.passed()
-                            self._take_scores(record, chunk)
-                            self.output.extend(chunk.token_ids)
-                        self._take_usage(chunk.usage)
-                        yield chunk
-            except _ELSEWHERE as error:
-                self._count_death(error)
-                raise _Failed(record, error) from error
+        sent = self._scheduler.send(record, self._job.keys, num_tokens)
+        trial = self._suspects.trial(record.url, self._job.deadline_s) if self._deaths else nullcontext()
+        try:
+            async with trial as self._trial:
+                try:
+                    stream = await self._begun(record, request, sent)
+                    sent.abort = stream.close
+                    async with stream, aclosing(stream.chunks()) as chunks:
+                        if after is not None:
+                            await after.wait()
+                        async for chunk in chunks:
+                            if token_ids := chunk.token_ids:
+                                if not sent.prefilled:
+                                    self._prefilled(record, sent)
+                                if self._job.sampling.logprobs is not None:
+                                    self._take_scores(record, chunk)
+                                self.output += token_ids
+                            if chunk.usage is not None:
+                                self._take_usage(chunk.usage)
+                            yield chunk
+                except _ELSEWHERE as error:
+                    self._count_death(error)
+                    raise _Failed(record, error) from error
+        finally:
+            self._scheduler.ended(record, sent)
+
+    async def _begun(self, record: WorkerRecord, request: WorkerRequest, sent: Sent) -> WorkerStream:
+        """Wait for a worker's first bytes. Raises WorkerLost when the directory gives the worker up, else DeadlineExceeded."""
+        timeout = asyncio.timeout_at(self._job.deadline_s)
+        is_silent = False
+
+        def abort() -> None:
+            nonlocal is_silent
+            is_silent = True
+            timeout.reschedule(0)
+
+        sent.abort = abort
+        try:
+            async with timeout:
+                return await self._client.stream(record.url, request, self._job.deadline_s)
+        except TimeoutError:
+            if is_silent:
+                raise WorkerLost(f"{record.url} has been silent for too long") from None
+            raise DeadlineExceeded("the request's deadline passed") from None
+        finally:
+            sent.abort = None
 
     def _body(self, transfer: KVTransfer) -> WorkerRequest:
         job, sampling = self._job, self._job.sampling
@@ -251,6 +281,10 @@ class Dispatch:
             seed=sampling.seed,
             stop=list(sampling.stop),
             ignore_eos=sampling.ignore_eos,
+            stop_token_ids=list(sampling.stop_token_ids),
+            min_tokens=sampling.min_tokens,
+            include_stop_str_in_output=sampling.include_stop_str_in_output,
+            skip_special_tokens=sampling.skip_special_tokens,
             kv_transfer_params=transfer if transfer != KVTransfer() else None,
             structured_outputs=sampling.structured_outputs,
             cache_salt=job.keys.cache_salt,
@@ -261,11 +295,16 @@ class Dispatch:
             logprobs=sampling.logprobs,
             return_tokens_as_token_ids=sampling.logprobs is not None,
             traceparent=job.traceparent,
+            owner=job.owner,
         )
 
+    def _prefilled(self, record: WorkerRecord, sent: Sent) -> None:
+        """Its first token is there."""
+        self._scheduler.prefilled(record, sent)
+        if self._trial is not None:
+            self._trial.passed()
+
     def _take_scores(self, record: WorkerRecord, chunk: WorkerChunk) -> None:
-        if self._job.sampling.logprobs is None:
-            return
         try:
             scores = chunk.scores
         except ValueError as error:
@@ -278,8 +317,8 @@ class Dispatch:
         """What a worker calls the request."""
         return f"{self._job.request_id}-{self._attempt}{'p' if transfer.do_remote_decode else ''}"
 
-    def _take_usage(self, usage: WorkerUsage | None) -> None:
-        if usage is None or self.tiers is not None:
+    def _take_usage(self, usage: WorkerUsage) -> None:
+        if self.tiers is not None:
             return
         said = usage.stratakv
         num_prompt = len(self._job.keys.token_ids)
@@ -319,29 +358,6 @@ def _can_follow(decode: WorkerRecord, prefill: WorkerRecord) -> bool:
     if ours is None or theirs is None or not (ours.hands_over and theirs.hands_over):
         return False
     return ours.namespace == theirs.namespace and ours.block_size == theirs.block_size
-
-
-@asynccontextmanager
-async def _unless_silent(record: WorkerRecord, sent: Sent, deadline_s: float) -> AsyncIterator[None]:
-    """Wait for a worker's first bytes. Raises WorkerLost when the directory gives the worker up, else DeadlineExceeded."""
-    timeout = asyncio.timeout_at(deadline_s)
-    silent = False
-
-    def abort() -> None:
-        nonlocal silent
-        silent = True
-        timeout.reschedule(0)
-
-    sent.abort = abort
-    try:
-        async with timeout:
-            yield
-    except TimeoutError:
-        if silent:
-            raise WorkerLost(f"{record.url} has been silent for too long") from None
-        raise DeadlineExceeded("the request's deadline passed") from None
-    finally:
-        sent.abort = None
 
 
 class _Failed(Exception):

@@ -13,6 +13,7 @@ from dbnode.charge import Charge
 from dbnode.tenants.account import Reservation
 from dbnode.tenants.salts import combined_salt
 from stratakv.tenancy.values import DEFAULT_TENANT, Tenant
+from stratakv.text import PLAIN_CHAT, ChatStyle
 
 
 class Source(enum.StrEnum):
@@ -43,10 +44,10 @@ class StructuredOutputs(msgspec.Struct, frozen=True, omit_defaults=True):
     json: dict[str, Any] | None = None
     """A JSON schema."""
     choice: list[str] | None = None
+    regex: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
+class Sampling(msgspec.Struct, frozen=True):
     """How tokens are chosen, and when to stop."""
 
     max_tokens: int | None = None
@@ -59,6 +60,14 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    """They end the answer and are not told."""
+    min_tokens: int = 0
+    """Before so many tokens nothing that is generated ends the answer."""
+    include_stop_str_in_output: bool = False
+    """Tell the stop string, or the token of `stop_token_ids`, that ended it."""
+    skip_special_tokens: bool = True
+    """Leave the text of special tokens out."""
     structured_outputs: StructuredOutputs | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -69,8 +78,7 @@ class Sampling:
     """Tell the log-probability of each token, and of so many of the likeliest ones at its place."""
 
 
-@dataclass(frozen=True, slots=True)
-class TokenScore:
+class TokenScore(msgspec.Struct, frozen=True):
     """How likely a token was, before temperature, penalties and forms."""
 
     logprob: float
@@ -78,8 +86,7 @@ class TokenScore:
     """Token ids and log-probabilities of the likeliest ones, in no order."""
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
+class Caller(msgspec.Struct, frozen=True):
     """Who is asking."""
 
     tenant: Tenant = DEFAULT_TENANT
@@ -90,8 +97,7 @@ class Caller:
     session: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class GenerateRequest:
+class GenerateRequest(msgspec.Struct, frozen=True):
     """One answer to generate. Exactly one of `messages` and `prompt` is given."""
 
     request_id: str
@@ -103,6 +109,10 @@ class GenerateRequest:
     """None: the model this node serves."""
     messages: tuple[object, ...] | None = None
     prompt: str | tuple[int, ...] | None = None
+    style: ChatStyle = PLAIN_CHAT
+    """How messages are written."""
+    prompt_tokens_max: int | None = None
+    """Of a longer prompt only its last tokens are used; 0: as many as the context has room for."""
     sampling: Sampling = Sampling()
     tools: tuple[Mapping[str, Any], ...] = ()
     """What the model is told that it may call, in OpenAI's form."""
@@ -121,12 +131,11 @@ class GenerateRequest:
     """W3C trace context, for the worker."""
     is_sibling: bool = False
     """One of several answers to a prompt; another request's usage has the prompt."""
-    on_settled: Callable[[Settled], None] | None = field(default=None, repr=False, compare=False)
+    on_settled: Callable[[Settled], None] | None = None
     """Told once, when the request has ended, whatever the end."""
-    charge: Charge | None = field(default=None, repr=False, compare=False)
+    charge: Charge | None = None
     """Decides later whether its usage counts; without it, it does."""
-
-    reservation: Reservation | None = field(default=None, repr=False, compare=False)
+    reservation: Reservation | None = None
     """Of its tenant's quota, if that was made before."""
 
     @property
@@ -149,8 +158,7 @@ class PromptTiers(msgspec.Struct, frozen=True):
         return self.l1 + self.l2 + self.pool + self.disk
 
 
-@dataclass(frozen=True, slots=True)
-class Timings:
+class Timings(msgspec.Struct, frozen=True):
     """Measured from the arrival of the request."""
 
     ttft_ms: float
@@ -159,8 +167,7 @@ class Timings:
     e2e_ms: float
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(msgspec.Struct, frozen=True):
     """What one request took."""
 
     prompt_tokens: int
@@ -179,8 +186,7 @@ class Outcome(enum.StrEnum):
     """Made ahead of a statement that did not ask for it after all: not charged."""
 
 
-@dataclass(frozen=True, slots=True)
-class Settled:
+class Settled(msgspec.Struct, frozen=True):
     """A request that has ended, whatever the end."""
 
     request: GenerateRequest
@@ -190,8 +196,7 @@ class Settled:
     usage: Usage
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(msgspec.Struct, frozen=True):
     """A piece of the answer. The last one has `finish_reason` and `usage`."""
 
     text: str
@@ -200,6 +205,8 @@ class Chunk:
     usage: Usage | None = None
     scores: tuple[TokenScore, ...] = ()
     """Of the tokens, if they were asked for."""
+    index: int = 0
+    """Which of several answers to one request it belongs to."""
 
 
 @dataclass(slots=True)

@@ -9,7 +9,6 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,12 +20,10 @@ from dbnode.generate import (
     FinishReason,
     GenerateRequest,
     Outcome,
-    PromptTiers,
     Settled,
     Source,
-    Timings,
-    Usage,
 )
+from dbnode.progress import Progress
 from dbnode.prompt_tokens import PromptTokens
 from dbnode.scheduler.planner import PromptKeys
 from dbnode.scheduler.scheduler import Scheduler
@@ -39,6 +36,7 @@ from dbnode.worker_base import WorkerDoor
 from stratakv.errors import (
     Cancelled,
     ContextTooLong,
+    InvalidRequest,
     ModelNotFound,
     PermissionDenied,
     StrataError,
@@ -53,8 +51,8 @@ if TYPE_CHECKING:
 
 log = EventLogger("dbnode.inference")
 
-RUNNING_PER_WORKER_MAX = 128
-"""Requests one worker is given at once; the rest wait here, where they can still be routed."""
+GIVEN_PER_RUNNING = 2
+"""Requests a worker is given for each that it runs at once; the rest wait here, where they can still be routed."""
 HASH_INLINE_TOKENS_MAX = 4096
 """The keys of longer prompts are computed off the event loop."""
 STOP_SETTLE_S = 1.0
@@ -67,40 +65,6 @@ class Observer(Protocol):
     def first_token(self, source: Source, ttft_s: float) -> None: ...
 
     def settled(self, settled: Settled) -> None: ...
-
-
-@dataclass(slots=True)
-class _Progress:
-    """What is known of a running request, for its usage event."""
-
-    request: GenerateRequest
-    started_s: float = 0.0
-    first_token_s: float = 0.0
-    prompt_tokens: int = 0
-    dispatch: Dispatch | None = None
-    reservation: Reservation | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        return self.prompt_tokens + (len(self.dispatch.output) if self.dispatch else 0)
-
-    def usage(self, now_s: float) -> Usage:
-        arrived_s = self.request.arrived_s
-        dispatch = self.dispatch
-        tiers = dispatch.tiers if dispatch else None
-        waited_ms = (self.started_s or now_s) - arrived_s
-        if self.request.is_sibling:
-            tiers = None
-        return Usage(
-            prompt_tokens=0 if self.request.is_sibling else self.prompt_tokens,
-            completion_tokens=len(dispatch.output) if dispatch else 0,
-            tiers=tiers or PromptTiers(),
-            timings=Timings(
-                ttft_ms=max(0.0, self.first_token_s - arrived_s) * 1e3,
-                queue_ms=waited_ms * 1e3 + (dispatch.queue_ms if dispatch else 0.0),
-                e2e_ms=(now_s - arrived_s) * 1e3,
-            ),
-        )
 
 
 class InferenceService:
@@ -149,7 +113,7 @@ class InferenceService:
 
         Raises InvalidRequest, ContextTooLong, ModelNotFound, Overloaded, Unavailable, DeadlineExceeded, WorkersExhausted.
         """
-        progress = _Progress(request)
+        progress = Progress(request)
         outcome: Outcome = Outcome.CANCELLED
         error: StrataError | None = None
         self._in_flight += 1
@@ -196,7 +160,7 @@ class InferenceService:
         """Of requests that are not made; computed off the event loop. Raises ModelNotFound, PermissionDenied, InvalidRequest."""
         for request in requests:
             self.check_allowed(request)
-        sizes = {r.facts.block_size for r in self.scheduler.directory.usable(self.model) if r.facts}
+        sizes = self._block_sizes()
 
         def make() -> list[PromptKeys]:
             found = [PromptKeys(self.tokens.of_chat(request), request.kv_salt) for request in requests]
@@ -225,7 +189,7 @@ class InferenceService:
     def close(self) -> None:
         self.tokens.close()
 
-    async def _prepare(self, request: GenerateRequest, progress: _Progress) -> Job:
+    async def _prepare(self, request: GenerateRequest, progress: Progress) -> Job:
         """All that can refuse a request before it costs a worker anything."""
         if self.draining and request.source is Source.REST:  # statements that run may still ask for rows
             raise Unavailable("this DB node is shutting down")
@@ -235,29 +199,40 @@ class InferenceService:
         context = self.max_model_len()
         if not context:
             raise NoWorker(f"no worker is there for model {self.model}")
-        max_tokens = request.sampling.max_tokens
-        if max_tokens is None:
-            max_tokens = context - len(token_ids)
-        if len(token_ids) + max(1, max_tokens) > context:
-            raise ContextTooLong(
-                f"the prompt has {len(token_ids)} tokens and {max(1, max_tokens)} are to be generated, together more than"
-                f" the context of {context} tokens",
-                param="messages" if request.messages is not None else "prompt",
-            )
+        if request.prompt_tokens_max is not None:
+            room = max(1, context - (request.sampling.max_tokens or 1))
+            token_ids = token_ids[-(request.prompt_tokens_max or room) :]
+            progress.prompt_tokens = len(token_ids)
+        max_tokens = self._max_tokens(request, len(token_ids), context)
         deadline_s = request.arrived_s + self._router.request_timeout_s
         if request.deadline_s is not None:
             deadline_s = min(deadline_s, request.deadline_s)
-        keys = await self._keys(token_ids, request)
         return Job(
             request_id=request.request_id,
             model=self.model,
-            keys=keys,
+            keys=await self._keys(token_ids, request),
             sampling=request.sampling,
             max_tokens=max_tokens,
             deadline_s=deadline_s,
             tpot_max_s=self._targets(request).tpot_s,
             traceparent=request.traceparent,
+            owner=request.caller.tenant.id,
         )
+
+    def _max_tokens(self, request: GenerateRequest, num_prompt: int, context: int) -> int:
+        """How many it may generate, by default all that the context has room for. Raises InvalidRequest, ContextTooLong."""
+        sampling = request.sampling
+        max_tokens = context - num_prompt if sampling.max_tokens is None else sampling.max_tokens
+        self.tokens.checked(sampling.stop_token_ids, "stop_token_ids")
+        if sampling.min_tokens > max_tokens:
+            raise InvalidRequest(f"min_tokens: at most max_tokens, which is {max_tokens}", param="min_tokens")
+        if num_prompt + max(1, max_tokens) > context:
+            raise ContextTooLong(
+                f"the prompt has {num_prompt} tokens and {max(1, max_tokens)} are to be generated, together more than"
+                f" the context of {context} tokens",
+                param="messages" if request.messages is not None else "prompt",
+            )
+        return max_tokens
 
     async def _reserved(self, request: GenerateRequest, job: Job) -> Reservation | None:
         """Room in its tenant's quota, and a place among its tenant's requests. Raises QuotaExceeded, Unavailable."""
@@ -296,22 +271,29 @@ class InferenceService:
     async def _keys(self, token_ids: list[int], request: GenerateRequest) -> PromptKeys:
         """Those of long prompts are computed where they do not hold up other requests."""
         keys = PromptKeys(token_ids, request.kv_salt)
-        sizes = {r.facts.block_size for r in self.scheduler.directory.usable(self.model) if r.facts}
         if len(keys.token_ids) > HASH_INLINE_TOKENS_MAX:
-            for size in sizes:
+            for size in self._block_sizes():
                 await self.tokens.aside(partial(keys.of_size, size))
         return keys
 
-    async def _answer(self, job: Job, progress: _Progress) -> AsyncGenerator[Chunk, None]:
+    async def _answer(self, job: Job, progress: Progress) -> AsyncGenerator[Chunk, None]:
         """Tokens to text; ends at a stop string or when the worker ends."""
         dispatch = progress.dispatch = Dispatch(self._client, self.scheduler, self.suspects, job)
-        detokenizer = Detokenizer(self.tokens.tokenizer, job.sampling.stop)
+        sampling = job.sampling
+        wants_scores = sampling.logprobs is not None
+        detokenizer = Detokenizer(
+            self.tokens.tokenizer,
+            sampling.stop,
+            skip_special=sampling.skip_special_tokens,
+            min_tokens=sampling.min_tokens,
+            shows_stop=sampling.include_stop_str_in_output,
+        )
         async with aclosing(dispatch.tokens()) as tokens:
             async for token_ids in tokens:
                 if not progress.first_token_s:
                     self._first_token(progress)
                 text = detokenizer.push(token_ids)
-                scores = tuple(dispatch.scores[-len(token_ids) :]) if job.sampling.logprobs is not None else ()
+                scores = tuple(dispatch.scores[-len(token_ids) :]) if wants_scores else ()
                 yield Chunk(text, tuple(token_ids), scores=scores)
                 if detokenizer.stopped:
                     await _let_settle(dispatch, tokens)
@@ -320,12 +302,12 @@ class InferenceService:
         reason = FinishReason.STOP if detokenizer.stopped else dispatch.finish_reason
         yield Chunk(text, (), reason or FinishReason.STOP, progress.usage(self._clock()))
 
-    def _first_token(self, progress: _Progress) -> None:
+    def _first_token(self, progress: Progress) -> None:
         progress.first_token_s = self._clock()
         for observer in self._observers:
             observer.first_token(progress.request.source, progress.first_token_s - progress.request.arrived_s)
 
-    def _settle(self, progress: _Progress, outcome: Outcome, error: StrataError | None) -> None:
+    def _settle(self, progress: Progress, outcome: Outcome, error: StrataError | None) -> None:
         usage = progress.usage(self._clock())
         if isinstance(error, Cancelled):
             outcome = Outcome.CANCELLED
@@ -339,8 +321,15 @@ class InferenceService:
         if progress.request.on_settled is not None:
             progress.request.on_settled(settled)
 
+    def _block_sizes(self) -> set[int]:
+        """Of the workers that can be used now."""
+        return {r.facts.block_size for r in self.scheduler.directory.usable(self.model) if r.facts}
+
     def _running_max(self) -> int:
-        return RUNNING_PER_WORKER_MAX * max(1, len(self.scheduler.directory.usable(self.model)))
+        """Requests that all workers are given at once."""
+        untold = self._router.worker_requests_max
+        told = (r.facts.max_running for r in self.scheduler.directory.usable(self.model) if r.facts)
+        return sum(GIVEN_PER_RUNNING * running or untold for running in told) or untold
 
 
 async def _let_settle(dispatch: Dispatch, tokens: AsyncGenerator[list[int], None]) -> None:

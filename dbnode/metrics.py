@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from dbnode.generate import Outcome, Settled, Source
+from dbnode.generate import Outcome, PromptTiers, Settled, Source
 
 TTFT_BUCKETS_S = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
@@ -43,12 +43,15 @@ class NodeMetrics:
         )
         self._queries = self._counter("stratakv_prefix_cache_queries", "Prompt tokens looked up.")
         self._hits = self._counter("stratakv_prefix_cache_hits", "Prompt tokens that were not computed.")
-        self._by_source = Counter(
+        by_source = Counter(
             "stratakv_prompt_tokens_by_source",
             "Prompt tokens by where their KV came from.",
             [name, "source"],
             registry=self.registry,
         )
+        self._by_source = {tier: by_source.labels(model, tier) for tier in PromptTiers.__struct_fields__}
+        self._ended: dict[tuple[Source, Outcome, str | None], Counter] = {}
+        """Counters of requests, once there was one."""
         self._running = Gauge("stratakv_num_requests_running", "Requests workers have.", [name], registry=self.registry)
         self._waiting = Gauge("stratakv_num_requests_waiting", "Requests waiting here.", [name], registry=self.registry)
         self._poison = Gauge(
@@ -74,33 +77,40 @@ class NodeMetrics:
         self._poison.set_function(num_remembered)
 
     def first_token(self, source: Source, ttft_s: float) -> None:
-        self._ttft.labels(self._model).observe(ttft_s)
+        self._ttft.observe(ttft_s)
 
     def settled(self, settled: Settled) -> None:
-        usage, model = settled.usage, self._model
-        self._requests.labels(
-            model, settled.request.source.value, settled.outcome.value, settled.error_code or ""
-        ).inc()
+        usage = settled.usage
+        self._count_end(settled.request.source, settled.outcome, settled.error_code)
         if settled.outcome is not Outcome.COMPLETED:
             return
         decode_s = (usage.timings.e2e_ms - usage.timings.ttft_ms) / 1e3
-        self._e2e.labels(model).observe(usage.timings.e2e_ms / 1e3)
-        self._queue.labels(model).observe(usage.timings.queue_ms / 1e3)
-        self._decode.labels(model).observe(decode_s)
-        self._prompt.labels(model).observe(usage.prompt_tokens)
-        self._generated.labels(model).observe(usage.completion_tokens)
+        self._e2e.observe(usage.timings.e2e_ms / 1e3)
+        self._queue.observe(usage.timings.queue_ms / 1e3)
+        self._decode.observe(decode_s)
+        self._prompt.observe(usage.prompt_tokens)
+        self._generated.observe(usage.completion_tokens)
         if usage.completion_tokens > 1:
-            self._itl.labels(model).observe(decode_s / (usage.completion_tokens - 1))
-        self._queries.labels(model).inc(usage.prompt_tokens)
-        self._hits.labels(model).inc(usage.tiers.num_cached)
-        for source in ("computed", "l1", "l2", "pool", "disk"):
-            self._by_source.labels(model, source).inc(getattr(usage.tiers, source))
+            self._itl.observe(decode_s / (usage.completion_tokens - 1))
+        self._queries.inc(usage.prompt_tokens)
+        self._hits.inc(usage.tiers.num_cached)
+        for tier, counter in self._by_source.items():
+            if num_tokens := getattr(usage.tiers, tier):
+                counter.inc(num_tokens)
+
+    def _count_end(self, source: Source, outcome: Outcome, error: str | None) -> None:
+        counter = self._ended.get((source, outcome, error))
+        if counter is None:
+            counter = self._requests.labels(self._model, source.value, outcome.value, error or "")
+            self._ended[source, outcome, error] = counter
+        counter.inc()
 
     def _histogram(self, stem: str, doc: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"stratakv_{stem}", doc, ["model_name"], buckets=buckets, registry=self.registry)
+        histogram = Histogram(f"stratakv_{stem}", doc, ["model_name"], buckets=buckets, registry=self.registry)
+        return histogram.labels(self._model)
 
     def _counter(self, stem: str, doc: str) -> Counter:
-        return Counter(stem, doc, ["model_name"], registry=self.registry)
+        return Counter(stem, doc, ["model_name"], registry=self.registry).labels(self._model)
 
 
 class UpkeepMetrics:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dbnode.all_workers import AllWorkers
+from dbnode.conversations.metrics import ConversationMetrics
 from dbnode.conversations.service import Conversations
 from dbnode.conversations.store import ConversationStore
 from dbnode.generate import Source
@@ -25,6 +26,7 @@ from dbnode.scheduler.scheduler import Scheduler
 from dbnode.scheduler.workers import WorkerDirectory
 from dbnode.statement_stats import StatementStats
 from dbnode.suspects import Suspects
+from dbnode.tenants.cache_quotas import CacheQuotas
 from dbnode.tenants.directory import Directory
 from dbnode.tenants.journals import read_journals
 from dbnode.tenants.ledger import Ledger
@@ -71,6 +73,7 @@ class Node:
         self.tenants = Directory(settings.database)
         self.quotas = Quotas(Ledger(settings.database), settings.tenants)
         self._recovery = Recovery(settings.database, self._read_journals)
+        self._cache_quotas = CacheQuotas(settings.database, meta)
         self.usage = UsageWriter(settings.database, self.metrics.usage_dropped.inc)
         self.upkeep = Upkeep(settings.database, settings.usage, settings.tenants, self.metrics.upkeep)
         self.statements = StatementStats(settings.database, self.metrics.statements_dropped.inc)
@@ -91,7 +94,10 @@ class Node:
             quotas=self.quotas,
         )
         self.conversations = Conversations(
-            ConversationStore(self.metadata, settings.conversations), self.inference, settings.router.request_timeout_s
+            ConversationStore(self.metadata, settings.conversations),
+            self.inference,
+            settings.router.request_timeout_s,
+            ConversationMetrics(self.metrics.registry),
         )
         self.metrics.watch_admission(lambda: self.inference.admission.running, lambda: self.inference.admission.waiting)
         self.metrics.watch_suspects(lambda: self.inference.suspects.num_remembered)
@@ -127,6 +133,7 @@ class Node:
             tasks.create_task(self.tenants.run(), name="tenants")
             tasks.create_task(self.quotas.run(), name="quotas")
             tasks.create_task(self._recovery.run(), name="recovery")
+            tasks.create_task(self._cache_quotas.run(), name="cache-quotas")
             tasks.create_task(self.usage.run(), name="usage")
             tasks.create_task(self.statements.run(), name="statements")
             tasks.create_task(self.upkeep.run(), name="upkeep")
@@ -135,6 +142,7 @@ class Node:
     async def close(self) -> None:
         await self.quotas.close()
         self._recovery.close()
+        self._cache_quotas.close()
         await self.usage.close()
         await self.statements.close()
         await self.metadata.close()

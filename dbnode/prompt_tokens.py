@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 INLINE_CHARS_MAX = 4096
 """Longer texts are tokenised off the event loop."""
+KNOWN_CHARS_MAX = 256 * 1024
+"""Longer ones even if most of their tokens are remembered: to look for them takes its time too."""
+INLINE_MESSAGES_MAX = 64
+"""More messages than this are written off the event loop."""
 THREADS = 2
 
 Made = TypeVar("Made")
@@ -49,7 +53,8 @@ class PromptTokens:
         if isinstance(request.prompt, tuple):
             token_ids = self.checked(request.prompt, "prompt")
         elif request.messages is not None:
-            text = chat_text(self.tokenizer, request.messages, request.tools)
+            make = partial(chat_text, self.tokenizer, request.messages, request.tools, request.style)
+            text = make() if len(request.messages) <= INLINE_MESSAGES_MAX else await self.aside(make)
             token_ids = await self.of_chat_text(text, request.caller.tenant.salt)
         else:
             token_ids = await self.of_text(request.prompt or "", special=True)
@@ -60,12 +65,12 @@ class PromptTokens:
     async def of_chat_text(self, text: str, owner: str) -> list[int]:
         """Of what a chat template has written, or of its end from a special token on; `owner` as the cache's."""
         make = partial(self._encoder.encode, text, owner)
-        is_short = self._encoder.is_mostly_known(text, INLINE_CHARS_MAX, owner)
+        is_short = len(text) <= KNOWN_CHARS_MAX and self._encoder.is_mostly_known(text, INLINE_CHARS_MAX, owner)
         return make() if is_short else await self.aside(make)
 
     def of_chat(self, request: GenerateRequest) -> list[int]:
         """Of a prompt of messages; may be called on any thread. Raises InvalidRequest."""
-        text = chat_text(self.tokenizer, request.messages or (), request.tools)
+        text = chat_text(self.tokenizer, request.messages or (), request.tools, request.style)
         return self._encoder.encode(text, request.caller.tenant.salt)
 
     async def of_text(self, text: str, *, special: bool) -> list[int]:
@@ -77,6 +82,11 @@ class PromptTokens:
         """The text of known tokens, special ones too."""
         make = partial(decode, self.tokenizer, token_ids, skip_special=False)
         return make() if len(token_ids) <= INLINE_CHARS_MAX else await self.aside(make)
+
+    async def prompt_text(self, request: GenerateRequest) -> str:
+        """Of a prompt that is no chat. Raises InvalidRequest."""
+        prompt = request.prompt or ""
+        return prompt if isinstance(prompt, str) else await self.text_of(self.checked(prompt, "prompt"))
 
     async def count_each(self, texts: Sequence[str]) -> list[int]:
         """Tokens of the texts themselves, without what a chat puts around them."""

@@ -5,14 +5,13 @@ A request names its class, or has that of the face it came in by; what a class p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from dbnode.generate import SloClass, Source
 from stratakv.settings import RouterSettings
 
 
-@dataclass(frozen=True, slots=True)
-class SloTargets:
+class SloTargets(msgspec.Struct, frozen=True):
     """0 is no target."""
 
     ttft_s: float = 0.0

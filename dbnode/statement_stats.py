@@ -8,7 +8,6 @@ as in the mapping of roles to tenants, and sees what it did for its tenant.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import json
 import time
@@ -16,8 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import asyncpg
-
+from dbnode.own_connection import AWAY, OwnConnection
 from dbnode.sql.commands import FormerFunctions
 from dbnode.sql.service import Login
 from dbnode.sql.statement_meter import StatementCounts, StatementKey
@@ -38,7 +36,6 @@ RETRY_S_MAX = 30.0
 PRUNE_S = 60.0
 WRITE_TIMEOUT_S = 10.0
 
-_AWAY = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError)
 _NOT_TOLD = Login("", 0, "")
 _queries = load_queries("dbnode")
 
@@ -58,7 +55,7 @@ class StatementStats:
         self._sums: dict[StatementKey, _Sum] = {}
         self._some = asyncio.Event()
         self._lock = asyncio.Lock()
-        self._connection: asyncpg.Connection | None = None
+        self._connection = OwnConnection(settings, WRITE_TIMEOUT_S)
         self._pruned_s = 0.0
 
     def add(self, key: StatementKey, counts: StatementCounts) -> None:
@@ -86,8 +83,7 @@ class StatementStats:
         """Write what is left, if the database is there."""
         if not await self._flush():
             log.warning("statement_stats_lost", statements=len(self._sums))
-        if self._connection is not None:
-            self._connection.terminate()
+        self._connection.drop()
 
     def topics(self) -> Topics:
         """`statements`: rows as JSON. PostgreSQL says whether the role may read those of `all` in its cluster."""
@@ -110,10 +106,8 @@ class StatementStats:
         whose = (login.cluster, is_all, role, login.caller_oid, login.role, login.oid)
         async with self._lock:
             try:
-                rows = await (await self._connected()).fetch(
-                    _queries["select_statements"], *whose, timeout=WRITE_TIMEOUT_S
-                )
-            except _AWAY as error:
+                rows = await (await self._connection.get()).fetch(_queries["select_statements"], *whose)
+            except AWAY as error:
                 self._lost(error)
                 raise Unavailable("the metadata database does not answer") from error
         return [dict(row) for row in rows]
@@ -127,7 +121,7 @@ class StatementStats:
             self._some.clear()
             try:
                 await self._write(sums)
-            except _AWAY as error:
+            except AWAY as error:
                 self._lost(error)
                 self._put_back(sums)
                 return False
@@ -137,29 +131,20 @@ class StatementStats:
             return True
 
     async def _write(self, sums: dict[StatementKey, _Sum]) -> None:
-        connection = await self._connected()
+        connection = await self._connection.get()
         rows = [_row(key, found) for key, found in sums.items()]
-        await connection.execute(_queries["add_statements"], *zip(*rows, strict=True), timeout=WRITE_TIMEOUT_S)
+        await connection.execute(_queries["add_statements"], *zip(*rows, strict=True))
         if time.monotonic() - self._pruned_s > PRUNE_S:
             self._pruned_s = time.monotonic()
-            await connection.execute(_queries["prune_statements"], ROWS_MAX, timeout=WRITE_TIMEOUT_S)
+            await connection.execute(_queries["prune_statements"], ROWS_MAX)
 
     def _put_back(self, sums: dict[StatementKey, _Sum]) -> None:
         for key, found in sums.items():
             self.add(key, found.counts)
 
-    async def _connected(self) -> asyncpg.Connection:
-        if self._connection is None or self._connection.is_closed():
-            timeout_s = self._settings.connect_timeout_s
-            self._connection = await asyncpg.connect(self._settings.url, timeout=timeout_s)
-        return self._connection
-
     def _lost(self, error: BaseException) -> None:
         log.warning("statement_stats_not_written", statements=len(self._sums), error=type(error).__name__)
-        if self._connection is not None:
-            with contextlib.suppress(*_AWAY):
-                self._connection.terminate()
-            self._connection = None
+        self._connection.drop()
 
 
 def _row(key: StatementKey, found: _Sum) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ import time
 import asyncpg
 
 from dbnode.metrics import UpkeepMetrics
+from dbnode.own_connection import AWAY
 from stratakv.log import EventLogger
 from stratakv.queries import load_queries
 from stratakv.settings import DatabaseSettings, TenantSettings, UsageSettings
@@ -31,7 +32,6 @@ STATEMENT_TIMEOUT_S = 60.0
 CLOSE_TIMEOUT_S = 5.0
 DAY_S = 86400.0
 
-_AWAY = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError)
 _queries = load_queries("dbnode")
 
 
@@ -58,7 +58,7 @@ class Upkeep:
         while True:
             try:
                 await self.tend()
-            except _AWAY as error:
+            except AWAY as error:
                 self._metrics.failures.inc()
                 log.warning("upkeep_failed", error=type(error).__name__, detail=str(error))
                 await asyncio.sleep(RETRY_S)

@@ -8,15 +8,15 @@ time when the request ended.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import asyncpg
+from msgspec.structs import replace
 
 from dbnode.generate import Outcome, Settled, Source
+from dbnode.own_connection import AWAY, OwnConnection
 from stratakv.log import EventLogger
 from stratakv.queries import load_queries
 from stratakv.settings import DatabaseSettings
@@ -30,7 +30,6 @@ RETRY_S_MAX = 10.0
 WRITE_TIMEOUT_S = 10.0
 WARN_EVERY_S = 30.0
 
-_AWAY = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError)
 _insert = load_queries("dbnode")["insert_usage_events"]
 
 
@@ -55,7 +54,7 @@ class UsageWriter:
         self._batch: list[_Ended] = []
         """Taken from the queue, and being written until the database has it."""
         self._some = asyncio.Event()
-        self._connection: asyncpg.Connection | None = None
+        self._connection = OwnConnection(settings, WRITE_TIMEOUT_S)
         self._warned_s = 0.0
 
     def first_token(self, source: Source, ttft_s: float) -> None:
@@ -90,8 +89,7 @@ class UsageWriter:
         """Write what is left, if the database is there."""
         if not await self._flush():
             log.warning("usage_events_lost", events=len(self._events) + len(self._batch))
-        if self._connection is not None:
-            self._connection.terminate()
+        self._connection.drop()
 
     async def _flush(self) -> bool:
         """Write all that waits; False if the database is away."""
@@ -99,30 +97,21 @@ class UsageWriter:
             if not self._batch:
                 self._batch = [self._events.popleft() for _ in range(min(len(self._events), BATCH_EVENTS_MAX))]
             try:
-                connection, now_s = await self._connected(), self._clock()
+                connection, now_s = await self._connection.get(), self._clock()
                 rows = [(*_row(ended.settled), now_s - ended.at_s) for ended in self._batch]
-                await connection.execute(_insert, *zip(*rows, strict=True), timeout=WRITE_TIMEOUT_S)
-            except _AWAY as error:
+                await connection.execute(_insert, *zip(*rows, strict=True))
+            except AWAY as error:
                 self._lost(error)
                 return False
             self._batch = []
         self._some.clear()
         return True
 
-    async def _connected(self) -> asyncpg.Connection:
-        if self._connection is None or self._connection.is_closed():
-            timeout_s = self._settings.connect_timeout_s
-            self._connection = await asyncpg.connect(self._settings.url, timeout=timeout_s)
-        return self._connection
-
     def _lost(self, error: BaseException) -> None:
         if time.monotonic() - self._warned_s > WARN_EVERY_S:
             self._warned_s = time.monotonic()
             log.warning("usage_not_written", waiting=len(self._events) + len(self._batch), error=type(error).__name__)
-        if self._connection is not None:
-            with contextlib.suppress(*_AWAY):
-                self._connection.terminate()
-            self._connection = None
+        self._connection.drop()
 
 
 def _row(settled: Settled) -> tuple[object, ...]:

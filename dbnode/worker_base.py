@@ -36,7 +36,7 @@ class WorkerDoor(Protocol):
     async def close(self) -> None: ...
 
     async def stream(self, url: str, request: WorkerRequest, deadline_s: float) -> WorkerStream:
-        """Start a completion. Raises before the first event what the module's docstring says."""
+        """Start a completion. Raises what the module's docstring says; the caller limits how long that may take."""
         ...
 
     async def info(self, url: str, timeout_s: float) -> WorkerFacts:

@@ -9,11 +9,11 @@ from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
-import aiohttp
 import msgspec
 
 from dbnode.errors import HandoverFailed, WorkerLost, WorkerRefused, WorkerUnreachable
-from dbnode.worker_http import EventStream, HttpDoor, decode_state
+from dbnode.http_client import Answer
+from dbnode.worker_http import EventStream, HttpDoor, decode_state, read_body
 from dbnode.worker_messages import (
     EndedRequest,
     EndedRequests,
@@ -48,8 +48,11 @@ class OwnStream(EventStream):
         """
         async with aclosing(self.batches()) as batches:
             async for batch in batches:
-                for chunk in _gathered(self.url, batch):
-                    yield chunk
+                if len(batch) == 1:
+                    yield _checked(self.url, batch[0])
+                else:
+                    for chunk in _gathered(self.url, batch):
+                        yield chunk
 
 
 class WorkerClient(HttpDoor):
@@ -63,10 +66,10 @@ class WorkerClient(HttpDoor):
         """Start a streamed completion. Raises before the first event what `dbnode.worker_base` says."""
         headers = request.headers
         request = msgspec.structs.replace(
-            request, stream=True, stream_options=UsageOptions(), return_token_ids=True, traceparent=None
+            request, stream=True, stream_options=UsageOptions(), return_token_ids=True, traceparent=None, owner=0
         )
-        response = await self._complete(url, _encode(request), headers, deadline_s)
-        return OwnStream(url, response, deadline_s)
+        answer = await self._complete(url, _encode(request), headers)
+        return OwnStream(url, answer, deadline_s)
 
     async def info(self, url: str, timeout_s: float) -> WorkerFacts:
         """Who the worker is. Raises WorkerUnreachable."""
@@ -99,20 +102,18 @@ class WorkerClient(HttpDoor):
 
     async def _ask(
         self, method: str, url: str, path: str, body: bytes = b"", headers: Mapping[str, str] = _NO_HEADERS
-    ) -> aiohttp.ClientResponse:
+    ) -> Answer:
         """One request; signed again, once, where a worker that knows the pool's secret has a new challenge."""
         if self._signer is None:
-            return await self._session.request(method, url + path, data=body or None, headers=headers)
+            return await self._http.ask(method, url, path, body, headers)
         for _ in range(2):
             signed = self._signer.sign(url, method, path, body)
-            response = await self._session.request(
-                method, url + path, data=body or None, headers={**headers, **signed.headers}
-            )
-            challenge = response.headers.get("WWW-Authenticate")
-            if response.status != 401 or not self._signer.learn(url, signed, challenge):
+            answer = await self._http.ask(method, url, path, body, {**headers, **signed.headers})
+            challenge = answer.headers.get(b"www-authenticate", b"").decode("latin-1")
+            if answer.status != 401 or not self._signer.learn(url, signed, challenge):
                 break
-            response.release()
-        return response
+            await read_body(url, answer)
+        return answer
 
     def _refusal(self, url: str, status: int, body: bytes) -> StrataError:
         """The error a worker answered with."""

@@ -9,6 +9,7 @@ import msgspec
 
 from dbnode.generate import FinishReason, PromptTiers, StructuredOutputs, TokenScore
 from stratakv.keys import NAMESPACE_BYTES
+from stratakv.tenancy.values import OWNER_HEADER
 from stratakv.wire import WorkerRole
 from stratakv.worker_profile import WorkerProfile
 
@@ -20,8 +21,6 @@ class KVTransfer(msgspec.Struct, frozen=True, omit_defaults=True):
 
     do_remote_decode: bool = False
     do_remote_prefill: bool = False
-    remote_engine_id: str = ""
-    remote_epoch: str = ""
     num_tokens: int = 0
     output_token_ids: list[int] = []
     is_followed: bool = False
@@ -50,6 +49,10 @@ class WorkerRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     seed: int | None = None
     stop: list[str] = []
     ignore_eos: bool = False
+    stop_token_ids: list[int] = []
+    min_tokens: int = 0
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     stream: bool = False
     stream_options: UsageOptions | None = None
     return_token_ids: bool = False
@@ -65,12 +68,15 @@ class WorkerRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """Asked for with `logprobs`."""
     traceparent: str | None = None
     """Sent as a header."""
+    owner: int = 0
+    """The same: workers of the release before know no such field, and vLLM does not."""
 
     @property
     def headers(self) -> dict[str, str]:
         """Of the HTTP request it is sent with."""
         traced = {"traceparent": self.traceparent} if self.traceparent else {}
-        return {"X-Request-Id": self.request_id, **traced}
+        owned = {OWNER_HEADER: str(self.owner)} if self.owner else {}
+        return {"X-Request-Id": self.request_id, **traced, **owned}
 
 
 class WorkerTimes(PromptTiers, frozen=True):
@@ -207,6 +213,8 @@ class WorkerFacts(msgspec.Struct, frozen=True):
     """How it computes block keys, as far as it tells."""
     hands_over: bool = False
     """Prompts can be handed over, to it and from it, while they are computed."""
+    max_running: int = 0
+    """Sequences it decodes at once; 0: it does not tell."""
     profile: WorkerProfile = WorkerProfile()
     """What it measured of itself at its start; `stratakv.worker_profile.Curves` draws the curves."""
 

@@ -98,11 +98,11 @@ class Drainer:
 
     async def _send(self, source: Segment, read: ReadPage, moves: Sequence[Move]) -> set[Extent]:
         """Those that are found elsewhere now."""
-        by_namespace: defaultdict[bytes, list[_Page]] = defaultdict(list)
+        groups: defaultdict[tuple[bytes, int], list[_Page]] = defaultdict(list)
         for page in await asyncio.to_thread(_read_all, read, moves):
-            by_namespace[page.header.namespace].append(page)
+            groups[page.header.namespace, page.move.owner].append(page)
         sent: set[Extent] = set()
-        for namespace, pages in by_namespace.items():
+        for (namespace, _), pages in groups.items():
             try:
                 sent.update(page.move.extent for page in await self._put(source, namespace, pages))
             except StrataError as error:

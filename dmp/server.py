@@ -20,6 +20,7 @@ from dmp.puts import PutTable
 from dmp.segment import MemorySegment
 from dmp.traffic import Amount, Flow, no_traffic
 from stratakv._native.base import Int64s
+from stratakv.errors import SetupError
 from stratakv.log import EventLogger
 from stratakv.pool import messages
 from stratakv.pool.auth import PoolCredentials
@@ -121,15 +122,16 @@ class DaemonServer:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def _listen_tcp(self) -> socket.socket:
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        host, port = self._settings.host, self._settings.port
+        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listener.bind((self._settings.host, self._settings.port))
+            listener.bind((host, port))
         except OSError as error:
             listener.close()
-            if error.errno != errno.EADDRINUSE:
-                raise
-            raise port_taken(self._settings.host, self._settings.port, "dmp.port") from None
+            if error.errno == errno.EADDRINUSE:
+                raise port_taken(host, port, "dmp.port") from None
+            raise SetupError(f"dmp.host = {host}: cannot listen there, port {port}: {error.strerror}") from None
         listener.listen(BACKLOG)
         listener.setblocking(False)
         return listener

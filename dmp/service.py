@@ -35,11 +35,14 @@ from stratakv.wire import Segment
 log = EventLogger("dmp")
 
 DISK_FILE_BYTES_MIN = 1024 * 1024
+NODE_CHARS_MAX = 128
+"""A directory is called so."""
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Run until `stop`. Raises SetupError."""
     dmp = settings.dmp
+    _check_node_name(dmp.node)
     shard = of_shard(settings.meta, dmp.shard_number)
     credentials = PoolCredentials.from_settings(settings.pool)
     require_credentials(dmp.host, "dmp.host", credentials)
@@ -97,11 +100,19 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         log.info("stopped", node=segment.node)
 
 
+def _check_node_name(name: str) -> None:
+    """It names a directory of the disk, too, and `<node>/disk` a segment. Raises SetupError."""
+    if not 0 < len(name) <= NODE_CHARS_MAX or not name.isprintable() or "/" in name or name in (".", ".."):
+        raise SetupError(f"dmp.node = {name!r}: expected 1 to {NODE_CHARS_MAX} printable characters without a slash")
+
+
 def _open_disk(dmp: DmpSettings) -> DiskStore | None:
     if dmp.disk_dir is None:
         return None
     if dmp.disk_file_bytes < DISK_FILE_BYTES_MIN:
         raise SetupError(f"dmp.disk_file_bytes = {dmp.disk_file_bytes}: at least {DISK_FILE_BYTES_MIN}")
+    if dmp.disk_bytes < DISK_FILE_BYTES_MIN:
+        raise SetupError(f"dmp.disk_bytes = {dmp.disk_bytes}: at least {DISK_FILE_BYTES_MIN}")
     directory = dmp.disk_dir.expanduser() / dmp.node
     return DiskStore(directory, dmp.disk_bytes, dmp.disk_file_bytes, fsync=dmp.disk_fsync)
 

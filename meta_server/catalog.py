@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from meta_server.copies import Heirs
 from meta_server.counts import PoolCounts
 from meta_server.events import EventLog
-from meta_server.index import BlockIndex, ExtentArray, Removed
+from meta_server.index import BlockIndex
 from meta_server.journal import Journal
 from meta_server.leases import LeaseTable
 from meta_server.nodes import Node, NodeTable
+from meta_server.owners import NOBODY
+from meta_server.page_arrays import ExtentArray, Removed
 from meta_server.records import (
     EXTENT_BYTES,
     CommittedRun,
@@ -106,13 +108,15 @@ class Catalog:
         extents: ExtentArray,
         page_bytes: int,
         kind: EventKind = EventKind.BLOCKS_ADDED,
+        *,
+        owner: int = NOBODY,
     ) -> None:
         """Make committed pages visible; `kind` is what followers are told.
 
         Where a key is there already, the older page stays if it can be reached and gives way if not.
         """
         self.remove(self.index.unreachable(namespace, keys), "replaced")
-        surplus = self.index.insert(namespace, keys, node.index, extents, page_bytes)
+        surplus = self.index.insert(namespace, keys, node.index, extents, page_bytes, owner)
         node.committed_bytes += (len(extents) - len(surplus)) * page_bytes
         node.committed_pages += len(extents) - len(surplus)
         if len(surplus):
@@ -122,7 +126,14 @@ class Catalog:
         self._events.blocks(kind, node, namespace, keys)
 
     def relocate(
-        self, source: Node, target: Node, namespace: bytes, keys: bytes, extents: ExtentArray, page_bytes: int
+        self,
+        source: Node,
+        target: Node,
+        namespace: bytes,
+        keys: bytes,
+        extents: ExtentArray,
+        page_bytes: int,
+        owner: int = NOBODY,
     ) -> None:
         """Copies on `target` take the places of the pages on `source`.
 
@@ -130,7 +141,7 @@ class Catalog:
         `source` is gone.
         """
         if self.nodes.at(source.index) is not source:
-            self.insert(target, namespace, keys, extents, page_bytes)
+            self.insert(target, namespace, keys, extents, page_bytes, owner=owner)
             return
         there, old = self.index.lying_in(namespace, keys, source.index)
         are_several = self.index.copies.are_several(old)
@@ -139,22 +150,29 @@ class Catalog:
         moved = b"".join(keys[i * KEY_BYTES : (i + 1) * KEY_BYTES] for i in there.tolist())
         history = self.index.history(old)
         self.remove(old, "moved", is_told=False)
-        self.insert(target, namespace, moved, extents[there], page_bytes, EventKind.BLOCKS_MOVED)
+        self.insert(target, namespace, moved, extents[there], page_bytes, EventKind.BLOCKS_MOVED, owner=owner)
         self.index.set_history(namespace, moved, history)
         self._take_out_surplus(target, np.delete(extents, there, axis=0), page_bytes)
         self.moved(old, self.index.lying_in(namespace, moved, target.index)[1])
 
     def replicate(
-        self, source: Node, target: Node, namespace: bytes, keys: bytes, extents: ExtentArray, page_bytes: int
+        self,
+        source: Node,
+        target: Node,
+        namespace: bytes,
+        keys: bytes,
+        extents: ExtentArray,
+        page_bytes: int,
+        owner: int = NOBODY,
     ) -> None:
         """Copies on `target` are further places of the blocks on `source`; what has left that meanwhile stays out, as above."""
         if self.nodes.at(source.index) is not source:
-            self.insert(target, namespace, keys, extents, page_bytes)
+            self.insert(target, namespace, keys, extents, page_bytes, owner=owner)
             return
         there, first = self.index.lying_in(namespace, keys, source.index)
         if not source.reachable:
             there, first = there[:0], first[:0]
-        taken = there[self._add_copies(target, first, extents[there], page_bytes)]
+        taken = there[self._add_copies(target, first, extents[there], page_bytes, owner)]
         self.counts.replicas_made += len(taken)
         self._take_out_surplus(target, np.delete(extents, taken, axis=0), page_bytes)
 
@@ -225,24 +243,28 @@ class Catalog:
                 keys = b"".join(keys[i * KEY_BYTES : (i + 1) * KEY_BYTES] for i in kept)
                 extents = extents[kept]
             if keys:
-                self._restore_run(nodes[run.epoch], run.namespace, keys, extents, run.page_bytes)
+                self._restore_run(nodes[run.epoch], run.namespace, keys, extents, run.page_bytes, run.owner)
 
-    def _restore_run(self, node: Node, namespace: bytes, keys: bytes, extents: ExtentArray, page_bytes: int) -> None:
+    def _restore_run(
+        self, node: Node, namespace: bytes, keys: bytes, extents: ExtentArray, page_bytes: int, owner: int
+    ) -> None:
         """Pages whose blocks lie in memory elsewhere are further places of them, as far as there may be any; others are new."""
         is_new = np.ones(len(extents), np.bool_)
         if self._places_max > 1:
             there, first = self.index.present(namespace, keys)
-            is_new[there[self._add_copies(node, first, extents[there], page_bytes)]] = False
+            is_new[there[self._add_copies(node, first, extents[there], page_bytes, owner)]] = False
         rest = b"".join(keys[i * KEY_BYTES : (i + 1) * KEY_BYTES] for i in np.flatnonzero(is_new).tolist())
         if rest:
-            self.insert(node, namespace, rest, extents[is_new], page_bytes)
+            self.insert(node, namespace, rest, extents[is_new], page_bytes, owner=owner)
 
-    def _add_copies(self, node: Node, first: SlotArray, extents: ExtentArray, page_bytes: int) -> NDArray[np.bool_]:
+    def _add_copies(
+        self, node: Node, first: SlotArray, extents: ExtentArray, page_bytes: int, owner: int
+    ) -> NDArray[np.bool_]:
         """Which of them were taken. Only memory is copied, and only to memory."""
         index = self.index
         taken = np.array([not self._node(at).segment.is_disk for at in index.segments(first).tolist()], np.bool_)
         taken &= not node.segment.is_disk
-        taken[taken] = index.add_copies(first[taken], node.index, extents[taken], page_bytes, self._places_max)
+        taken[taken] = index.add_copies(first[taken], node.index, extents[taken], page_bytes, self._places_max, owner)
         node.committed_bytes += int(taken.sum()) * page_bytes
         node.committed_pages += int(taken.sum())
         return taken

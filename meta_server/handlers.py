@@ -25,6 +25,8 @@ from meta_server.leases import LeaseTable
 from meta_server.moves import Moves
 from meta_server.nodes import Node, NodeTable
 from meta_server.own_blocks import OwnBlocks
+from meta_server.owner_limits import OwnerLimits
+from meta_server.owner_reclaim import OwnerReclaimer
 from meta_server.placement import Placement
 from meta_server.policies import make_policy
 from meta_server.presence import Clock
@@ -88,14 +90,16 @@ class Handlers:
         ages = Ages(clock)
         self._rules = Rules(self._catalog, self.journal, clock, ages, snapshot.rules)
         self._reclaimer = Reclaimer(self._catalog, clock, ages, high=settings.reclaim_high, low=settings.reclaim_low)
-        self._moves = Moves(self._catalog, self.journal, clock, settings)
+        limits = OwnerLimits(self._index)
+        self._moves = Moves(self._catalog, self.journal, clock, settings, limits)
+        self.owners = OwnerReclaimer(self._catalog, self._moves, limits, clock, settings)
         placement = Placement(
             self._nodes,
             self._reclaimer.make_room,
             high=settings.reclaim_high,
             low=min(settings.reclaim_low, settings.demote_low),
         )
-        self._replicas = Replicas(self._catalog, placement, clock, settings)
+        self._replicas = Replicas(self._catalog, placement, clock, settings, limits)
         self._puts = PutTable(self._catalog, self.journal, store, clock, settings, placement, self._replicas)
         self._draining = Draining(self._catalog, self._moves, placement)
         self.administration = Administration(self._catalog, self.journal, self._workers, self._pins, self._rules)
@@ -125,6 +129,8 @@ class Handlers:
             wire.ReportCorrupt: self.report_corrupt,
             **self.administration.by_message,
             wire.SetDraining: self._draining.set,
+            wire.SetOwnerLimits: self.owners.set_limits,
+            wire.ListOwners: self.owners.states,
             wire.GetStats: self.stats,
         }
 
@@ -141,6 +147,7 @@ class Handlers:
         self._catalog.unpinned(self._leases.expire())
         self._catalog.unpinned(self._pins.expire())
         self._rules.apply()
+        self.owners.apply()
         self._puts.expire()
         for node in self._nodes:
             if node.reachable and not node.pulse.alive:

@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meta_server.copies import Copies, Heirs
+from meta_server.owners import NOBODY, Owners
+from meta_server.page_arrays import ExtentArray, History, Removed
 from meta_server.policies import Candidates, Lru, Policy
 from meta_server.slots import KEY_WORDS, NO_SEGMENT, SlotArray, SlotTable
 from stratakv._native import KeyTable, make_key_table
 from stratakv.keys import KEY_BYTES
 
-ExtentArray = NDArray[np.int64]
-"""[pages, 2]: offset and generation."""
 _ABSENT = -1
 _READS_MAX = 255
 
@@ -40,32 +40,6 @@ class _Names:
     """By the last 8 bytes of the key, once somebody has asked for it like that."""
 
 
-@dataclass(frozen=True, slots=True)
-class Removed:
-    """Pages that left the index, one array element each."""
-
-    slots: SlotArray
-    segments: NDArray[np.int32]
-    extents: ExtentArray
-    page_bytes: NDArray[np.int64]
-    pinned: NDArray[np.bool_]
-    num_copies: int
-    """Those that were not the first places of their blocks."""
-    heirs: Heirs
-    """Of the others, where their blocks lie further on."""
-
-    def __len__(self) -> int:
-        return len(self.slots)
-
-
-@dataclass(frozen=True, slots=True)
-class History:
-    """How pages were used, one array element each."""
-
-    ticks: NDArray[np.int64]
-    reads: NDArray[np.uint8]
-
-
 class BlockIndex:
     """Every committed page of every live segment."""
 
@@ -73,6 +47,7 @@ class BlockIndex:
         """`policy` chooses what goes first; by default the least recently used."""
         self._table = SlotTable()
         self.copies = Copies(self._table, self._is_reachable)
+        self.owners = Owners(self._table)
         self._policy = policy or Lru()
         self._names: dict[bytes, _Names] = {}
         self._names_by_id: dict[int, _Names] = {}
@@ -203,7 +178,9 @@ class BlockIndex:
         table = self._table
         return table.segment[slots].tolist(), table.offset[slots].tolist(), table.generation[slots].tolist()
 
-    def insert(self, namespace: bytes, keys: bytes, segment: int, extents: ExtentArray, page_bytes: int) -> ExtentArray:
+    def insert(
+        self, namespace: bytes, keys: bytes, segment: int, extents: ExtentArray, page_bytes: int, owner: int = NOBODY
+    ) -> ExtentArray:
         """Add pages of absent keys; the extents of those that were there already (surplus, to be freed).
 
         A place on a segment that cannot be reached must have been removed before (`unreachable`).
@@ -223,6 +200,7 @@ class BlockIndex:
         kept, doubles = slots[is_new], new[~is_new]
         if names.by_low is not None:
             names.by_low.enter(kept, table.key)
+        self.owners.enter(kept, owner)
         self.touch(kept)
         self._policy.inserted(table, kept)
         self.num_blocks += len(kept)
@@ -239,7 +217,13 @@ class BlockIndex:
         return self.copies.with_further(away)
 
     def add_copies(
-        self, slots: SlotArray, segment: int, extents: ExtentArray, page_bytes: int, places_max: int
+        self,
+        slots: SlotArray,
+        segment: int,
+        extents: ExtentArray,
+        page_bytes: int,
+        places_max: int,
+        owner: int = NOBODY,
     ) -> NDArray[np.bool_]:
         """Further places for the blocks of these first places; which were taken: others lie there already, or at enough places."""
         table = self._table
@@ -256,6 +240,7 @@ class BlockIndex:
         table.enter(new)
         for slot, copy in zip(first.tolist(), new.tolist(), strict=True):
             self.copies.add(slot, copy)
+        self.owners.enter(new, owner)
         self.bytes_committed += page_bytes * len(new)
         return taken
 
@@ -347,6 +332,10 @@ class BlockIndex:
         slots = self.copies.without_further(self.unpinned(segment, namespace))
         if not namespace and self._kept:
             slots = slots[~np.isin(self._table.namespace[slots], list(self._kept))]
+        return self.first_to_go(slots, size_bytes)
+
+    def first_to_go(self, slots: SlotArray, size_bytes: int) -> SlotArray:
+        """Those of the slots that the policy gives up first, which together free `size_bytes`; all, if too few."""
         costs = np.full(self._next_names_id, np.nan)
         for names in self._names.values():
             costs[names.id] = names.cost_per_byte
@@ -404,6 +393,7 @@ class BlockIndex:
     def remove(self, slots: SlotArray) -> Removed:
         """Take pages out; nothing finds them there from here on."""
         table = self._table
+        self.owners.leave(slots)
         heirs, num_copies = self.copies.drop(slots)
         self._enter_heirs(heirs)
         removed = Removed(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -18,7 +18,11 @@ from meta_server.counts import AGE_BOUNDS_S, PoolCounts, Tier, tier_of
 from meta_server.elector import Elector
 from meta_server.handlers import Handlers
 from meta_server.nodes import Node
-from stratakv.wire import GetStats, Stats
+from stratakv.wire import GetStats, ListOwners, OwnerState, Stats
+
+OWNERS_SHOWN_MAX = 100
+"""Owners with series of their own: those with most; the others are one together."""
+OTHERS = "(others)"
 
 
 def metrics_app(elector: Elector, leading: Callable[[], Handlers | None], call_times: CallTimes) -> Starlette:
@@ -49,6 +53,7 @@ class PoolCollector(Collector):
             yield from _totals(handlers.stats(GetStats()))
             yield from _segments([node for node in handlers.nodes if node.reachable])
             yield from _pages(handlers.counts)
+            yield from _owners(handlers.owners.states(ListOwners()).owners)
 
 
 class LeaderCollector(Collector):
@@ -135,6 +140,23 @@ def _pages(counts: PoolCounts) -> Iterator[Metric]:
         up_to = [round(count) for count in itertools.accumulate(histogram.counts)]
         ages.add_metric([tier], list(zip(bounds, up_to, strict=True)), histogram.sum_s)
     yield ages
+
+
+def _owners(owners: Sequence[OwnerState]) -> Iterator[Metric]:
+    labels = ["tenant", "tier"]
+    used = GaugeMetricFamily("stratakv_pool_tenant_bytes", "Bytes of a tenant's pages", labels=labels)
+    limits = GaugeMetricFamily("stratakv_pool_tenant_limit_bytes", "What they may be, where limited", labels=labels)
+    by_size = sorted(owners, key=lambda state: -(state.memory_bytes + state.disk_bytes))
+    for state in by_size[:OWNERS_SHOWN_MAX]:
+        used.add_metric([state.limit.name, Tier.MEMORY], state.memory_bytes)
+        used.add_metric([state.limit.name, Tier.DISK], state.disk_bytes)
+        for tier, limit in ((Tier.MEMORY, state.limit.memory_bytes_max), (Tier.DISK, state.limit.disk_bytes_max)):
+            if limit is not None:
+                limits.add_metric([state.limit.name, tier], limit)
+    if rest := by_size[OWNERS_SHOWN_MAX:]:
+        used.add_metric([OTHERS, Tier.MEMORY], sum(state.memory_bytes for state in rest))
+        used.add_metric([OTHERS, Tier.DISK], sum(state.disk_bytes for state in rest))
+    yield from (used, limits)
 
 
 def _gauge(name: str, doc: str, value: float) -> Metric:

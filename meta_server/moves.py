@@ -12,10 +12,13 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from meta_server.catalog import Catalog
+from meta_server.counts import Tier
 from meta_server.journal import Journal
 from meta_server.nodes import Node
+from meta_server.owner_limits import OwnerLimits
 from meta_server.presence import Clock
 from meta_server.records import CommittedRun, extent_array, extent_list, pack_extents, unpack_extents
 from meta_server.slots import SlotArray
@@ -37,8 +40,11 @@ _log = EventLogger("meta_server.moves")
 class Moves:
     """Orders to daemons and their reports."""
 
-    def __init__(self, catalog: Catalog, journal: Journal, clock: Clock, settings: MetaSettings) -> None:
+    def __init__(
+        self, catalog: Catalog, journal: Journal, clock: Clock, settings: MetaSettings, limits: OwnerLimits
+    ) -> None:
         self._catalog = catalog
+        self._limits = limits
         self._journal = journal
         self._clock = clock
         self._high = settings.demote_high
@@ -59,15 +65,16 @@ class Moves:
         """Those of the pages that shall be copied now, as far as `room_bytes` and the limit go."""
         room_bytes = min(room_bytes, moving_bytes_max - node.moving_bytes)
         extents, sizes = self._catalog.index.extents(slots)
+        owners = self._catalog.index.owners.of(slots)
         ordered = []
-        for extent, size in zip(extent_list(extents), sizes.tolist(), strict=True):
+        for extent, size, owner in zip(extent_list(extents), sizes.tolist(), owners.tolist(), strict=True):
             if extent in node.moving:
                 continue
             room_bytes -= size
             if room_bytes < 0:
                 break
             node.moving[extent] = (self._clock() + MOVE_TIMEOUT_S, size)
-            ordered.append(Move(extent, size))
+            ordered.append(Move(extent, size, owner))
         return ordered
 
     def read(self, slots: SlotArray) -> None:
@@ -79,6 +86,7 @@ class Moves:
         """Those of these pages that lie on disk go back to memory, as far as there is room and the limit goes."""
         if not len(slots) or not any(node.segment.is_disk for node in self._catalog.nodes):
             return
+        slots = self._limits.allowed(slots, Tier.MEMORY)
         for segment in np.unique(self._catalog.index.segments(slots)).tolist():
             node = self._catalog.nodes.at(segment)
             memory = (
@@ -106,7 +114,7 @@ class Moves:
                 # Orders of an earlier start of this server may have had it copied twice.
                 by_slot.setdefault(slot, page)
         if by_slot:
-            await self._take(source, target, list(by_slot.values()))
+            await self._take(source, target, by_slot)
         # A report that is repeated finds its pages at their targets.
         there = [self._slot(target, page.namespace, page.key, page.target) for page in request.pages]
         return MovesTaken([i for i, slot in enumerate(there) if slot is None])
@@ -128,10 +136,7 @@ class Moves:
 
     def demote(self, node: Node) -> None:
         """Order the coldest pages to the daemon's disk if the memory is too full."""
-        if node.segment.is_disk or node.is_draining:
-            return
-        disk = next((n for n in self._catalog.nodes if n.segment.disk_of == node.segment.node), None)
-        if disk is None or not disk.reachable or disk.read_only:
+        if self.disk_of(node) is None:
             return
         size = node.capacity_bytes
         staying = node.staying_bytes - node.moving_bytes
@@ -140,8 +145,21 @@ class Moves:
             cold = self._catalog.index.coldest(node.index, staying - int(self._low * size) + node.moving_bytes)
             several = self._catalog.index.copies.are_several(cold)
             self._catalog.remove(cold[several], "spare")
-            cold = cold[~several]
-            node.moves_waiting += self.order(node, cold, disk.free_bytes)
+            self.send_down(node, cold[~several])
+
+    def disk_of(self, node: Node) -> Node | None:
+        """Where the coldest pages of a memory segment can go now."""
+        if node.segment.is_disk or node.is_draining:
+            return None
+        disk = next((n for n in self._catalog.nodes if n.segment.disk_of == node.segment.node), None)
+        return None if disk is None or not disk.reachable or disk.read_only else disk
+
+    def send_down(self, node: Node, slots: SlotArray) -> NDArray[np.bool_]:
+        """Order pages to the daemon's disk, as far as there is room and the limit goes; which are on their way now."""
+        if (disk := self.disk_of(node)) is not None:
+            node.moves_waiting += self.order(node, self._limits.allowed(slots, Tier.DISK), disk.free_bytes)
+        extents = extent_list(self._catalog.index.extents(slots)[0])
+        return np.array([extent in node.moving for extent in extents], np.bool_)
 
     def _forget_late(self, node: Node) -> None:
         now = self._clock()
@@ -154,8 +172,9 @@ class Moves:
         slots = self._catalog.index.at(namespace, key, node.index, extent.offset, extent.generation)
         return int(slots[0]) if len(slots) else None
 
-    async def _take(self, source: Node, target: Node, pages: list[MovedPage]) -> None:
-        runs = list(_runs(target.segment.epoch, pages))
+    async def _take(self, source: Node, target: Node, by_slot: dict[int, MovedPage]) -> None:
+        pages, owners = list(by_slot.values()), self._catalog.index.owners.of(np.array(list(by_slot), np.int64))
+        runs = list(_runs(target.segment.epoch, pages, owners.tolist()))
         for run in runs:
             self._journal.add_pages(os.urandom(PUT_ID_BYTES), run)
         await self._journal.all_written()
@@ -170,7 +189,7 @@ class Moves:
             before = target.committed_bytes
             for run, was in zip(runs, ticks, strict=True):
                 extents, kind = unpack_extents(run.extents), EventKind.BLOCKS_MOVED
-                self._catalog.insert(target, run.namespace, run.keys, extents, run.page_bytes, kind)
+                self._catalog.insert(target, run.namespace, run.keys, extents, run.page_bytes, kind, owner=run.owner)
                 index.set_ticks(run.namespace, run.keys, was)
             # Its daemon may have told of their bytes before it told of the pages: counted twice, they would have others removed.
             target.foreign_bytes = max(0, target.foreign_bytes - (target.committed_bytes - before))
@@ -202,13 +221,11 @@ class Moves:
         self._catalog.set_reachable(node, True)
 
 
-def _runs(epoch: bytes, pages: Iterable[MovedPage]) -> Iterable[CommittedRun]:
-    """The pages as rows of the journal: one for each namespace and size."""
-    groups: defaultdict[tuple[bytes, int], list[MovedPage]] = defaultdict(list)
-    for page in pages:
-        groups[page.namespace, page.page_bytes].append(page)
-    for (namespace, page_bytes), group in groups.items():
-        extents: list[Extent] = [page.target for page in group]
-        yield CommittedRun(
-            namespace, epoch, page_bytes, b"".join(page.key for page in group), pack_extents(extent_array(extents))
-        )
+def _runs(epoch: bytes, pages: Iterable[MovedPage], owners: Iterable[int]) -> Iterable[CommittedRun]:
+    """The pages as rows of the journal: one for each namespace, size and owner."""
+    groups: defaultdict[tuple[bytes, int, int], list[MovedPage]] = defaultdict(list)
+    for page, owner in zip(pages, owners, strict=True):
+        groups[page.namespace, page.page_bytes, owner].append(page)
+    for (namespace, page_bytes, owner), group in groups.items():
+        keys, extents = b"".join(page.key for page in group), [page.target for page in group]
+        yield CommittedRun(namespace, epoch, page_bytes, keys, pack_extents(extent_array(extents)), owner)

@@ -16,9 +16,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from meta_server.catalog import Catalog
-from meta_server.index import ExtentArray
 from meta_server.journal import Decided, Journal
 from meta_server.nodes import Node
+from meta_server.owners import NOBODY
+from meta_server.page_arrays import ExtentArray
 from meta_server.placement import Placement
 from meta_server.presence import Clock
 from meta_server.records import StartedPut, extent_array, extent_list, pack_extents, unpack_extents
@@ -110,13 +111,13 @@ class PutTable:
         if not math.isfinite(request.timeout_s) or request.timeout_s <= 0:
             raise InvalidRequest(f"timeout_s must be a positive number, got {request.timeout_s}", param="timeout_s")
         keys = unpack_keys(request.keys)
-        wanted = self._wanted(request, keys)
+        source = self._catalog.nodes.get(request.copies_from)
+        wanted, owner = self._wanted(request, source, keys)
         if not wanted:
             return PutGrant(wanted=[])
         self._journal.check_room()
         if len(self._puts) >= self._settings.puts_pending_max:
             raise Overloaded(f"{self._settings.puts_pending_max} puts are in progress already")
-        source = self._catalog.nodes.get(request.copies_from)
         node, wanted = self._room(request, source, wanted)
         if node is None or not wanted:
             return PutGrant(wanted=[])
@@ -129,6 +130,7 @@ class PutTable:
             block_size=request.block_size,
             keys=b"".join(keys[i] for i in wanted),
             left_s=min(request.timeout_s, self._settings.put_timeout_s_max),
+            owner=owner,
         )
         is_replica = source is not None and not source.is_draining
         self._add(row, node, request.cost_us, source, is_replica)
@@ -197,15 +199,17 @@ class PutTable:
         # A pending row that is not in memory belongs to an epoch that is over.
         return committed, [put_id for put_id, state in settled.items() if state in ("void", "pending")]
 
-    def _wanted(self, request: PutStart, keys: list[BlockKey]) -> list[int]:
+    def _wanted(self, request: PutStart, source: Node | None, keys: list[BlockKey]) -> tuple[list[int], int]:
+        """Positions of the pages that may be written, and whose they are."""
         pending = self._pending_keys.get(request.namespace, set())
         seen: set[BlockKey] = set()
         wanted = []
-        for i in self._candidates(request):
+        candidates, owner = self._candidates(request, source)
+        for i in candidates:
             if keys[i] not in pending and keys[i] not in seen:
                 seen.add(keys[i])
                 wanted.append(i)
-        return wanted
+        return wanted, owner
 
     def _room(self, request: PutStart, source: Node | None, wanted: list[int]) -> tuple[Node | None, list[int]]:
         """Where to, and which of the wanted pages. Raises PoolFull."""
@@ -218,15 +222,18 @@ class PutTable:
         target, granted = self._replicas.grant(source, request.namespace, request.keys, request.page_bytes)
         return target, [at for at in wanted if at in granted]
 
-    def _candidates(self, request: PutStart) -> list[int]:
+    def _candidates(self, request: PutStart, source: Node | None) -> tuple[list[int], int]:
         index = self._catalog.index
         if not request.copies_from:
-            return index.absent(request.namespace, request.keys)
-        source = self._catalog.nodes.get(request.copies_from)
+            return index.absent(request.namespace, request.keys), request.owner
         if source is None:
-            return []
-        there: list[int] = index.lying_in(request.namespace, request.keys, source.index)[0].tolist()
-        return there
+            return [], NOBODY
+        there, slots = index.lying_in(request.namespace, request.keys, source.index)
+        if not len(slots):
+            return [], NOBODY
+        # A put is one owner's; the pages of others are copied by another one.
+        owners = index.owners.of(slots)
+        return there[owners == owners[0]].tolist(), int(owners[0])
 
     def _grant_again(self, put: _Put, request: PutStart) -> PutGrant:
         if put.state is PutState.VOIDING:
@@ -291,16 +298,16 @@ class PutTable:
     def _publish(self, put: _Put, extents: ExtentArray) -> None:
         row, source = put.row, put.source
         if source is None:
-            self._catalog.insert(put.node, row.namespace, row.keys, extents, row.page_bytes)
+            self._catalog.insert(put.node, row.namespace, row.keys, extents, row.page_bytes, owner=row.owner)
             return
         if put.is_replica:
-            self._catalog.replicate(source, put.node, row.namespace, row.keys, extents, row.page_bytes)
+            self._catalog.replicate(source, put.node, row.namespace, row.keys, extents, row.page_bytes, row.owner)
             return
         _, slots = self._catalog.index.lying_in(row.namespace, row.keys, source.index)
         for extent in extent_list(self._catalog.index.extents(slots)[0]):
             source.moving.pop(extent, None)
         source.moved_away += len(slots)
-        self._catalog.relocate(source, put.node, row.namespace, row.keys, extents, row.page_bytes)
+        self._catalog.relocate(source, put.node, row.namespace, row.keys, extents, row.page_bytes, row.owner)
 
     def _raise_unless_committed(self, put: _Put, state: str) -> None:
         if state != _COMMITTED:

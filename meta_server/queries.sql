@@ -58,23 +58,27 @@ SELECT epoch FROM (
 -- name: pending_puts
 -- Puts that may still be finished, with the seconds they have left.
 SELECT p.put_id, p.namespace, p.epoch, p.worker, p.page_bytes, p.block_size, p.keys,
-       extract(epoch FROM p.expires_at - now())::float8 AS left_s
+       extract(epoch FROM p.expires_at - now())::float8 AS left_s, p.owner
 FROM stratakv.put_sessions p JOIN stratakv.segments s USING (epoch)
 WHERE p.state = 'pending' AND s.state = 'live' ORDER BY p.seq
 
 -- name: unfilled_puts
 -- Committed puts that the tables blocks and replicas do not have yet.
-SELECT p.namespace, p.epoch, p.page_bytes, p.keys, p.extents
+SELECT p.namespace, p.epoch, p.page_bytes, p.keys, p.extents, p.owner
 FROM stratakv.put_sessions p JOIN stratakv.segments s USING (epoch)
 WHERE p.state = 'committed' AND NOT p.filled AND s.state = 'live' ORDER BY p.seq
 
 -- name: replica_runs
--- Every page of a live segment, packed again by the put that brought it.
-SELECT r.namespace, r.epoch, r.page_bytes,
-       string_agg(r.key, ''::bytea ORDER BY r.put_position) AS keys,
-       string_agg(int8send(r.page_offset) || int8send(r.generation), ''::bytea ORDER BY r.put_position) AS extents
-FROM stratakv.replicas r JOIN stratakv.segments s USING (epoch)
-WHERE s.state = 'live' GROUP BY r.put_seq, r.namespace, r.epoch, r.page_bytes ORDER BY r.put_seq
+-- Every page of a live segment, packed again by the put that brought it, whose row stays as long as they do.
+WITH runs AS (
+    SELECT r.put_seq, r.namespace, r.epoch, r.page_bytes,
+           string_agg(r.key, ''::bytea ORDER BY r.put_position) AS keys,
+           string_agg(int8send(r.page_offset) || int8send(r.generation), ''::bytea ORDER BY r.put_position) AS extents
+    FROM stratakv.replicas r JOIN stratakv.segments s USING (epoch)
+    WHERE s.state = 'live' GROUP BY r.put_seq, r.namespace, r.epoch, r.page_bytes
+)
+SELECT runs.namespace, runs.epoch, runs.page_bytes, runs.keys, runs.extents, coalesce(p.owner, 0) AS owner
+FROM runs LEFT JOIN stratakv.put_sessions p ON p.seq = runs.put_seq ORDER BY runs.put_seq
 
 -- name: open_removals
 -- Pages out of the index that may still be in put_sessions or replicas, or that the daemon has not freed.
@@ -125,13 +129,13 @@ ON CONFLICT (name) DO UPDATE SET epoch = excluded.epoch, url = excluded.url, rol
 
 -- name: start_puts
 -- Puts that were granted room. A daemon that copies pages to another does not know their block size.
-INSERT INTO stratakv.put_sessions (put_id, namespace, epoch, worker, page_bytes, block_size, keys, expires_at)
+INSERT INTO stratakv.put_sessions (put_id, namespace, epoch, worker, page_bytes, block_size, keys, expires_at, owner)
 SELECT put_id, namespace, epoch, worker, page_bytes,
        CASE WHEN block_size > 0 THEN block_size
             ELSE coalesce((SELECT b.block_size FROM stratakv.blocks b WHERE b.namespace = t.namespace LIMIT 1), 0) END,
-       keys, now() + left_s * interval '1 second'
-FROM unnest($1::bytea[], $2::bytea[], $3::bytea[], $4::text[], $5::bigint[], $6::integer[], $7::bytea[], $8::float8[])
-    AS t (put_id, namespace, epoch, worker, page_bytes, block_size, keys, left_s)
+       keys, now() + left_s * interval '1 second', owner
+FROM unnest($1::bytea[], $2::bytea[], $3::bytea[], $4::text[], $5::bigint[], $6::integer[], $7::bytea[], $8::float8[], $9::bigint[])
+    AS t (put_id, namespace, epoch, worker, page_bytes, block_size, keys, left_s, owner)
 ON CONFLICT (put_id) DO NOTHING
 
 -- name: void_puts
@@ -147,12 +151,12 @@ WHERE p.put_id = t.put_id AND p.state = 'pending'
 -- name: add_pages
 -- Pages that a daemon has copied to another of its segments: committed from the start.
 INSERT INTO stratakv.put_sessions (put_id, namespace, epoch, worker, page_bytes, block_size, keys, extents, state,
-                                   expires_at, ended_at)
+                                   expires_at, ended_at, owner)
 SELECT put_id, namespace, epoch, '', page_bytes,
        coalesce((SELECT b.block_size FROM stratakv.blocks b WHERE b.namespace = t.namespace LIMIT 1), 0),
-       keys, extents, 'committed', now(), now()
-FROM unnest($1::bytea[], $2::bytea[], $3::bytea[], $4::bigint[], $5::bytea[], $6::bytea[])
-    AS t (put_id, namespace, epoch, page_bytes, keys, extents)
+       keys, extents, 'committed', now(), now(), owner
+FROM unnest($1::bytea[], $2::bytea[], $3::bytea[], $4::bigint[], $5::bytea[], $6::bytea[], $7::bigint[])
+    AS t (put_id, namespace, epoch, page_bytes, keys, extents, owner)
 ON CONFLICT (put_id) DO NOTHING
 
 -- name: add_removals

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from meta_server.index import ExtentArray
+from meta_server.page_arrays import ExtentArray
 from stratakv.wire import CacheRule, Extent, Segment, WorkerInfo
 
 EXTENT_BYTES = 16
@@ -53,6 +53,7 @@ class StartedPut:
     keys: bytes
     """The wanted ones, packed."""
     left_s: float
+    owner: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,8 @@ class CommittedRun:
     page_bytes: int
     keys: bytes
     extents: bytes
+    owner: int = 0
+    """Who wrote them; 0: nobody in particular."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from meta_server.catalog import Catalog
+from meta_server.counts import Tier
 from meta_server.moves import MOVE_TIMEOUT_S
 from meta_server.nodes import Node
+from meta_server.owner_limits import OwnerLimits
 from meta_server.placement import Placement
 from meta_server.presence import Clock
 from meta_server.records import extent_list
@@ -36,6 +38,7 @@ class _Plan:
 
     target: int
     page_bytes: int
+    owner: int
     until: float
     is_ordered: bool = False
 
@@ -43,8 +46,12 @@ class _Plan:
 class Replicas:
     """Counts reads, and orders copies of what is hot."""
 
-    def __init__(self, catalog: Catalog, placement: Placement, clock: Clock, settings: MetaSettings) -> None:
+    def __init__(
+        self, catalog: Catalog, placement: Placement, clock: Clock, settings: MetaSettings, limits: OwnerLimits
+    ) -> None:
         self._catalog = catalog
+        self._limits = limits
+        self._owner_share = min(settings.reclaim_low, settings.demote_low)
         self._placement = placement
         self._clock = clock
         self._places_max = settings.replicas_max
@@ -55,6 +62,8 @@ class Replicas:
         """By the place that has the page, oldest first."""
         self._planned_bytes: Counter[int] = Counter()
         """By target."""
+        self._planned_of: Counter[int] = Counter()
+        """Bytes by owner."""
 
     def read_at(self, slots: SlotArray, reader: str) -> SlotArray:
         """Where these blocks are to be read by one whose own daemon is `reader`."""
@@ -92,7 +101,7 @@ class Replicas:
         ordered = [(extent, plan) for extent, plan in waiting if plan.target == waiting[0][1].target]
         for _, plan in ordered:
             plan.is_ordered = True
-        return [Move(extent, plan.page_bytes) for extent, plan in ordered]
+        return [Move(extent, plan.page_bytes, plan.owner) for extent, plan in ordered]
 
     def grant(self, source: Node, namespace: bytes, keys: bytes, page_bytes: int) -> tuple[Node | None, list[int]]:
         """The source's daemon begins to copy: where to, and which of the pages. A plan is good for one put."""
@@ -102,20 +111,25 @@ class Replicas:
         target = self._catalog.nodes.at(self._plans[planned[0][1]].target) if planned else None
         if target is None or not self._placement.takes(target):
             return None, []
-        wanted = [(at, place) for at, place in planned if self._plans[place].target == target.index]
+        # A page that was ordered anew after its time was over may be asked for twice.
+        once = {place: at for at, place in reversed(planned) if self._plans[place].target == target.index}
+        wanted = sorted(once.items(), key=lambda one: one[1])
         wanted = wanted[: max(0, self._placement.room_for_replicas(target)) // page_bytes]
-        for _, place in wanted:
+        for place, _ in wanted:
             self._forget(place)
-        return target, [at for at, _ in wanted]
+        return target, [at for _, at in wanted]
 
     def _plan(self, slot: int, reader: Node) -> None:
         """Have the page copied to the reader's daemon, or to the emptiest one; not at all if none has room to spare."""
         index = self._catalog.index
         lies_in = index.copies.segments_of(slot)
         source = self._catalog.nodes.at(lies_in[0])
-        extents, sizes = index.extents(np.array([slot], np.int64))
-        place, page_bytes = (lies_in[0], extent_list(extents)[0]), int(sizes[0])
+        slots = np.array([slot], np.int64)
+        extents, sizes = index.extents(slots)
+        place, page_bytes, owner = (lies_in[0], extent_list(extents)[0]), int(sizes[0]), int(index.owners.of(slots)[0])
         if source is None or source.segment.is_disk or source.is_draining or len(lies_in) >= self._places_max:
+            return
+        if not self._has_room(owner, page_bytes):
             return
         planned_bytes = self._planned_bytes.total()
         if planned_bytes + page_bytes > PLANNED_BYTES_MAX or len(self._plans) >= PLANNED_PAGES_MAX:
@@ -123,15 +137,26 @@ class Replicas:
         for target in self._placement.for_replicas(reader):
             room_bytes = self._placement.room_for_replicas(target) - self._planned_bytes[target.index]
             if target.index not in lies_in and room_bytes >= page_bytes:
-                self._plans[place] = _Plan(target.index, page_bytes, self._clock() + MOVE_TIMEOUT_S)
+                self._plans[place] = _Plan(target.index, page_bytes, owner, self._clock() + MOVE_TIMEOUT_S)
                 self._planned_bytes[target.index] += page_bytes
+                self._planned_of[owner] += page_bytes
                 return
+
+    def _has_room(self, owner: int, page_bytes: int) -> bool:
+        """Whether the owner's pages would not have to leave for it."""
+        limit = self._limits.of(owner, Tier.MEMORY)
+        memory = {node.index for node in self._catalog.nodes if not node.segment.is_disk}
+        size_bytes = self._catalog.index.owners.size_of(owner, memory) + self._planned_of[owner] + page_bytes
+        return limit is None or size_bytes <= self._owner_share * limit
 
     def _forget(self, place: tuple[int, Extent]) -> None:
         plan = self._plans.pop(place)
         self._planned_bytes[plan.target] -= plan.page_bytes
+        self._planned_of[plan.owner] -= plan.page_bytes
         if not self._planned_bytes[plan.target]:
             del self._planned_bytes[plan.target]
+        if not self._planned_of[plan.owner]:
+            del self._planned_of[plan.owner]
 
     def _forget_late(self) -> None:
         now = self._clock()

@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
+from meta_server.database import Database, database_of
 from meta_server.door import Door
 from meta_server.elector import Elector, Server
 from meta_server.fill import Filler
@@ -22,7 +24,7 @@ from stratakv.http_server import HttpServer
 from stratakv.log import EventLogger
 from stratakv.pool.auth import PoolCredentials, require_credentials
 from stratakv.process import first_setup_error, reachable_host, started
-from stratakv.settings import MetaSettings, Settings
+from stratakv.settings import MetaSettings, Secret, Settings
 
 TICK_S_MAX = 0.25
 DRAIN_S = 5.0
@@ -39,14 +41,24 @@ async def serve(settings: Settings, stop: asyncio.Event, ready: Ready | None = N
     meta = settings.meta
     credentials = PoolCredentials.from_settings(settings.pool)
     require_credentials(meta.host, "meta.host", credentials)
-    if not settings.database.url:
-        raise SetupError("database.url is not set", hint="set STRATAKV_DATABASE_URL to the PostgreSQL of the metadata")
     if meta.leader_lease_s < LEADER_LEASE_S_MIN:
         raise SetupError(f"meta.leader_lease_s = {meta.leader_lease_s}: at least {LEADER_LEASE_S_MIN}")
-    await asyncio.to_thread(migrate.check, settings.database.url)
-    door = Door(meta, credentials)
+    if meta.debug_service and not meta.kvcm_enabled:
+        raise SetupError("meta.debug_service is a part of the KVCM API", hint="set meta.kvcm_enabled, too")
+    with database_of(settings) as database:
+        await asyncio.to_thread(migrate.check, database.url)
+        await _serve(
+            replace(settings, database=replace(settings.database, url=Secret(database.url))), database, stop, ready
+        )
+
+
+async def _serve(settings: Settings, database: Database, stop: asyncio.Event, ready: Ready | None) -> None:
+    door = Door(settings.meta, PoolCredentials.from_settings(settings.pool))
     try:
-        await MetaServer(settings, door, ready).run(stop)
+        async with asyncio.TaskGroup() as tasks:
+            keeping = tasks.create_task(database.keep())
+            await MetaServer(settings, door, ready).run(stop)
+            keeping.cancel()
     except* SetupError as group:
         raise first_setup_error(group) from None
     finally:

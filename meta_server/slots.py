@@ -30,6 +30,8 @@ class SlotTable:
         self.page_bytes = np.zeros(_ROWS_AT_START, np.int64)
         self.segment = np.full(_ROWS_AT_START, NO_SEGMENT, np.int32)
         self.namespace = np.zeros(_ROWS_AT_START, np.int32)
+        self.owner = np.zeros(_ROWS_AT_START, np.int16)
+        """By the number it has in `owners`."""
         self.reads = np.zeros(_ROWS_AT_START, np.uint8)
         self.entered = np.zeros(_ROWS_AT_START, np.int64)
         """Place in its queue, for policies that keep one."""

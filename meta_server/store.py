@@ -142,7 +142,9 @@ class Store:
         if batch.ends:
             await durable.execute(QUERIES["end_puts"], [e[0] for e in batch.ends], [e[1] for e in batch.ends])
         if batch.pages:
-            pages = [(put_id, p.namespace, p.epoch, p.page_bytes, p.keys, p.extents) for put_id, p in batch.pages]
+            pages = [
+                (put_id, p.namespace, p.epoch, p.page_bytes, p.keys, p.extents, p.owner) for put_id, p in batch.pages
+            ]
             await durable.execute(QUERIES["add_pages"], *map(list, zip(*pages, strict=True)))
         if batch.removals:
             removals = [(m.id, m.epoch, m.extents, m.page_bytes, m.reason) for m in batch.removals]
@@ -201,5 +203,8 @@ def database_unavailable(error: BaseException) -> Unavailable:
 
 
 def _columns(starts: list[StartedPut]) -> list[list[object]]:
-    rows = [(p.put_id, p.namespace, p.epoch, p.worker, p.page_bytes, p.block_size, p.keys, p.left_s) for p in starts]
+    rows = [
+        (p.put_id, p.namespace, p.epoch, p.worker, p.page_bytes, p.block_size, p.keys, p.left_s, p.owner)
+        for p in starts
+    ]
     return [list(column) for column in zip(*rows, strict=True)]

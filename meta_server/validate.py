@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from stratakv.errors import InvalidRequest
 from stratakv.keys import KEY_BYTES, NAMESPACE_BYTES
 from stratakv.pool.meta_errors import ProtocolMismatch
@@ -12,6 +14,7 @@ from stratakv.wire import (
     PUT_ID_BYTES,
     CacheRule,
     Hello,
+    OwnerLimit,
     PutStart,
     ReportMoves,
     Segment,
@@ -26,6 +29,8 @@ SIZE_BYTES_MAX = 1 << 60
 INT32_MAX = (1 << 31) - 1
 TTL_S_MAX = 7 * 24 * 3600.0
 INT64_MAX = (1 << 63) - 1
+OWNER_LIMITS_MAX = 20_000
+"""Told at one time."""
 
 
 def check_protocol(hello: Hello) -> None:
@@ -77,6 +82,7 @@ def check_put(request: PutStart) -> None:
     _check_name("worker", request.worker, empty=True)
     _check_name("copies_from", request.copies_from, empty=True)
     check_range("cost_us", request.cost_us, 0, INT64_MAX)
+    check_range("owner", request.owner, 0, INT64_MAX)
 
 
 def check_put_id(put_id: bytes) -> None:
@@ -91,6 +97,16 @@ def check_rule(rule: CacheRule) -> None:
         raise InvalidRequest(f"ttl_s must be between 0 and {TTL_S_MAX:g}, got {rule.ttl_s}", param="ttl_s")
     check_range("memory_bytes_max", rule.memory_bytes_max, 0, SIZE_BYTES_MAX)
     check_range("disk_bytes_max", rule.disk_bytes_max, 0, SIZE_BYTES_MAX)
+
+
+def check_owner_limits(limits: Sequence[OwnerLimit]) -> None:
+    """Raises InvalidRequest."""
+    check_range("limits", len(limits), 0, OWNER_LIMITS_MAX)
+    for limit in limits:
+        check_range("owner", limit.owner, 1, INT64_MAX)
+        _check_name("name", limit.name)
+        check_range("memory_bytes_max", limit.memory_bytes_max or 0, 0, INT64_MAX)
+        check_range("disk_bytes_max", limit.disk_bytes_max or 0, 0, INT64_MAX)
 
 
 def check_moves(request: ReportMoves) -> None:

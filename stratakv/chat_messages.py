@@ -10,6 +10,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from stratakv.errors import InvalidRequest
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
@@ -65,6 +67,9 @@ def _plain_message(place: str, message: Any) -> dict[str, Any]:
     unknown = [str(key) for key in message if key not in known_fields and message[key] is not None]
     if unknown:
         raise InvalidRequest(f"{place}.{unknown[0]} is not supported", param=f"{place}.{unknown[0]}")
+    for key in ("name", "refusal"):
+        if not isinstance(message.get(key), str | None):
+            raise InvalidRequest(f"{place}.{key} must be a string", param=f"{place}.{key}")
     plain: dict[str, Any] = {"role": ROLES[role]}
     calls = message.get("tool_calls")
     if calls:
@@ -106,8 +111,8 @@ def _call(place: str, call: Any) -> dict[str, Any]:
     if not isinstance(name, str) or not isinstance(text, str):
         raise InvalidRequest(f"{place}.function must have a name and arguments as text", param=f"{place}.function")
     try:
-        arguments = json.loads(text) if text else {}
-    except (ValueError, RecursionError):
+        arguments = msgspec.json.decode(text) if text else {}
+    except (ValueError, RecursionError):  # of msgspec too, which takes no half of a surrogate pair
         arguments = None
     if not isinstance(arguments, dict):
         field = f"{place}.function.arguments"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stratakv.errors import SetupError
-from stratakv.settings import Bytes, Secret, Settings, WorkerAddress
+from stratakv.settings import IMPLIED, Bytes, Secret, Settings, WorkerAddress
 from stratakv.worker_address import check_worker, split_workers
 
 ENV_PREFIX = "STRATAKV_"
@@ -27,6 +27,7 @@ NATIVE_ENV = "STRATAKV_NATIVE"
 _NO_SETTINGS = {CONFIG_FILE_ENV, NATIVE_ENV}
 """Variables of this program that are no settings."""
 MASK = "***"
+PORT_MAX = 65_535
 _UNITS = {"": 1, "B": 1, "KIB": 1024, "MIB": 1024**2, "GIB": 1024**3, "TIB": 1024**4}
 
 
@@ -93,11 +94,14 @@ def load_settings(
             mistakes.append(f"{source}: there is no setting {'.'.join(p for p in place if p)}")
             continue
         try:
-            values.setdefault(place[0], {})[place[1]] = parse_value(option.type, value)
+            values.setdefault(place[0], {})[place[1]] = _checked_port(option, parse_value(option.type, value))
         except (ValueError, TypeError) as error:
             mistakes.append(f"{source}: {option.section}.{option.key}: {error}")
     if mistakes:
         raise SetupError("\n".join(["the configuration has mistakes:", *(f"  {m}" for m in sorted(mistakes))]))
+    for (section, key), signs in IMPLIED.items():
+        if any(sign in values.get(section, {}) for sign in signs):
+            values[section].setdefault(key, True)
     hints = typing.get_type_hints(Settings)
     return Settings(**{name: hints[name](**given) for name, given in values.items()})
 
@@ -151,6 +155,13 @@ def parse_value(kind: Any, value: Any) -> Any:
     return parsed
 
 
+def _checked_port(option: Option, value: Any) -> Any:
+    """Raises ValueError: some listeners would take another port than the one that was meant, without a word."""
+    if option.type is int and option.key.rpartition("_")[2] == "port" and value > PORT_MAX:
+        raise ValueError(f"expected a port, 0 to {PORT_MAX}, got {value}")
+    return value
+
+
 def _split(kind: Any, text: str) -> list[str]:
     return split_workers(text) if kind is WorkerAddress else [v.strip() for v in text.split(",") if v.strip()]
 
@@ -202,8 +213,10 @@ def parse_flags(prog: str, description: str, sections: Sequence[str], argv: Sequ
         shown = show_value(option, option.default)
         dest, text = f"{option.section}.{option.key}", f"{option.doc} [{shown}]"
         if typing.get_origin(option.type) is tuple:
-            singular = flag.removesuffix("s")
+            singular = flag.removesuffix("es" if flag.endswith("sses") else "s")
             parser.add_argument(flag, singular, dest=dest, metavar="VALUE", action="append", help=f"{text}; repeatable")
+        elif option.type is bool:
+            parser.add_argument(flag, dest=dest, metavar="VALUE", nargs="?", const="true", help=text)
         else:
             parser.add_argument(flag, dest=dest, metavar="VALUE", help=text)
     given = vars(parser.parse_args(argv))

@@ -46,7 +46,9 @@ class StrataError(Exception):
 
     def openai_body(self) -> dict[str, Any]:
         """The `error` object of an OpenAI-compatible response."""
-        text = f"{self.message} {self.hint}" if self.hint else self.message
+        text = self.message
+        if self.hint:
+            text += f" {self.hint}" if text.endswith((".", "?", "!")) else f". {self.hint}"
         return {"message": text, "type": self.openai_type, "param": self.param, "code": self.code}
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import uvicorn
 
 from stratakv.errors import SetupError
+from stratakv.http_head import BoundedHeads
 from stratakv.process import port_taken
 from stratakv.tls_files import TlsFiles
 
@@ -67,7 +68,7 @@ class HttpServer:
         """Serve until `stop`."""
         config = uvicorn.Config(
             app,
-            http="httptools",
+            http=BoundedHeads,
             ws="none",
             lifespan="off",
             log_config=None,

@@ -10,7 +10,7 @@ import logging
 import sys
 import time
 
-from stratakv.settings import LogSettings
+from stratakv.settings import LogFormat, LogSettings
 
 _FIELDS = "stratakv_fields"
 
@@ -76,7 +76,7 @@ def log_as_guest() -> None:
 def configure_logging(settings: LogSettings) -> None:
     """Set up the root logger of this process."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_JsonFormatter() if settings.format == "json" else _ConsoleFormatter())
+    handler.setFormatter(_JsonFormatter() if settings.format is LogFormat.JSON else _ConsoleFormatter())
     logging.basicConfig(level=settings.level.upper(), handlers=[handler], force=True)
     for noisy in ("asyncio", "alembic", "httpx", "uvicorn.access", "aiohttp.access"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

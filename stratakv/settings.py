@@ -117,7 +117,10 @@ class MetaSettings:
     demote_low: float = setting(0.70, "share of a memory segment in use down to which they go")
     replicas_max: int = setting(1, "daemons at which a page that is read often may lie at once; 1: none is copied")
     replica_reads: int = setting(3, "a page that was read so often from another daemon's host is copied there")
-    kvcm_enabled: bool = setting(False, "serve the KVCM API too")
+    embedded_postgres: Path | None = setting(
+        None, "directory of a PostgreSQL that runs while the meta server does, instead of the one at database.url"
+    )
+    kvcm_enabled: bool = setting(False, "serve the KVCM API too; by default if one of its ports is given")
     kvcm_host: str = setting("127.0.0.1", "address the KVCM API listens on")
     kvcm_token: Secret | None = setting(
         None, "token that clients of the KVCM API may send; needed to listen beyond this machine"
@@ -198,7 +201,7 @@ class WorkerSettings:
     events_port: int = setting(
         0, "ZeroMQ port on which it tells which blocks it holds, and the next one for replays; 0 takes free ones"
     )
-    dtype: str = setting("bf16", "bf16 or fp32")
+    dtype: str = setting("bf16", "bf16, fp32 or fp16; the last is for GPUs that have no bf16")
     device: str = setting("auto", "auto, cpu or cuda")
     threads: int = setting(0, "CPU threads of the engine; 0 takes all cores")
     block_size: int = setting(16, "tokens in a block")
@@ -209,6 +212,8 @@ class WorkerSettings:
     max_batched_tokens: int = setting(4096, "tokens computed in one step at most")
     pool_enabled: bool = setting(True, "use the memory pool (L2 and L3)")
     load_timeout_s: float = setting(5.0, "recompute what the pool has not delivered after so long")
+    load_ahead_requests: int = setting(4, "queued requests whose blocks are loaded before their turn; 0: none")
+    load_ahead_bytes: Bytes = setting(Bytes(512 * MIB), "room in the paged cache for what is loaded so")
     journal_dir: Path | None = setting(
         None, "directory in which it writes down what each request took, for tenants' quotas; without one, nowhere"
     )
@@ -323,6 +328,10 @@ class RouterSettings:
     split_tokens_min: int = setting(512, "uncached prompt tokens from which prefill and decode are split")
     refresh_s: float = setting(1.0, "how often worker states are read")
     index_blocks_max: int = setting(200_000, "blocks remembered per worker")
+    worker_requests_max: int = setting(
+        256,
+        "requests a worker is given at once; one that tells how many sequences it decodes at once gets twice as many",
+    )
     request_timeout_s: float = setting(600.0, "deadline of every request; infer() may ask for a shorter one")
     interactive_ttft_s: float = setting(
         0.0,
@@ -353,12 +362,28 @@ class UsageSettings:
     months_kept: int = setting(24, "whole months of single requests that are kept; sums by day stay; 0: all of them")
 
 
+class LogLevel(enum.StrEnum):
+    """What is logged: this and what matters more."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class LogFormat(enum.StrEnum):
+    """How a log line looks."""
+
+    CONSOLE = "console"
+    JSON = "json"
+
+
 @dataclass(frozen=True, slots=True)
 class LogSettings:
     """[log] what is logged, and how."""
 
-    level: str = setting("info", "debug, info, warning or error")
-    format: str = setting("console", "console or json")
+    level: LogLevel = setting(LogLevel.INFO, "debug, info, warning or error")
+    format: LogFormat = setting(LogFormat.CONSOLE, "console or json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,6 +396,12 @@ class UpSettings:
     daemons: int = setting(2, "memory-pool daemons")
     prefill_workers: int = setting(1, "workers for prefill")
     decode_workers: int = setting(1, "workers for decode")
+
+
+IMPLIED = {
+    ("meta", "kvcm_enabled"): ("kvcm_grpc_port", "kvcm_http_port", "admin_grpc_port", "admin_http_port"),
+}
+"""Settings that are true, unless something else is said, where one of these of their section is given."""
 
 
 @dataclass(frozen=True, slots=True)

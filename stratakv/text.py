@@ -7,8 +7,11 @@ be shared by threads, since only its backend is used, which is never reconfigure
 from __future__ import annotations
 
 import functools
+import inspect
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +26,23 @@ REPLACEMENT = "\ufffd"
 PENDING_TOKENS_MAX = 8
 """More undecided tokens than this are no unfinished character; the undecodable ones among them are given up."""
 CHARACTER_BYTES_MAX = 4
+_REASON_CHARS_MAX = 300
+"""Of what a chat template says is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatStyle:
+    """How a chat template is to write a conversation."""
+
+    begins_answer: bool = True
+    """End where the assistant's answer begins."""
+    continues_last: bool = False
+    """End in the middle of the last message, which the answer goes on with; not with `begins_answer`."""
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """What the template is told beside the messages."""
+
+
+PLAIN_CHAT = ChatStyle()
 
 
 def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerFast:
@@ -86,12 +106,11 @@ def chat_text(
     tokenizer: PreTrainedTokenizerFast,
     messages: Sequence[Any],
     tools: Sequence[Mapping[str, Any]] = (),
-    *,
-    begins_answer: bool = True,
+    style: ChatStyle = PLAIN_CHAT,
 ) -> str:
     """A conversation as the model's chat template writes it, with what may be called. Raises InvalidRequest that names the field.
 
-    A template that knows no tools is given them in words. `begins_answer` ends the text where the assistant's answer begins.
+    A template that knows no tools is given them in words.
     """
     import jinja2
 
@@ -99,19 +118,57 @@ def chat_text(
     template = tokenizer.chat_template
     if template is None:
         raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
-    has_calls = bool(tools) or any(message["role"] == "tool" or "tool_calls" in message for message in plain)
-    if has_calls and not _knows_tools(template):
-        plain, tools = in_words(plain, tools), ()
-    told: dict[str, Any] = {"tools": list(tools)} if tools else {}
+    _check_variables(tokenizer, _template_text(template), style.variables)
+    if style.continues_last and (plain[-1]["role"] != "assistant" or "tool_calls" in plain[-1]):
+        raise InvalidRequest(
+            "continue_final_message: the last message must be text of the assistant", param="continue_final_message"
+        )
     try:
-        return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=begins_answer, **told))
-    except (jinja2.TemplateError, TypeError) as error:
-        raise InvalidRequest(f"messages do not fit the model's chat template: {error}", param="messages") from error
+        return _written(tokenizer, plain, tools, style)
+    except RecursionError:
+        raise InvalidRequest("messages: they, or tools, are nested too deeply", param="messages") from None
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        raise _misfit(style, error) from error
 
 
-def _knows_tools(template: str | dict[str, str]) -> bool:
-    """Whether a chat template says anything of tools."""
-    return "tool" in (template if isinstance(template, str) else "".join(template.values()))
+def _misfit(style: ChatStyle, error: Exception) -> InvalidRequest:
+    """Templates fail in any way on what they do not expect."""
+    if style.continues_last:
+        name, why = "continue_final_message", "it does not write the last message as it is"
+    else:
+        name, why = "chat_template_kwargs" if style.variables else "messages", str(error)[:_REASON_CHARS_MAX]
+    return InvalidRequest(f"{name} do not fit the model's chat template: {why}", param=name)
+
+
+def _written(
+    tokenizer: PreTrainedTokenizerFast,
+    plain: list[dict[str, Any]],
+    tools: Sequence[Mapping[str, Any]],
+    style: ChatStyle,
+) -> str:
+    template = _template_text(tokenizer.chat_template or "")
+    has_calls = bool(tools) or any(message["role"] == "tool" or "tool_calls" in message for message in plain)
+    if has_calls and "tool" not in template:
+        plain, tools = in_words(plain, tools), ()
+    told: dict[str, Any] = dict(style.variables) | ({"tools": list(tools)} if tools else {})
+    if style.continues_last:
+        told["continue_final_message"] = True
+    return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=style.begins_answer, **told))
+
+
+def _check_variables(tokenizer: PreTrainedTokenizerFast, template: str, variables: Mapping[str, Any]) -> None:
+    """Raises InvalidRequest for one that the template does not use, or that is not the caller's to set."""
+    if not variables:
+        return
+    not_theirs = {"messages", "conversations", *inspect.signature(tokenizer.apply_chat_template).parameters}
+    for name in variables:
+        if name in not_theirs or name not in re.findall(r"[A-Za-z_]\w*", template):
+            place = f"chat_template_kwargs.{name[:64]}"
+            raise InvalidRequest(f"{place}: the model's chat template has nothing of this name to set", param=place)
+
+
+def _template_text(template: str | dict[str, str]) -> str:
+    return template if isinstance(template, str) else "".join(template.values())
 
 
 class Detokenizer:
@@ -123,12 +180,22 @@ class Detokenizer:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str] = (), *, skip_special: bool = True
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        stop: Sequence[str] = (),
+        *,
+        skip_special: bool = True,
+        min_tokens: int = 0,
+        shows_stop: bool = False,
     ) -> None:
+        """A stop string that ends within the first `min_tokens` tokens is passed over; with `shows_stop` the one found is shown."""
         assert all(stop), "an empty stop string would stop everything"
         self._backend = tokenizer.backend_tokenizer
         self._skipped = _special_ids(tokenizer) if skip_special else frozenset[int]()
         self._stop = tuple(stop)
+        self._num_free = min_tokens
+        """Tokens still to come in which no stop string may end."""
+        self._shows_stop = shows_stop
         self._context: list[int] = []
         """Tokens shown already, decoded along: some tokenizers write a token's space only after another one."""
         self._context_chars = 0
@@ -140,6 +207,15 @@ class Detokenizer:
 
     def push(self, token_ids: Iterable[int]) -> str:
         """Take the next tokens; the text that may be shown now."""
+        if not self._num_free:
+            return self._push(token_ids)
+        new = list(token_ids)
+        free, rest = new[: self._num_free], new[self._num_free :]
+        text = self._push(free)
+        self._num_free -= len(free)
+        return text + self._push(rest) if rest else text
+
+    def _push(self, token_ids: Iterable[int]) -> str:
         if self.stopped:
             return ""
         known = self._backend.id_to_token  # models pad their vocabulary with ids that are no token
@@ -185,15 +261,22 @@ class Detokenizer:
         """Cut at a stop string, or hold back what may become one."""
         if not self._stop:
             return text
-        text = self._held + text
-        ends = [(start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0]
+        seen, text = len(self._held), self._held + text
+        ends = [] if self._num_free else _stops_found(text, self._stop, seen)
         if ends:
             self.stopped = True
             self._held = ""
-            return text[: min(ends)[1]]
+            end, start = min(ends)
+            return text[: end if self._shows_stop else start]
         num_held = max(_overlap(text, stop) for stop in self._stop)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]
+
+
+def _stops_found(text: str, stops: Sequence[str], seen: int) -> list[tuple[int, int]]:
+    """End and start of the first of each stop string that ends behind the characters seen before."""
+    starts = ((stop, text.find(stop, max(0, seen - len(stop) + 1))) for stop in stops)
+    return [(start + len(stop), start) for stop, start in starts if start >= 0]
 
 
 def _overlap(text: str, stop: str) -> int:

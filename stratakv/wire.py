@@ -14,6 +14,20 @@ import msgspec
 
 from stratakv.wire_events import EventSnapshot, GetEventSnapshot
 from stratakv.wire_lookups import FindBlocks, FoundBlocks, Match, MatchPrefix, ReleaseLease
+from stratakv.wire_nodes import (
+    HeartbeatNode,
+    ListNodes,
+    MovesTaken,
+    NodeOrders,
+    Nodes,
+    NodeState,
+    Reconciled,
+    ReconcilePages,
+    Registered,
+    RegisterNode,
+    ReportMoves,
+)
+from stratakv.wire_owners import ListOwners, OwnerLimit, OwnerState, OwnerStates, SetOwnerLimits
 from stratakv.wire_parts import (
     EPOCH_BYTES,
     MESSAGE_BYTES_MAX,
@@ -44,16 +58,32 @@ __all__ = [
     "FindBlocks",
     "FoundBlocks",
     "GetEventSnapshot",
+    "HeartbeatNode",
+    "ListNodes",
+    "ListOwners",
     "Match",
     "MatchPrefix",
     "Message",
     "Move",
     "MovedPage",
+    "MovesTaken",
     "NamespaceState",
+    "NodeOrders",
+    "NodeState",
+    "Nodes",
+    "OwnerLimit",
+    "OwnerState",
+    "OwnerStates",
     "PageAt",
     "Place",
+    "ReconcilePages",
+    "Reconciled",
+    "RegisterNode",
+    "Registered",
     "ReleaseLease",
+    "ReportMoves",
     "Segment",
+    "SetOwnerLimits",
     "WorkerInfo",
     "WorkerLoad",
     "WorkerRole",
@@ -120,86 +150,6 @@ class DemoteLeader(Message, frozen=True):
     """Have the leader give up its lease; for as long as a lease lasts it does not try to lead again."""
 
 
-class RegisterNode(Message, frozen=True):
-    """A daemon announces its segment; the epochs before it are void from here on."""
-
-    segment: Segment
-
-
-class Registered(Message, frozen=True):
-    heartbeat_s: float
-    """Send a heartbeat this often; after three missed ones the sender counts as gone."""
-
-
-class HeartbeatNode(Message, frozen=True):
-    node: str
-    epoch: bytes
-    used_bytes: int
-    free_bytes: int
-    undecided_puts: list[bytes] = []
-    """Puts whose writer's time ran out: does the meta server know them as finished?"""
-    freed: list[Extent] = []
-    """Extents of earlier `NodeOrders.free` that are free now."""
-    read_only: bool = False
-    """A disk that takes no more pages."""
-    limit_bytes: int = 0
-    """As the daemon was told last; a meta server that was started anew learns it from here."""
-
-
-class NodeOrders(Message, frozen=True):
-    """Reply to a daemon's heartbeat."""
-
-    known: bool
-    """False: the meta server does not know this epoch; register again."""
-    free: list[Extent] = []
-    """No longer in any index; to be freed (sent until reported in `freed`)."""
-    moves: list[Move] = []
-    """To be copied and reported with `ReportMoves`; not repeated until that, or a minute later."""
-    moves_away: list[Move] = []
-    """To be copied to another daemon, by puts with `copies_from`; those that fail are reported with `ReportMoves`."""
-    committed_puts: list[bytes] = []
-    void_puts: list[bytes] = []
-    """Those of `undecided_puts` that were finished, and those that never will be."""
-    limit_bytes: int = 0
-    """Of the segment, no more shall be in use; the host gets the rest of the memory back. 0: all of it."""
-
-
-class ReportMoves(Message, frozen=True):
-    """These pages were copied, durably where the target is a disk. Also for pages that a disk has moved within itself."""
-
-    source_node: str
-    source_epoch: bytes
-    target_node: str
-    target_epoch: bytes
-    pages: list[MovedPage]
-    failed: list[Extent] = []
-    """Sources that were not copied after all."""
-
-
-class MovesTaken(Message, frozen=True):
-    """The other pages are found at their targets from now on; their sources are ordered free."""
-
-    refused: list[int]
-    """Indexes of pages that were no longer at their source: their targets are the daemon's to free."""
-
-
-class ReconcilePages(Message, frozen=True):
-    """A disk tells, part by part, which pages it has found whole, before they can be found again."""
-
-    node: str
-    epoch: bytes
-    extents: list[Extent]
-    is_first: bool
-    is_last: bool
-
-
-class Reconciled(Message, frozen=True):
-    """Reply to each part."""
-
-    unknown: list[Extent]
-    """Those of this part that are in no index: the daemon's to free."""
-
-
 class RegisterWorker(Message, frozen=True):
     info: WorkerInfo
 
@@ -229,25 +179,6 @@ class Workers(Message, frozen=True):
     workers: list[WorkerState]
 
 
-class ListNodes(Message, frozen=True):
-    """Segments whose daemons' heartbeats arrive."""
-
-
-class NodeState(msgspec.Struct, frozen=True, omit_defaults=True):
-    segment: Segment
-    used_bytes: int
-    free_bytes: int
-    read_only: bool = False
-    """A disk that takes no more pages."""
-    is_draining: bool = False
-    limit_bytes: int = 0
-    """Of the segment, no more is used; 0: all of it."""
-
-
-class Nodes(Message, frozen=True):
-    nodes: list[NodeState]
-
-
 class PutStart(Message, frozen=True):
     """Ask for room for pages; nothing can be found until `PutEnd`."""
 
@@ -264,6 +195,8 @@ class PutStart(Message, frozen=True):
     copies_from: str = ""
     """The pages are copied from this node: wanted are those that lie there. If it is drained it gives them up, else they are
     replicas, and only those are wanted that it was ordered to copy. `block_size` may be 0."""
+    owner: int = 0
+    """The tenant that has the pages computed; 0: none. Copies are of whom the pages are."""
 
 
 class PutGrant(Message, frozen=True):
@@ -457,6 +390,8 @@ Request = (
     | SetCacheRule
     | ListNamespaces
     | ListPages
+    | SetOwnerLimits
+    | ListOwners
     | FetchAhead
     | PinPrefix
     | Unpin
@@ -483,6 +418,7 @@ Reply = (
     | Flushed
     | Namespaces
     | Pages
+    | OwnerStates
     | Pinned
     | DrainProgress
     | Stats

@@ -118,6 +118,8 @@ class Move(msgspec.Struct, frozen=True, array_like=True):
 
     extent: Extent
     page_bytes: int
+    owner: int = 0
+    """Whose page it is. Pages of several owners are copied to another daemon by several puts."""
 
 
 class MovedPage(msgspec.Struct, frozen=True, array_like=True):

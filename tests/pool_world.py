@@ -70,7 +70,7 @@ class MemoryStore:
         for m in batch.removals:
             self.removals.setdefault(m.id, OpenRemoval(m.id, m.epoch, m.extents, m.page_bytes, freed=False))
         for put_id, run in batch.pages:
-            put = StartedPut(put_id, run.namespace, run.epoch, "", run.page_bytes, 16, run.keys, 0.0)
+            put = StartedPut(put_id, run.namespace, run.epoch, "", run.page_bytes, 16, run.keys, 0.0, run.owner)
             self.puts.setdefault(put_id, _Row(put, "committed", run.extents))
         for rule in batch.rules:
             self.rules[rule.namespace] = rule
@@ -89,7 +89,7 @@ class MemoryStore:
             segments=list(self.segments.values()),
             dead_epochs=list(self.dead),
             runs=[
-                CommittedRun(r.put.namespace, r.put.epoch, r.put.page_bytes, r.put.keys, r.extents)
+                CommittedRun(r.put.namespace, r.put.epoch, r.put.page_bytes, r.put.keys, r.extents, r.put.owner)
                 for r in live
                 if r.state == "committed"
             ],
@@ -127,6 +127,8 @@ class Daemon:
     moves_away: list[wire.Move] = field(default_factory=list)
     """The same, to other daemons."""
     limit_bytes: int = 0
+    owners: dict[wire.Extent, int] = field(default_factory=dict)
+    """Who wrote its pages; known to tests only."""
     report: wire.ReportMoves | None = None
     """Carried out, and not answered yet."""
 
@@ -153,6 +155,7 @@ class Daemon:
         pages = []
         for move, target in zip(found, targets, strict=True):
             other.keys[target] = self.keys[move.extent]
+            other.owners[target] = self.owners.get(move.extent, 0)
             pages.append(wire.MovedPage(NAMESPACE, self.keys[move.extent], move.extent, target, move.page_bytes))
         ours, theirs = self.segment, other.segment
         self.report = wire.ReportMoves(ours.node, ours.epoch, theirs.node, theirs.epoch, pages, failed)

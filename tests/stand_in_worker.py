@@ -17,6 +17,7 @@ import msgspec
 from aiohttp import web
 
 from stratakv.keys import block_keys, salt_extra
+from stratakv.tenancy.values import OWNER_HEADER
 
 MODEL = "smollm2-135m"
 BLOCK_SIZE = 16
@@ -70,6 +71,7 @@ class StandInWorker:
     journal: list[dict[str, Any]] = field(default_factory=list)
     """What it has written down of requests."""
     traceparents: list[str | None] = field(default_factory=list)
+    owners: list[str | None] = field(default_factory=list)
     """Of the requests."""
     l1: set[bytes] = field(default_factory=set)
     answer: list[int] | None = None
@@ -128,6 +130,7 @@ class StandInWorker:
         body = await request.json()
         self.requests.append(body)
         self.traceparents.append(request.headers.get("traceparent"))
+        self.owners.append(request.headers.get(OWNER_HEADER))
         if self.answer is not None:
             body["max_tokens"] = min(body["max_tokens"], len(self.answer))
         if self.refuse_status is not None:
@@ -172,8 +175,6 @@ class StandInWorker:
         prompt = body["prompt"]
         handover = {
             "do_remote_prefill": not self.pool_writes_fail,
-            "remote_engine_id": self.name,
-            "remote_epoch": self.epoch.hex(),
             "num_tokens": len(prompt) // BLOCK_SIZE * BLOCK_SIZE,
         }
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})

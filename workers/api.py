@@ -6,12 +6,14 @@ does not know is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from stratakv.errors import InvalidRequest
+from stratakv.tenancy.values import OWNER_HEADER
 from workers.engine.connector import Tier
 from workers.engine.requests import RequestUsage, SamplingParams, TokenEvent
 from workers.engine.structured import Form, FormKind
@@ -20,6 +22,7 @@ STOP_STRINGS_MAX = 16
 STOP_STRING_CHARS_MAX = 1024
 CHOICES_MAX = 1000
 FORM_CHARS_MAX = 64 * 1024
+_OWNER = re.compile(r"[0-9]{1,18}")
 LOGPROB_MIN = -9999.0
 """What is told in place of minus infinity, which JSON does not have."""
 
@@ -37,8 +40,6 @@ class KVTransferParams(msgspec.Struct, frozen=True):
     """Told to a decode worker: another one has computed the prompt."""
     output_token_ids: list[int] = []
     """Generated elsewhere already: counted against max_tokens, not sent again."""
-    remote_engine_id: str = ""
-    remote_epoch: str = ""
     num_tokens: int = 0
     is_followed: bool = False
     """Told to a prefill worker: the decode worker follows the request; the answer waits for nothing."""
@@ -90,6 +91,11 @@ class CompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     seed: int | None = None
     stop: list[str] | str | None = None
     ignore_eos: bool = False
+    stop_token_ids: list[int] = []
+    min_tokens: int = 0
+    include_stop_str_in_output: bool = False
+    """Send the token of `stop_token_ids` that ends the answer; text is cut by who asks."""
+    skip_special_tokens: bool = True
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -107,6 +113,8 @@ class CompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     """KV is shared only between requests with the same salt."""
     timeout_s: float | None = None
     """Deadline of the request, counted from its arrival."""
+    owner: int = 0
+    """Whose its blocks in the pool are; a header says it."""
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -127,6 +135,9 @@ class CompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
             min_p=self.min_p,
             seed=self.seed,
             ignore_eos=self.ignore_eos,
+            stop_token_ids=tuple(self.stop_token_ids),
+            min_tokens=self.min_tokens,
+            tells_stop_token=self.include_stop_str_in_output,
             logprobs=self.logprobs,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
@@ -136,6 +147,12 @@ class CompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 
 
 _decode = msgspec.json.Decoder(CompletionRequest).decode
+
+
+def owner_of(headers: Mapping[str, str]) -> int:
+    """The tenant that a DB node asks for; 0 where nobody says."""
+    said = headers.get(OWNER_HEADER, "")
+    return int(said) if _OWNER.fullmatch(said) else 0
 
 
 def parse_completion(body: bytes) -> CompletionRequest:

@@ -25,7 +25,7 @@ from stratakv.errors import InvalidRequest, ModelNotFound, StrataError
 from stratakv.http_body import read_body
 from stratakv.log import EventLogger
 from stratakv.pool.auth import PoolCredentials
-from workers.api import CompletionRequest, logprobs_body, parse_completion, usage_body
+from workers.api import CompletionRequest, logprobs_body, owner_of, parse_completion, usage_body
 from workers.engine.requests import TokenEvent
 from workers.generation import Delta, Finished, Generation
 from workers.handover.follow import HANDOVER_WAIT_S, follow
@@ -77,6 +77,7 @@ class _Face:
         body = parse_completion(await read_body(request, BODY_BYTES_MAX))
         if body.model and body.model != self._runtime.info.model:
             raise ModelNotFound(f"this worker serves {self._runtime.info.model}, not {body.model}", param="model")
+        body = msgspec.structs.replace(body, owner=owner_of(request.headers))
         request_id = body.request_id or request.headers.get("x-request-id") or uuid.uuid4().hex
         start = functools.partial(self._runtime.start, body, request_id, arrived)
         if body.stream and body.transfer.remote_request_id:
@@ -149,7 +150,11 @@ class _Face:
     async def info(self, request: Request) -> Response:
         info = self._runtime.info
         facts = msgspec.to_builtins(info) | {"epoch": info.epoch.hex(), "namespace": info.namespace.hex()}
-        more = {"hands_over": self._runtime.hands_over, "profile": msgspec.to_builtins(self._runtime.profile)}
+        more = {
+            "hands_over": self._runtime.hands_over,
+            "max_running": self._runtime.max_running,
+            "profile": msgspec.to_builtins(self._runtime.profile),
+        }
         return JSONResponse(facts | {"dtype": self._runtime.dtype} | more)
 
     async def load(self, request: Request) -> Response:
@@ -252,12 +257,9 @@ async def _handover(body: CompletionRequest, generation: Generation, runtime: Ru
     """For a prefill worker: what the decode worker must be told, once the prompt's blocks can be found."""
     if not body.transfer.do_remote_decode:
         return None
-    info = runtime.info
     return {
         "do_remote_prefill": (await runtime.wait_saved(generation.prompt_keys, HANDOVER_WAIT_S)).is_whole,
-        "remote_engine_id": info.worker,
-        "remote_epoch": info.epoch.hex(),
-        "num_tokens": len(generation.prompt_keys) * info.block_size,
+        "num_tokens": len(generation.prompt_keys) * runtime.info.block_size,
     }
 
 

@@ -90,7 +90,7 @@ class WorkerMetrics:
 
     def watch_engine(self, stats: Callable[[], EngineStats]) -> None:
         """Tell what the engine counts too."""
-        self.registry.register(_Preemptions(self._model, stats))
+        self.registry.register(_EngineCounters(self._model, stats))
 
     def time_to_first_token(self, seconds: float) -> None:
         self._ttft.labels(self._model).observe(seconds)
@@ -134,8 +134,8 @@ class WorkerMetrics:
             self._kv_usage.labels(self._model).set(1 - load.l1_blocks_free / load.l1_blocks_total)
 
 
-class _Preemptions(Collector):
-    """What the engine had to take back, and how it was made good."""
+class _EngineCounters(Collector):
+    """What the engine had to take back and how it was made good, and what it has loaded ahead."""
 
     def __init__(self, model: str, stats: Callable[[], EngineStats]) -> None:
         self._model = model
@@ -154,7 +154,14 @@ class _Preemptions(Collector):
         )
         for tier in Tier:
             recovered.add_metric([self._model, tier.value], stats.recovered_tokens[tier])
-        yield from (preempted, recovered)
+        ahead = CounterMetricFamily(
+            "stratakv_kv_ahead_pages",
+            "Pages loaded for requests that waited, by what became of them",
+            labels=["model_name", "outcome"],
+        )
+        ahead.add_metric([self._model, "used"], stats.ahead_used_blocks)
+        ahead.add_metric([self._model, "dropped"], stats.ahead_dropped_blocks)
+        yield from (preempted, recovered, ahead)
 
 
 class _Caches(Collector):

@@ -164,7 +164,13 @@ class Runtime:
         if external is not None:
             num_cached += len(external.pages)
         num_to_prefill = max(1, len(prompt) + len(resumed) - num_cached * self.info.block_size)
-        detokenizer = Detokenizer(self._tokenizer, body.stop_strings)
+        detokenizer = Detokenizer(
+            self._tokenizer,
+            body.stop_strings,
+            skip_special=body.skip_special_tokens,
+            min_tokens=body.min_tokens,
+            shows_stop=body.include_stop_str_in_output,
+        )
         detokenizer.push(resumed)
         num_prompt_keys = len(prompt) // self.info.block_size
         prompt_keys = keys[:num_prompt_keys]
@@ -181,6 +187,7 @@ class Runtime:
             structure=structure,
             held=held,
             cache_salt=body.cache_salt,
+            owner=body.owner,
         )
         try:
             self._engine.submit(request, self._observed(generation, arrived, num_to_prefill))
@@ -248,13 +255,18 @@ class Runtime:
             return None
         form = body.structured_outputs.form()
         return await asyncio.get_running_loop().run_in_executor(
-            self._compile, self._structures.structure, form, resumed
+            self._compile, self._structures.structure, form, resumed, body.cache_salt
         )
 
     @property
     def hands_over(self) -> bool:
         """Whether prompts can be handed over to this worker, and from it, while they are computed."""
         return self._taker is not None
+
+    @property
+    def max_running(self) -> int:
+        """Sequences decoded at once."""
+        return self._engine.config.max_running
 
     async def wait_saved(self, keys: Sequence[BlockKey], timeout_s: float, lease_s: float = 0.0) -> Saved:
         """Whether these blocks can be found in the pool, waiting for writes that are under way."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from stratakv.errors import SetupError
 from stratakv.http_server import HttpServer
-from stratakv.keys import NamespaceScope
+from stratakv.keys import Namespace, NamespaceScope
+from stratakv.layout import KVLayout
 from stratakv.log import EventLogger
-from stratakv.models import model_identity, resolve, served_name
+from stratakv.models import ModelIdentity, model_identity, resolve, served_name
 from stratakv.pool.auth import PoolCredentials, require_credentials
 from stratakv.pool.dmp_client import ConnectionCache
 from stratakv.pool.meta_client import MetaClient
@@ -21,11 +23,12 @@ from stratakv.pool.mooncake import transfer_engine
 from stratakv.pool.shards import of_namespace
 from stratakv.process import advertised_host, started
 from stratakv.profile_store import ProfileStore
-from stratakv.settings import Settings
+from stratakv.settings import Settings, WorkerSettings
 from stratakv.text import load_tokenizer
 from stratakv.wire import EPOCH_BYTES, WorkerInfo
 from workers.engine.config import EngineConfig, EngineDtype
 from workers.engine.engine import Engine
+from workers.engine.model_config import ModelFacts
 from workers.engine.structured import Structures
 from workers.handover.client import HandoverClient
 from workers.handover.incoming import HandoverTaker
@@ -102,47 +105,19 @@ def _build(settings: Settings, credentials: PoolCredentials | None, loop: asynci
     worker = settings.worker
     directory = resolve(settings.model.name, settings.model.cache_dir)
     identity = model_identity(directory)
-    engine = Engine(
-        EngineConfig(
-            model_dir=directory,
-            dtype=_dtype(worker.dtype),
-            device=None if worker.device == "auto" else worker.device,
-            block_size=worker.block_size,
-            num_blocks=-(-worker.l1_tokens // worker.block_size),
-            num_threads=worker.threads or None,
-            max_running=worker.max_running,
-            max_waiting=worker.max_waiting,
-            max_batched_tokens=worker.max_batched_tokens,
-        )
-    )
+    engine = _engine(worker, directory)
     facts = engine.model.facts
     layout = facts.kv_layout(worker.block_size)
-    namespace = NamespaceScope(
-        model_revision=identity.revision,
-        tokenizer_digest=identity.tokenizer_digest,
-        dtype=facts.dtype,
-        layout_digest=layout.digest(),
-        block_size=worker.block_size,
-    ).namespace()
-    public_host = advertised_host(worker.host, worker.public_host, "worker")
-    info = WorkerInfo(
-        worker=worker.name or f"{worker.role}-{worker.port}",
-        epoch=os.urandom(EPOCH_BYTES),
-        url=f"http://{public_host}:{worker.port}",
-        role=worker.role,
-        model=served_name(settings.model.name),
-        namespace=namespace,
-        block_size=worker.block_size,
-        max_model_len=facts.max_model_len,
-        node=worker.node or None,
-    )
+    host = advertised_host(worker.host, worker.public_host, "worker")
+    info = _info(settings, identity, facts, layout, host)
+    namespace = Namespace(info.namespace)
     meta = MetaClient(of_namespace(settings.meta, namespace), credentials=credentials)
     metrics = WorkerMetrics(info.model)
     rates = Rates()
     handovers = HandoverBook(namespace, loop)
     tiers, taker = None, None
     if worker.pool_enabled:
-        transfers = transfer_engine(public_host, settings.pool.transfer_engine)
+        transfers = transfer_engine(host, settings.pool.transfer_engine)
         connections = ConnectionCache(
             shared_memory=settings.pool.shared_memory, credentials=credentials, engine=transfers
         )
@@ -175,6 +150,48 @@ def _build(settings: Settings, credentials: PoolCredentials | None, loop: asynci
         tiers.bandwidth_probe(engine.reservations, engine.config.num_blocks).measure if tiers is not None else None,
     )
     return _Parts(runtime, engine, rates, profiling, meta, tiers, taker)
+
+
+def _engine(worker: WorkerSettings, model_dir: Path) -> Engine:
+    """Raises SetupError."""
+    return Engine(
+        EngineConfig(
+            model_dir=model_dir,
+            dtype=_dtype(worker.dtype),
+            device=None if worker.device == "auto" else worker.device,
+            block_size=worker.block_size,
+            num_blocks=-(-worker.l1_tokens // worker.block_size),
+            num_threads=worker.threads or None,
+            max_running=worker.max_running,
+            max_waiting=worker.max_waiting,
+            max_batched_tokens=worker.max_batched_tokens,
+            load_ahead_requests=worker.load_ahead_requests,
+            load_ahead_bytes=worker.load_ahead_bytes,
+        )
+    )
+
+
+def _info(settings: Settings, identity: ModelIdentity, facts: ModelFacts, layout: KVLayout, host: str) -> WorkerInfo:
+    """What it tells of itself; `host` is where others reach it."""
+    worker = settings.worker
+    scope = NamespaceScope(
+        model_revision=identity.revision,
+        tokenizer_digest=identity.tokenizer_digest,
+        dtype=facts.dtype,
+        layout_digest=layout.digest(),
+        block_size=worker.block_size,
+    )
+    return WorkerInfo(
+        worker=worker.name or f"{worker.role}-{worker.port}",
+        epoch=os.urandom(EPOCH_BYTES),
+        url=f"http://{host}:{worker.port}",
+        role=worker.role,
+        model=served_name(settings.model.name),
+        namespace=scope.namespace(),
+        block_size=worker.block_size,
+        max_model_len=facts.max_model_len,
+        node=worker.node or None,
+    )
 
 
 def _journal(settings: Settings, worker: str) -> RequestJournal | None:

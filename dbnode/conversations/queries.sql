@@ -1,10 +1,15 @@
 -- SQL of conversations. All but the sweeper's name the tenant: another's conversation looks like none.
+-- One has not ended before its time, nor while a turn is under way.
 
 -- name: count_conversations
 -- Of a tenant, as far as a limit.
 SELECT count(*) FROM (
     SELECT FROM stratakv.conversations WHERE tenant_id = $1 AND expires_at > now() LIMIT $2
 ) AS found
+
+-- name: count_open
+-- Of all tenants.
+SELECT count(*) FROM stratakv.conversations WHERE expires_at > now()
 
 -- name: insert_conversation
 -- A new one, empty as yet.
@@ -15,13 +20,13 @@ VALUES ($1, $2, $3::text::jsonb, $4, now() + $5::double precision * interval '1 
 -- One that has not ended, with what is under way in it.
 SELECT id, created_at, expires_at, metadata::text AS metadata, version, num_items, size_bytes, forked_from,
        turn_id, turn_ends_at > clock_timestamp() AS is_busy, last_turn_id
-FROM stratakv.conversations WHERE id = $2 AND tenant_id = $1 AND expires_at > now()
+FROM stratakv.conversations WHERE id = $2 AND tenant_id = $1 AND (expires_at > now() OR turn_ends_at > now())
 
 -- name: conversations
 -- Those of a tenant, the newest first, after the given one.
 SELECT id, created_at, expires_at, metadata::text AS metadata, version, num_items, size_bytes, forked_from
 FROM stratakv.conversations
-WHERE tenant_id = $1 AND expires_at > now()
+WHERE tenant_id = $1 AND (expires_at > now() OR turn_ends_at > now())
   AND ($2::text IS NULL OR (created_at, id) < (
       SELECT created_at, id FROM stratakv.conversations WHERE id = $2 AND tenant_id = $1))
 ORDER BY created_at DESC, id DESC LIMIT $3
@@ -29,11 +34,12 @@ ORDER BY created_at DESC, id DESC LIMIT $3
 -- name: change_metadata
 -- Replaces them all.
 UPDATE stratakv.conversations SET metadata = $3::text::jsonb, version = version + 1
-WHERE id = $2 AND tenant_id = $1 AND expires_at > now()
+WHERE id = $2 AND tenant_id = $1 AND (expires_at > now() OR turn_ends_at > now())
 
 -- name: delete_conversation
 -- With its items.
-DELETE FROM stratakv.conversations WHERE id = $2 AND tenant_id = $1 AND expires_at > now() RETURNING id
+DELETE FROM stratakv.conversations
+WHERE id = $2 AND tenant_id = $1 AND (expires_at > now() OR turn_ends_at > now()) RETURNING id
 
 -- name: items
 -- All, in order.
@@ -93,6 +99,7 @@ UPDATE stratakv.conversations SET turn_id = NULL, turn_ends_at = NULL WHERE id =
 -- Some of those that have ended, or whose tenant was deleted; several DB nodes take different ones.
 DELETE FROM stratakv.conversations WHERE id IN (
     SELECT id FROM stratakv.conversations
-    WHERE expires_at <= now() OR tenant_id = ANY (ARRAY(SELECT id FROM stratakv.tenants WHERE deleted_at IS NOT NULL))
+    WHERE (expires_at <= now() AND coalesce(turn_ends_at <= now(), true))
+       OR tenant_id = ANY (ARRAY(SELECT id FROM stratakv.tenants WHERE deleted_at IS NOT NULL))
     LIMIT $1 FOR UPDATE SKIP LOCKED
 )

@@ -9,10 +9,12 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from functools import partial
 
+from msgspec.structs import replace
+
 from dbnode.conversations.history import Beginning, History
+from dbnode.conversations.metrics import ConversationMetrics, TurnOutcome
 from dbnode.conversations.store import SWEPT_MAX, ConversationStore
 from dbnode.conversations.values import ROLES, Message, Turn
 from dbnode.generate import Answer, Chunk, FinishReason, GenerateRequest
@@ -33,12 +35,19 @@ GIVE_UP_TIMEOUT_S = 5.0
 class Conversations:
     """`run` clears away what has ended."""
 
-    def __init__(self, store: ConversationStore, inference: InferenceService, request_timeout_s: float) -> None:
+    def __init__(
+        self,
+        store: ConversationStore,
+        inference: InferenceService,
+        request_timeout_s: float,
+        metrics: ConversationMetrics,
+    ) -> None:
         self.store = store
         self._inference = inference
         self._tokens = inference.tokens
         self._history = History(inference.tokens.tokenizer)
         self._request_timeout_s = request_timeout_s
+        self._metrics = metrics
 
     async def turn(
         self, conversation_id: str, request: GenerateRequest, turn_id: str, version: int | None = None
@@ -48,34 +57,49 @@ class Conversations:
         All is kept before the last piece is told. With the id of the last turn its answer is told again. Raises as `generate`
         does, and ConversationNotFound, ConversationBusy, ConversationChanged, ConversationFull.
         """
-        self._inference.check_allowed(request)
-        tenant_id, new = request.caller.tenant.id, checked_messages(request.messages or ())
-        lasts_s = self._request_timeout_s + TURN_MARGIN_S
-        turn = await self.store.begin_turn(tenant_id, conversation_id, turn_id, lasts_s, version)
-        if turn.answer is not None:
-            yield Chunk(turn.answer, (), FinishReason.STOP)
-            return
-        is_kept = False
+        outcome, error, turn = TurnOutcome.CANCELLED, None, None
         try:
-            self.store.check_room(turn.conversation, new, num_more=1)
-            chat = _as_chat([*(item.message for item in turn.items), *new])
-            text = await self._tokens.aside(partial(chat_text, self._tokens.tokenizer, chat))
-            begin = self._history.beginning(turn.items, text)
-            rest = await self._tokens.of_chat_text(text[begin.end_chars :], request.caller.tenant.salt)
-            prompt = (*begin.token_ids, *rest)
-            asked = replace(request, messages=None, tools=(), prompt=prompt)
-            answer = Answer()
-            async with aclosing(self._inference.generate(asked)) as chunks:
+            self._inference.check_allowed(request)
+            new = checked_messages(request.messages or ())
+            turn = await self._begin(conversation_id, request, turn_id, version)
+            if turn.answer is not None:
+                outcome = TurnOutcome.REPEATED
+                yield Chunk(turn.answer, (), FinishReason.STOP)
+                return
+            async with aclosing(self._answer(turn, request, new)) as chunks:
                 async for chunk in chunks:
-                    answer.add(chunk)
                     if chunk.finish_reason is not None:
-                        last = self._answer_message(begin, text, prompt, answer)
-                        await self.store.end_turn(tenant_id, turn, [*new, last])
-                        is_kept = True
+                        outcome = TurnOutcome.COMPLETED
                     yield chunk
+        except StrataError as raised:
+            outcome, error = TurnOutcome.FAILED, raised
+            raise
         finally:
-            if not is_kept:
+            self._metrics.turn_ended(request.source, outcome, error)
+            if turn is not None and outcome in (TurnOutcome.CANCELLED, TurnOutcome.FAILED):
                 await self._give_up(turn)
+
+    async def _begin(self, conversation_id: str, request: GenerateRequest, turn_id: str, version: int | None) -> Turn:
+        lasts_s = self._request_timeout_s + TURN_MARGIN_S
+        return await self.store.begin_turn(request.caller.tenant.id, conversation_id, turn_id, lasts_s, version)
+
+    async def _answer(self, turn: Turn, request: GenerateRequest, new: list[Message]) -> AsyncGenerator[Chunk, None]:
+        """The model's; what was said is added before the last piece."""
+        self.store.check_room(turn.conversation, new, num_more=1)
+        chat = _as_chat([*(item.message for item in turn.items), *new])
+        text = await self._tokens.aside(partial(chat_text, self._tokens.tokenizer, chat, style=request.style))
+        begin = self._history.beginning(turn.items, text)
+        rest = await self._tokens.of_chat_text(text[begin.end_chars :], request.caller.tenant.salt)
+        prompt = (*begin.token_ids, *rest)
+        asked = replace(request, messages=None, tools=(), prompt=prompt)
+        answer = Answer()
+        async with aclosing(self._inference.generate(asked)) as chunks:
+            async for chunk in chunks:
+                answer.add(chunk)
+                if chunk.finish_reason is not None:
+                    last = self._answer_message(begin, text, prompt, answer)
+                    await self.store.end_turn(request.caller.tenant.id, turn, [*new, last])
+                yield chunk
 
     def _answer_message(self, begin: Beginning, text: str, prompt: tuple[int, ...], answer: Answer) -> Message:
         said = "".join(answer.text)
@@ -95,6 +119,7 @@ class Conversations:
         while self.store.is_there:
             try:
                 swept = await self.store.sweep()
+                self._metrics.swept(swept, await self.store.count_open())
             except StrataError:
                 await asyncio.sleep(SWEEP_RETRY_S)
                 continue

@@ -188,6 +188,11 @@ class ConversationStore:
             done = await connection.execute(_queries["sweep"], SWEPT_MAX)
         return int(done.rpartition(" ")[2])
 
+    async def count_open(self) -> int:
+        """Of all tenants."""
+        async with self._metadata.connection() as connection:
+            return int(await connection.fetchval(_queries["count_open"]))
+
     async def _insert(
         self, connection: asyncpg.Connection, tenant_id: int, metadata: Mapping[str, str], origin: str | None
     ) -> Conversation:

@@ -46,23 +46,28 @@ class AnswerFormat:
 class AnswerEvents:
     """Streams one answer."""
 
-    def __init__(self, answer: AnswerFormat, writer: EventWriter) -> None:
+    def __init__(self, answer: AnswerFormat, writer: EventWriter, echo: str = "") -> None:
+        """`echo` is what it begins with."""
         self._format = answer
         self._writer = writer
         self._calls = answer.reader()
         self._logprobs = answer.logprobs()
         self._is_plain = self._calls is None and self._logprobs is None
+        self._echo = echo
         self._begun = False
 
     def events(self, chunk: Chunk) -> bytes:
         """What a chunk becomes; nothing if none of its text may be shown yet."""
-        begin = b"" if self._begun else self._writer.first()
+        begin = b"" if self._begun else self._first()
         self._begun = True
         middle = self._plain(chunk) if self._is_plain else self._special(chunk)
         if chunk.finish_reason is None:
             return begin + middle
         num_calls = self._calls.num_calls if self._calls is not None else 0
         return begin + middle + self._writer.last(self._format.finish_reason(chunk.finish_reason, num_calls))
+
+    def _first(self) -> bytes:
+        return self._writer.first() + (self._writer.text(self._echo) if self._echo else b"")
 
     def _plain(self, chunk: Chunk) -> bytes:
         return self._writer.text(chunk.text) if chunk.text else b""
@@ -85,6 +90,8 @@ class WholeAnswer:
 
     answer: AnswerFormat
     index: int
+    echo: str = ""
+    """What it begins with."""
     _text: list[str] = field(default_factory=list)
     _calls: list[dict[str, Any]] = field(default_factory=list)
     _token_ids: list[int] = field(default_factory=list)
@@ -94,6 +101,7 @@ class WholeAnswer:
 
     def __post_init__(self) -> None:
         self._reader = self.answer.reader()
+        self._text.append(self.echo)
 
     def add(self, chunk: Chunk) -> None:
         for piece in _pieces(self._reader, chunk):

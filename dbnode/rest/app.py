@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -36,6 +35,8 @@ from stratakv.settings import RestSettings
 from stratakv.version import version
 
 CACHE_DROP_TIMEOUT_S = 10.0
+PATH_CHARS_MAX = 200
+"""So much of a path that is not known is repeated to the client."""
 ALL_TIERS = {"tiers": ["l1", "l2"]}
 
 
@@ -95,6 +96,8 @@ class RestFace:
         app.add_api_route("/v1/stratakv/pin", self._pins.pin, methods=["POST"])
         app.add_api_route("/health", self._health, methods=["GET"])
         app.add_api_route("/ready", self._ready, methods=["GET"])
+        for path, looked_at in (("/health", self._health), ("/ready", self._ready)):  # as some load balancers do
+            app.add_api_route(path, looked_at, methods=["HEAD"], include_in_schema=False)
         app.add_api_route("/version", self._version, methods=["GET"])
         app.add_api_route("/metrics", self._metrics, methods=["GET"])
         app.add_api_route("/admin/cache/drop", self._drop_cache, methods=["POST"])
@@ -162,8 +165,7 @@ class RestFace:
         return {"workers": dropped}
 
     async def _routes(self) -> Response:
-        decisions = [asdict(decision) for decision in self._service.scheduler.decisions]
-        return Response(json_bytes({"routes": decisions}), media_type="application/json")
+        return Response(json_bytes({"routes": list(self._service.scheduler.decisions)}), media_type="application/json")
 
     async def _workers(self) -> Response:
         states = [
@@ -183,4 +185,8 @@ class RestFace:
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException) and error.status_code in (404, 405):
+        place = request.url.path[:PATH_CHARS_MAX]
+        what = f"there is no {place}" if error.status_code == 404 else f"{request.method} is not offered at {place}"
+        error = HTTPException(error.status_code, what, error.headers)
     return error_response(error)

@@ -10,7 +10,8 @@ import asyncio
 import hashlib
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from dbnode.generate import Chunk, GenerateRequest
 from dbnode.rest.parse import Parsed
@@ -19,16 +20,15 @@ CHUNKS_WAITING_MAX = 256
 """Of all answers together; those that are ahead of the client wait."""
 
 Generate = Callable[[GenerateRequest], AsyncGenerator[Chunk, None]]
-_Told = tuple[int, Chunk] | BaseException
+_Told = Chunk | BaseException
 
 
-async def answers(generate: Generate, parsed: Parsed) -> AsyncGenerator[tuple[int, Chunk], None]:
-    """Chunks with the index of their answer, as they come. Closing it cancels all; what one of them raises ends all."""
-    if parsed.num_choices == 1:
-        async with aclosing(generate(parsed.request)) as chunks:
-            async for chunk in chunks:
-                yield 0, chunk
-        return
+def answers(generate: Generate, parsed: Parsed) -> AsyncGenerator[Chunk, None]:
+    """Chunks of all answers, as they come. Closing it cancels all; what one of them raises ends all."""
+    return generate(parsed.request) if parsed.num_choices == 1 else _several(generate, parsed)
+
+
+async def _several(generate: Generate, parsed: Parsed) -> AsyncGenerator[Chunk, None]:
     queue: asyncio.Queue[_Told] = asyncio.Queue(CHUNKS_WAITING_MAX)
     tasks = _start(generate, parsed, queue)
     try:
@@ -37,7 +37,7 @@ async def answers(generate: Generate, parsed: Parsed) -> AsyncGenerator[tuple[in
             told = await queue.get()
             if isinstance(told, BaseException):
                 raise told
-            num_left -= told[1].finish_reason is not None
+            num_left -= told.finish_reason is not None
             yield told
     finally:
         for task in tasks:
@@ -71,7 +71,7 @@ async def _answer(
         async with aclosing(generate(request)) as chunks:
             async for chunk in chunks:
                 is_computed.set()
-                await queue.put((index, chunk))
+                await queue.put(replace(chunk, index=index))
     except Exception as error:  # told to whoever reads the queue
         await queue.put(error)
 

@@ -11,7 +11,6 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
-from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from dbnode.generate import Chunk, Source, Usage
@@ -19,13 +18,13 @@ from dbnode.inference import InferenceService
 from dbnode.rest.answer_format import AnswerEvents, AnswerFormat, WholeAnswer
 from dbnode.rest.bodies import DONE, EventWriter, error_event, metrics_object, total, usage_object, whole
 from dbnode.rest.choices import Generate, answers
-from dbnode.rest.door import caller_of
+from dbnode.rest.door import caller_in
 from dbnode.rest.form import Form
 from dbnode.rest.http import cancelled_by_disconnect, error_response
 from dbnode.rest.parse import Asked, Parsed, parse_chat, parse_completion
 from dbnode.rest.sending import PartSender
 from stratakv.errors import Cancelled, Overloaded, StrataError
-from stratakv.http_body import read_body
+from stratakv.http_body import receive_body
 from stratakv.log import EventLogger
 from stratakv.settings import RestSettings
 
@@ -35,7 +34,7 @@ _STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"ca
 _JSON_HEADERS = [(b"content-type", b"application/json")]
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 _Parse = Callable[[bytes, Asked], Parsed]
-_Answers = AsyncGenerator[tuple[int, Chunk], None]
+_Chunks = AsyncGenerator[Chunk, None]
 
 
 class Completions:
@@ -62,13 +61,13 @@ class Completions:
         generate: Generate | None = None,
     ) -> None:
         """Answer one request; another way of generating than the service's may be given."""
-        tenant = caller_of(Request(scope)).tenant
+        tenant = caller_in(scope).tenant
         is_full = self._in_progress >= self._settings.requests_max
         if is_full and not self._service.admission.make_room(Source.REST, tenant):
             raise Overloaded(f"{self._in_progress} requests are in progress already")
         self._in_progress += 1
         try:
-            body = await read_body(Request(scope, receive), self._settings.body_bytes_max)
+            body = await receive_body(scope, receive, self._settings.body_bytes_max)
             parsed = parse(body, _asked(form, scope))
             async with (
                 cancelled_by_disconnect(receive),
@@ -80,12 +79,12 @@ class Completions:
         finally:
             self._in_progress -= 1
 
-    async def _whole(self, form: Form, parsed: Parsed, chunks: _Answers, send: Send) -> None:
+    async def _whole(self, form: Form, parsed: Parsed, chunks: _Chunks, send: Send) -> None:
         answer = self._format(form, parsed)
-        choices = [WholeAnswer(answer, index) for index in range(parsed.num_choices)]
+        choices = [WholeAnswer(answer, index, echo) for index, echo in enumerate(await self._echoes(parsed))]
         usages: list[Usage] = []
-        async for index, chunk in chunks:
-            choices[index].add(chunk)
+        async for chunk in chunks:
+            choices[chunk.index].add(chunk)
             if chunk.usage is not None:
                 usages.append(chunk.usage)
         more = _more(parsed, usages, with_usage=True)
@@ -95,35 +94,36 @@ class Completions:
         await send({"type": "http.response.start", "status": 200, "headers": [*_JSON_HEADERS, length]})
         await send({"type": "http.response.body", "body": body})
 
-    async def _stream(self, form: Form, parsed: Parsed, chunks: _Answers, send: Send) -> None:
+    async def _stream(self, form: Form, parsed: Parsed, chunks: _Chunks, send: Send) -> None:
         writers = self._writers(form, parsed)
         answer = self._format(form, parsed)
-        streams = [AnswerEvents(answer, writer) for writer in writers]
+        echoes = await self._echoes(parsed)
+        streams = [AnswerEvents(answer, writer, echo) for writer, echo in zip(writers, echoes, strict=True)]
         usages: list[Usage] = []
         parts = PartSender(send)
-        started = False
+        started, end = False, b""
         try:
-            async for index, chunk in chunks:
-                events = streams[index].events(chunk)
+            async for chunk in chunks:
+                events = streams[chunk.index].events(chunk)
                 if chunk.usage is not None:
                     usages.append(chunk.usage)
                     if len(usages) == len(streams):
                         more = _more(parsed, usages, with_usage=parsed.include_usage)
-                        events += (writers[0].end(more) if more else b"") + DONE
+                        events, end = b"", events + (writers[0].end(more) if more else b"") + DONE
                 if not started:
                     await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
                     started = True
                 if events:
                     await parts.send(events)
+            await parts.send(end, is_last=True)
         except Cancelled:
             raise
         except StrataError as error:
             if not started:
                 raise
-            await parts.send(error_event(error.openai_body()))
+            await parts.send(end + error_event(error.openai_body()), is_last=True)
         finally:
             parts.close()
-        await send({"type": "http.response.body", "body": b""})
 
     def _writers(self, form: Form, parsed: Parsed) -> list[EventWriter]:
         request_id, model, include_usage = parsed.request.request_id, self._service.model, parsed.include_usage
@@ -131,6 +131,13 @@ class Completions:
             EventWriter(form, request_id, model, include_usage=include_usage, index=index)
             for index in range(parsed.num_choices)
         ]
+
+    async def _echoes(self, parsed: Parsed) -> list[str]:
+        """What each answer begins with."""
+        if not parsed.echo:
+            return [""] * parsed.num_choices
+        texts = [await self._service.tokens.prompt_text(request) for request in parsed.prompts]
+        return [text for text in texts for _ in range(parsed.num_answers)]
 
     def _format(self, form: Form, parsed: Parsed) -> AnswerFormat:
         num_top = parsed.request.sampling.logprobs
@@ -148,7 +155,7 @@ def _asked(form: Form, scope: Scope) -> Asked:
     return Asked(
         form.id_prefix + uuid.uuid4().hex,
         scope["state"]["trace_id"],
-        caller_of(Request(scope)),
+        caller_in(scope),
         traceparent,
         wants_timing,
     )

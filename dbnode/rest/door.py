@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 
 from starlette.requests import Request
+from starlette.types import Scope
 
 from dbnode.errors import Unauthenticated
 from dbnode.generate import Caller
@@ -73,5 +74,10 @@ def needed_permission(path: str) -> Permission | None:
 
 def caller_of(request: Request) -> Caller:
     """Who the door let in, as requests of inference name them."""
-    principal: Principal = request.state.principal
+    return caller_in(request.scope)
+
+
+def caller_in(scope: Scope) -> Caller:
+    """The same of a request that is not wrapped."""
+    principal: Principal = scope["state"]["principal"]
     return Caller(principal.tenant, principal.models)

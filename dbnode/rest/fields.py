@@ -6,6 +6,8 @@ the field.
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,6 +17,10 @@ import msgspec
 from stratakv.errors import InvalidRequest
 
 Schema = dict[str, Any]
+_GZIP = b"\x1f\x8b"
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+DEPTH_MAX = 100
+"""Objects and lists in each other."""
 NAME_CHARS_MAX = 64
 """So much of a name that is not known is repeated to the client."""
 
@@ -101,15 +107,18 @@ class Unsupported:
     """A field that is known and does nothing here: only values that ask for nothing are taken."""
 
     neutral: tuple[Any, ...]
+    hint: str | None = None
 
     @property
     def schema(self) -> Schema:
-        return {"enum": list(self.neutral), "description": "Not supported: any other value is refused."}
+        description = f"Not supported: any other value is refused. {self.hint or ''}".rstrip()
+        return {"enum": list(self.neutral), "description": description}
 
     def read(self, name: str, value: Any) -> None:
         # 0 and 0.0 are the same to JSON; false is something else.
         if not any(isinstance(value, bool) == isinstance(n, bool) and value == n for n in self.neutral):
-            raise InvalidRequest(f"{name}: this value is not supported", param=name)
+            what = "this value is not supported" if self.neutral else "not supported"
+            raise InvalidRequest(f"{name}: {what}", hint=self.hint, param=name)
 
 
 def read_fields(body: bytes, fields: Fields) -> dict[str, Any]:
@@ -117,22 +126,57 @@ def read_fields(body: bytes, fields: Fields) -> dict[str, Any]:
     try:
         given = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        if not body:
-            raise InvalidRequest("the request has no body") from None
-        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
+        raise _not_json(body, error) from None
     if not isinstance(given, dict):
         raise InvalidRequest("the body must be a JSON object")
+    if body.count(b"[") + body.count(b"{") > DEPTH_MAX:
+        _check_depth(given)
     found: dict[str, Any] = {}
     for name, value in given.items():
         field = fields.get(name)
         if field is None:
-            shown = name[:NAME_CHARS_MAX]
-            raise InvalidRequest(f"{shown}: unknown field", param=shown)
+            raise _unknown(name, fields)
         if value is not None:
             meant = field.read(name, value)
             if meant is not None:
                 found[name] = meant
     return found
+
+
+def _unknown(name: str, fields: Fields) -> InvalidRequest:
+    """With the field that may have been meant."""
+    shown = name[:NAME_CHARS_MAX]
+    near = difflib.get_close_matches(shown, fields, n=1, cutoff=0.8)
+    hint = f"Did you mean {near[0]}?" if near else None
+    return InvalidRequest(f"{shown}: unknown field", hint=hint, param=shown)
+
+
+def _not_json(body: bytes, error: Exception) -> InvalidRequest:
+    """Says more than the decoder where more is known."""
+    if not body:
+        return InvalidRequest("the request has no body")
+    if body.startswith(_GZIP):
+        return InvalidRequest("the body is compressed", hint="Send it as it is, without Content-Encoding.")
+    if isinstance(error, RecursionError):
+        return InvalidRequest(f"the body is nested deeper than {DEPTH_MAX} levels")
+    if isinstance(error, UnicodeDecodeError):
+        return InvalidRequest("the body is not UTF-8")
+    hint = "It has an escape of half a surrogate pair, maybe." if _SURROGATE.search(body) else None
+    return InvalidRequest(f"the body is not valid JSON: {error}", hint=hint)
+
+
+def _check_depth(given: dict[str, Any]) -> None:
+    """Raises InvalidRequest. What is nested deeper is no request, and some who walk through it cannot."""
+    for name, value in given.items():
+        level = [value]
+        for _ in range(DEPTH_MAX):
+            inner = [part for part in level if isinstance(part, dict | list)]
+            if not inner:
+                break
+            level = [part for one in inner for part in (one.values() if isinstance(one, dict) else one)]
+        else:
+            shown = name[:NAME_CHARS_MAX]
+            raise InvalidRequest(f"{shown}: nested deeper than {DEPTH_MAX} levels", param=shown)
 
 
 def check_names(place: str, value: Mapping[str, Any], known: frozenset[str]) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import math
 import re
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 
 from starlette.exceptions import HTTPException
@@ -45,13 +45,13 @@ class Guard:
         started = False
         principal: Principal | None = None
 
-        async def send_with_id(message: Message) -> None:
+        def send_with_id(message: Message) -> Awaitable[None]:
             nonlocal started
-            if message["type"] == "http.response.start":
+            if not started and message["type"] == "http.response.start":
                 started = True
                 limits = self._door.headers(principal) if principal is not None else ()
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", trace_id.encode()), *limits]
-            await send(message)
+            return send(message)
 
         try:
             client = scope.get("client")

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from dbnode.generate import Caller, GenerateRequest, Sampling, Source
+import msgspec
+
+from dbnode.generate import Caller, GenerateRequest, Sampling, Source, StructuredOutputs
 from dbnode.rest.fields import Boolean, Field, Integer, Number, Schema, Unsupported, read_fields
 from dbnode.rest.messages_schema import MESSAGES_SCHEMA
 from dbnode.rest.sampling_fields import CACHE_SALT, CHOICES_MAX, INTEGER_MAX, LOGPROBS_MAX, MODEL, SAMPLING, SHARED
+from dbnode.rest.template_fields import TEMPLATE, chat_style
 from dbnode.rest.tools import ToolChoice, Tools, ToolUse, tool_use
+from dbnode.rest.unsupported_fields import UNSUPPORTED_CHAT, UNSUPPORTED_COMPLETION
 from stratakv.errors import InvalidRequest
 
 COMPLETION_MAX_TOKENS_DEFAULT = 16
@@ -26,8 +29,7 @@ _Given = Mapping[str, Any]
 _TOKEN_IDS_SCHEMA: Schema = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(msgspec.Struct, frozen=True):
     """Of whom and how a request came, beside its body."""
 
     request_id: str
@@ -37,8 +39,7 @@ class Asked:
     wants_timing: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Parsed:
+class Parsed(msgspec.Struct, frozen=True):
     """Prompts, how many answers each of them gets, and the form these are to have."""
 
     prompts: tuple[GenerateRequest, ...]
@@ -48,6 +49,8 @@ class Parsed:
     include_usage: bool = False
     wants_timing: bool = False
     tools: ToolUse | None = None
+    echo: bool = False
+    """Each answer begins with its prompt."""
 
     @property
     def num_choices(self) -> int:
@@ -101,6 +104,8 @@ def _one_prompt(name: str, value: Any) -> str | tuple[int, ...]:
 
 CHAT: dict[str, Field] = {
     **SHARED,
+    **TEMPLATE,
+    **UNSUPPORTED_CHAT,
     "messages": Messages(),
     "max_completion_tokens": Integer(1, INTEGER_MAX),
     "logprobs": Boolean(),
@@ -109,9 +114,18 @@ CHAT: dict[str, Field] = {
     "tool_choice": ToolChoice(),
     "parallel_tool_calls": Boolean(),
 }
-COMPLETION: dict[str, Field] = {**SHARED, "prompt": Prompts(), "logprobs": Integer(0, LOGPROBS_MAX)}
+COMPLETION: dict[str, Field] = {
+    **SHARED,
+    **UNSUPPORTED_COMPLETION,
+    "prompt": Prompts(),
+    "logprobs": Integer(0, LOGPROBS_MAX),
+    "echo": Boolean(),
+}
 TURN: dict[str, Field] = {
     **CHAT,
+    "add_generation_prompt": Unsupported((True,)),
+    "continue_final_message": Unsupported((False,), "A turn begins with a message of its own."),
+    "truncate_prompt_tokens": Unsupported((), "A fork at an earlier item is shorter."),
     "version": Integer(0, INTEGER_MAX),
     "n": Unsupported((1,)),
     "tools": Unsupported(([],)),
@@ -160,7 +174,7 @@ def _chat(given: _Given, asked: Asked) -> Parsed:
     if top_logprobs and not given.get("logprobs"):
         raise InvalidRequest("top_logprobs: only with logprobs = true", param="top_logprobs")
     tools = tool_use(given)
-    form = given.get("response_format")
+    form = _form(given)
     if form is not None and tools is not None:
         raise InvalidRequest("response_format: only text where tools may be called", param="response_format")
     sampling = _sampling(
@@ -169,18 +183,23 @@ def _chat(given: _Given, asked: Asked) -> Parsed:
         logprobs=top_logprobs if given.get("logprobs") else None,
         structured_outputs=form if tools is None else tools.form(),
     )
-    request = _request(given, asked, sampling, messages=given["messages"], tools=given.get("tools", ()))
+    messages, style = given["messages"], chat_style(given)
+    request = _request(given, asked, sampling, messages=messages, tools=given.get("tools", ()), style=style)
     return _parsed(given, asked, (request,), tools)
 
 
 def parse_completion(body: bytes, asked: Asked) -> Parsed:
     """POST /v1/completions."""
     given = read_fields(body, COMPLETION)
+    if given.get("echo") and "logprobs" in given:
+        raise InvalidRequest(
+            "echo: not with logprobs", hint="There are no log-probabilities of a prompt's tokens.", param="echo"
+        )
     sampling = _sampling(
         given,
         max_tokens=given.get("max_tokens", COMPLETION_MAX_TOKENS_DEFAULT),
         logprobs=given.get("logprobs"),
-        structured_outputs=given.get("response_format"),
+        structured_outputs=_form(given),
     )
     prompts = _prompts(given)
     requests = tuple(_request(given, asked, sampling, index, prompt=prompt) for index, prompt in enumerate(prompts))
@@ -210,11 +229,22 @@ def _prompts(given: _Given) -> tuple[str | tuple[int, ...], ...]:
     return prompts
 
 
+def _form(given: _Given) -> StructuredOutputs | None:
+    """What the answer is held to, by either of the two fields."""
+    form: StructuredOutputs | None = given.get("structured_outputs")
+    if form is not None and "response_format" in given:
+        raise InvalidRequest("structured_outputs: not with response_format", param="structured_outputs")
+    return form or given.get("response_format")
+
+
 def _sampling(given: _Given, **more: Any) -> Sampling:
     chosen = {name: value for name, value in given.items() if name in SAMPLING}
     if chosen.get("top_k") == -1:
         chosen["top_k"] = 0
-    return Sampling(**chosen, **more)
+    sampling = Sampling(**chosen, **more)
+    if sampling.min_tokens and sampling.structured_outputs is not None:
+        raise InvalidRequest("min_tokens: an answer that must have a form ends when it is whole", param="min_tokens")
+    return sampling
 
 
 def _request(given: _Given, asked: Asked, sampling: Sampling, index: int = 0, **content: Any) -> GenerateRequest:
@@ -227,11 +257,19 @@ def _request(given: _Given, asked: Asked, sampling: Sampling, index: int = 0, **
         priority=given.get("priority", 0),
         slo_class=given.get("slo_class"),
         cache_salt=given.get("cache_salt"),
+        prompt_tokens_max=_prompt_tokens_max(given),
         caller=asked.caller,
         trace_id=asked.trace_id,
         traceparent=asked.traceparent,
         **content,
     )
+
+
+def _prompt_tokens_max(given: _Given) -> int | None:
+    wanted: int | None = given.get("truncate_prompt_tokens")
+    if wanted == 0:
+        raise InvalidRequest("truncate_prompt_tokens: expected -1, or 1 and more", param="truncate_prompt_tokens")
+    return 0 if wanted == -1 else wanted
 
 
 def _parsed(given: _Given, asked: Asked, prompts: tuple[GenerateRequest, ...], tools: ToolUse | None) -> Parsed:
@@ -240,4 +278,5 @@ def _parsed(given: _Given, asked: Asked, prompts: tuple[GenerateRequest, ...], t
         raise InvalidRequest("stream_options: only with stream = true", param="stream_options")
     if len(prompts) * num_answers > CHOICES_MAX:
         raise InvalidRequest(f"n: at most {CHOICES_MAX} answers to all prompts together", param="n")
-    return Parsed(prompts, num_answers, stream, given.get("stream_options", False), asked.wants_timing, tools)
+    options, echo = given.get("stream_options", False), given.get("echo", False)
+    return Parsed(prompts, num_answers, stream, options, asked.wants_timing, tools, echo)

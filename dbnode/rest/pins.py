@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from fastapi import Request
+from msgspec.structs import replace
 
 from dbnode.inference import InferenceService
 from dbnode.rest.door import caller_of

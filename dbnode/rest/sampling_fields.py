@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dbnode.generate import SloClass, StructuredOutputs
-from dbnode.rest.fields import Boolean, Field, Integer, Number, Schema, Text, Unsupported, check_names
+from dbnode.generate import SloClass
+from dbnode.rest.fields import Boolean, Field, Integer, Number, Schema, Text
+from dbnode.rest.form_fields import GivenForm, ResponseFormat
+from dbnode.rest.unsupported_fields import UNSUPPORTED
 from stratakv.errors import InvalidRequest
 
 STOPS_MAX = 16
@@ -21,6 +23,7 @@ PENALTY_MAX = 2.0
 REPETITION_PENALTY_MAX = 100.0
 BIASES_MAX = 1024
 BIAS_MAX = 100.0
+STOP_TOKENS_MAX = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,19 @@ class Stop:
                 f"{name}: expected at most {STOPS_MAX} strings of 1 to {STOP_CHARS_MAX} characters", param=name
             )
         return tuple(stops)
+
+
+@dataclass(frozen=True, slots=True)
+class StopTokens:
+    @property
+    def schema(self) -> Schema:
+        return {"type": "array", "items": {"type": "integer", "minimum": 0}, "maxItems": STOP_TOKENS_MAX}
+
+    def read(self, name: str, value: Any) -> tuple[int, ...]:
+        is_list = isinstance(value, list) and len(value) <= STOP_TOKENS_MAX
+        if not is_list or not all(type(token) is int and token >= 0 for token in value):
+            raise InvalidRequest(f"{name}: expected at most {STOP_TOKENS_MAX} token ids", param=name)
+        return tuple(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,57 +106,6 @@ class StreamOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class ResponseFormat:
-    @property
-    def schema(self) -> Schema:
-        plain = {
-            "type": "object",
-            "properties": {"type": {"enum": ["text", "json_object"]}},
-            "required": ["type"],
-            "additionalProperties": False,
-        }
-        described = {
-            "name": {"type": ["string", "null"]},
-            "description": {"type": ["string", "null"]},
-            "strict": {"type": ["boolean", "null"]},
-            "schema": {"type": "object"},
-        }
-        inner = {"type": "object", "properties": described, "required": ["schema"], "additionalProperties": False}
-        held = {
-            "type": "object",
-            "properties": {"type": {"const": "json_schema"}, "json_schema": inner},
-            "required": ["type", "json_schema"],
-            "additionalProperties": False,
-        }
-        return {"anyOf": [plain, held]}
-
-    def read(self, name: str, value: Any) -> StructuredOutputs | None:
-        """The form of the answer, in OpenAI's words."""
-        kind = value.get("type") if isinstance(value, dict) else None
-        if kind not in ("text", "json_object", "json_schema"):
-            raise InvalidRequest(f"{name}.type: expected text, json_object or json_schema", param=f"{name}.type")
-        check_names(name, value, frozenset(("type", "json_schema") if kind == "json_schema" else ("type",)))
-        if kind == "json_schema":
-            return StructuredOutputs(json=_json_schema(f"{name}.json_schema", value.get("json_schema")))
-        return StructuredOutputs(json={"type": "object"}) if kind == "json_object" else None
-
-
-def _json_schema(place: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise InvalidRequest(f"{place}: expected an object", param=place)
-    check_names(place, value, frozenset(("name", "description", "schema", "strict")))
-    for name in ("name", "description"):  # OpenAI shows them to the model; here they do nothing
-        if not isinstance(value.get(name, ""), str | None):
-            raise InvalidRequest(f"{place}.{name}: expected a string", param=f"{place}.{name}")
-    if not isinstance(value.get("strict"), bool | None):
-        raise InvalidRequest(f"{place}.strict: expected true or false", param=f"{place}.strict")
-    schema = value.get("schema")
-    if not isinstance(schema, dict):
-        raise InvalidRequest(f"{place}.schema: expected an object", param=f"{place}.schema")
-    return schema
-
-
-@dataclass(frozen=True, slots=True)
 class Service:
     @property
     def schema(self) -> Schema:
@@ -160,6 +125,10 @@ SAMPLING: dict[str, Field] = {
     "seed": Integer(-INTEGER_MAX, INTEGER_MAX),
     "stop": Stop(),
     "ignore_eos": Boolean(),
+    "stop_token_ids": StopTokens(),
+    "min_tokens": Integer(0, INTEGER_MAX),
+    "include_stop_str_in_output": Boolean(),
+    "skip_special_tokens": Boolean(),
     "presence_penalty": Number(-PENALTY_MAX, PENALTY_MAX),
     "frequency_penalty": Number(-PENALTY_MAX, PENALTY_MAX),
     "repetition_penalty": Number(0.0, REPETITION_PENALTY_MAX, above_low=True),
@@ -176,20 +145,14 @@ SHARED: dict[str, Field] = {
     "max_tokens": Integer(1, INTEGER_MAX),
     "n": Integer(1, CHOICES_MAX),
     "response_format": ResponseFormat(),
+    "structured_outputs": GivenForm(),
     "stream": Boolean(),
     "stream_options": StreamOptions(),
+    "truncate_prompt_tokens": Integer(-1, INTEGER_MAX),
     "user": Text(USER_CHARS_MAX),
+    "safety_identifier": Text(USER_CHARS_MAX),
     "priority": Integer(-PRIORITY_MAX, PRIORITY_MAX),
     "slo_class": Service(),
     "cache_salt": CACHE_SALT,
-    # known, not supported
-    "best_of": Unsupported((1,)),
-    "echo": Unsupported((False,)),
-    "functions": Unsupported(([],)),
-    "function_call": Unsupported(("none",)),
-    "suffix": Unsupported(("",)),
-    "store": Unsupported((False,)),
-    "metadata": Unsupported(({},)),
-    "service_tier": Unsupported(("auto", "default")),
-    "modalities": Unsupported((["text"],)),
+    **UNSUPPORTED,
 }

@@ -27,11 +27,11 @@ class PartSender:
         self._is_given_up = False
         self._timer = self._loop.call_later(timeout_s, self._look)
 
-    async def send(self, part: bytes) -> None:
+    async def send(self, part: bytes, *, is_last: bool = False) -> None:
         """Raises Cancelled if the client does not read."""
         self._sending_since = self._loop.time()
         try:
-            await self._send({"type": "http.response.body", "body": part, "more_body": True})
+            await self._send({"type": "http.response.body", "body": part, "more_body": not is_last})
         except asyncio.CancelledError:
             if not self._is_given_up or self._task is None or self._task.uncancel():
                 raise

@@ -14,6 +14,7 @@ from dbnode.rest.door import caller_of
 from dbnode.rest.fields import Boolean, Field, Schema, Text, read_fields
 from dbnode.rest.parse import Messages
 from dbnode.rest.sampling_fields import MODEL
+from dbnode.rest.template_fields import TEMPLATE, chat_style
 from dbnode.rest.tools import Tools
 from stratakv.errors import InvalidRequest
 from stratakv.http_body import read_body
@@ -41,7 +42,7 @@ TOKENIZE: dict[str, Field] = {
     "messages": Messages(),
     "tools": Tools(),
     "add_special_tokens": Boolean(),
-    "add_generation_prompt": Boolean(),
+    **TEMPLATE,
     "return_token_strs": Boolean(),
 }
 DETOKENIZE: dict[str, Field] = {"model": MODEL, "tokens": TokenIds()}
@@ -60,7 +61,7 @@ class TokenEndpoints:
         if ("prompt" in given) == ("messages" in given):
             raise InvalidRequest("prompt: expected either a prompt or messages", param="prompt")
         if "prompt" in given:
-            for name in given.keys() & {"tools", "add_generation_prompt"}:
+            for name in given.keys() & {"tools", *TEMPLATE}:
                 raise InvalidRequest(f"{name}: only with messages", param=name)
             special = given.get("add_special_tokens", True)
             token_ids = await self._service.tokens.of_text(given["prompt"], special=special)
@@ -87,6 +88,5 @@ class TokenEndpoints:
 
     def _of_chat(self, given: dict[str, Any]) -> list[int]:
         tokenizer = self._service.tokens.tokenizer
-        begins_answer = given.get("add_generation_prompt", True)
-        text = chat_text(tokenizer, given["messages"], given.get("tools", ()), begins_answer=begins_answer)
+        text = chat_text(tokenizer, given["messages"], given.get("tools", ()), chat_style(given))
         return encode(tokenizer, text, special=given.get("add_special_tokens", False))

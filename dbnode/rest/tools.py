@@ -165,7 +165,10 @@ def _call_schema(function: Mapping[str, Any], definitions: dict[str, Any]) -> Sc
     """One call; definitions that its arguments refer to are moved to where references look for them."""
     arguments = dict(_arguments_schema(function))
     for place in ("$defs", "definitions"):
-        for name, schema in (arguments.pop(place, None) or {}).items():
+        defined = arguments.pop(place, None) or {}
+        if not isinstance(defined, dict):
+            raise InvalidRequest(f"tools: {place} of {function['name']}: expected an object", param="tools")
+        for name, schema in defined.items():
             known = definitions.setdefault(place, {})
             if known.setdefault(name, schema) != schema:
                 raise InvalidRequest(f"tools: two functions define {name[:64]!r} differently", param="tools")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from stratakv.wire import WorkerRole
 from stratakv.worker_profile import Curves
@@ -20,8 +21,7 @@ ROLE_MISMATCH_MS = 200.0
 """What a worker of the wrong role must be faster by."""
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(msgspec.Struct, frozen=True):
     """One live worker as the router sees it for one request."""
 
     worker: str
@@ -55,8 +55,7 @@ class Candidate:
     """Tokens it had to compute for one request, on average."""
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(msgspec.Struct, frozen=True):
     """What the request needs of a worker."""
 
     prompt_tokens: int
@@ -66,8 +65,7 @@ class Work:
     """A token should not take longer; 0: no matter."""
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
+class Cost(msgspec.Struct, frozen=True):
     """Parts of a score."""
 
     queue_ms: float

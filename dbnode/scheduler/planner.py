@@ -11,7 +11,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+
+import msgspec
 
 from dbnode.errors import NoWorker
 from dbnode.scheduler.cost import PREFILL_TOKENS_PER_S_DEFAULT, Candidate, Work, forecast_s, prefill_cost
@@ -55,8 +56,7 @@ class PromptKeys:
         return self._by_size[block_size]
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(msgspec.Struct, frozen=True):
     """Where to send a request: to `worker`, after `prefill` when that is given."""
 
     worker: WorkerRecord
@@ -71,8 +71,7 @@ class Plan:
         return self.prefill or self.worker
 
 
-@dataclass(frozen=True, slots=True)
-class RouteRecord:
+class RouteRecord(msgspec.Struct, frozen=True):
     """One decision, as /admin/routes shows it."""
 
     request_id: str
@@ -151,10 +150,15 @@ class Planner:
     def least_wait_s(self, records: Sequence[WorkerRecord]) -> float | None:
         """The shortest queue; None without workers, or while rates are not measured."""
         now_s = self._clock()
-        candidates = [record.candidate(0, 0, now_s) for record in records if record.usable]
-        if not candidates or not all(candidate.prefill_tokens_per_s for candidate in candidates):
-            return None
-        return min(candidate.queued_tokens / candidate.prefill_tokens_per_s for candidate in candidates)
+        least_s: float | None = None
+        for record in records:
+            if record.usable:
+                rate = record.load.prefill_tokens_per_s
+                if not rate:
+                    return None
+                wait_s = record.queued_tokens(now_s) / rate
+                least_s = wait_s if least_s is None else min(least_s, wait_s)
+        return least_s
 
     def forecast(
         self,
@@ -190,7 +194,7 @@ class Planner:
         """A worker is about to get a request of which it has to compute so many tokens."""
         assert record.facts is not None
         sent = Sent(self._clock(), num_tokens, len(keys.token_ids), keys=keys.of_size(record.facts.block_size))
-        record.sent.append(sent)
+        record.send(sent)
         record.index.add(sent.keys, self._settings.request_timeout_s)
         self._turns += 1
         record.last_turn = self._turns
@@ -201,19 +205,14 @@ class Planner:
         """The request's prompt is computed."""
         if sent.prefilled:
             return
-        sent.prefilled = True
-        record.prefilled_at_s = self._clock()
+        record.prefilled(sent, self._clock())
         if record.index.is_told:
             record.index.add(sent.keys)  # from now on the worker must tell of them soon
-        if sent.at_s <= record.load_at_s:
-            record.prefilled_tokens += sent.num_tokens
 
     def ended(self, record: WorkerRecord, sent: Sent) -> None:
         """The worker has the request in hand no longer."""
         self.prefilled(record, sent)
-        record.sent.remove(sent)
-        if sent.at_s <= record.load_at_s:
-            record.ended += 1
+        record.ended(sent)
 
     def answered(self, record: WorkerRecord, keys: PromptKeys, output_token_ids: Sequence[int]) -> None:
         """The worker now holds prompt and answer, which the next turn of a conversation begins with."""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from dbnode.scheduler.cost import Candidate, Work, uncached_tokens
+import msgspec
+
+from dbnode.scheduler.cost import Candidate, Work, prefill_cost, uncached_tokens
 from dbnode.scheduler.policies.base import Policy, Stage
 from stratakv.wire import WorkerRole
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(msgspec.Struct, frozen=True):
     """Where a request goes: `worker` alone, or `prefill` first and `worker` for the rest."""
 
     worker: Candidate
@@ -51,7 +51,7 @@ def _split(
     rng: random.Random,
     scores: dict[str, float],
 ) -> Decision | None:
-    """Two workers for a prompt of which nobody holds enough."""
+    """Two workers for a prompt of which nobody holds enough, unless those that prefill have too much to do."""
     decoders = [c for c in candidates if c.role in Stage.DECODE.preferred_roles]
     if len(decoders) == len(candidates) or not decoders:
         return None
@@ -62,7 +62,19 @@ def _split(
     if not prefillers:
         return None
     prefiller = _least(prefillers, work, policy, Stage.PREFILL, rng, scores)
+    if _waits_too_long(prefiller, decoder, work):
+        return None
     return Decision(decoder, prefiller, uncached_tokens(prefiller, work), scores)
+
+
+def _waits_too_long(prefiller: Candidate, decoder: Candidate, work: Work) -> bool:
+    """Whether the prompt would wait longer for the one than it would hold up, and wait, on the other."""
+    there = prefill_cost(prefiller, work, Stage.PREFILL.preferred_roles)
+    here = prefill_cost(decoder, work, Stage.PREFILL.preferred_roles)
+    num_held_up = max(
+        0, decoder.running - prefiller.running
+    )  # whose prompts are still to be computed decode nothing yet
+    return there.queue_ms > here.queue_ms + here.prefill_ms * num_held_up + here.role_ms
 
 
 def _least(

@@ -88,6 +88,7 @@ class WorkerDirectory(Fleet):
         finally:
             _stop_listening(record)
         del self._records[url], self._watchers[url]
+        self._changed()
         log.info("worker_forgotten", url=url)
 
     async def _keep_polling(self, url: str, record: WorkerRecord) -> None:
@@ -141,13 +142,14 @@ class WorkerDirectory(Fleet):
             self._lost(record)
         if record.sent and self._clock() - record.heard_s > SILENT_S_MAX:
             log.warning("worker_silent", url=record.url, in_hand=len(record.sent))
-            for sent in record.sent:
+            for sent in list(record.sent):
                 if sent.abort is not None:
                     sent.abort()
 
     def _lost(self, record: WorkerRecord) -> None:
         if record.alive:
             record.alive = False
+            self._changed()
             self._alive_changed(record)
 
     def _alive_changed(self, record: WorkerRecord) -> None:

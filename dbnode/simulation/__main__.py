@@ -7,13 +7,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 
+from dbnode.simulation.errors import ProfileError
+from dbnode.simulation.profiles import find_profile, with_rates_of
 from dbnode.simulation.report import SimReport
 from dbnode.simulation.run import SimSettings, simulate
 from dbnode.simulation.trace import BLOCK_TOKENS, read_trace
 from stratakv.cli.options import ConfigOption, JsonOption, SetOption, print_json, read_settings, table_console
 from stratakv.errors import SetupError
+from stratakv.profile_store import ProfileStore
 from stratakv.settings import RouterPolicy
 
 GB = 1e9
@@ -31,14 +35,20 @@ def sim(
         list[RouterPolicy] | None, typer.Option(help="Routing policy; repeatable; by default router.policy.")
     ] = None,
     block_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a block of the trace.")] = BLOCK_TOKENS,
+    profile: Annotated[
+        str | None, typer.Option(metavar="FILE|MODEL", help="Rates that a worker has measured: `stratakv profile`.")
+    ] = None,
     prefill_tokens_per_s: Annotated[
-        float, typer.Option(min=1, help="Prompt tokens a worker computes in a second.")
-    ] = _BASE.prefill_tokens_per_s,
+        float | None, typer.Option(min=1, help="Prompt tokens a worker computes in a second; 7000 unless --profile.")
+    ] = None,
     l1_blocks: Annotated[int, typer.Option(min=1, help="Blocks that a worker holds itself.")] = _BASE.l1_blocks,
-    decode_step_ms: Annotated[float, typer.Option(min=0, help="Time per generated token.")] = 30.0,
+    decode_step_ms: Annotated[
+        float | None, typer.Option(min=0, help="Time per generated token; 30 unless --profile.")
+    ] = None,
     pool_gb_per_s: Annotated[
-        float, typer.Option(min=0, help="How fast a worker loads from a pool of all; 0: there is none.")
-    ] = 0.0,
+        float | None,
+        typer.Option(min=0, help="How fast a worker loads from a pool of all; 0: there is none; 0 unless --profile."),
+    ] = None,
     pool_blocks: Annotated[int, typer.Option(min=0, help="Blocks in the pool; 0: without bounds.")] = 0,
     kv_bytes_per_token: Annotated[
         int, typer.Option(min=1, help="What is loaded for a token.")
@@ -52,30 +62,56 @@ def sim(
     as_json: JsonOption = False,
 ) -> None:
     """Replay a trace of requests on a simulated fleet, with the router's own code and a clock that jumps."""
-    router = read_settings(config, sets).router
+    found = read_settings(config, sets)
+    router = found.router
     requests = read_trace(trace, block_tokens)
-    settings = SimSettings(
+    settings = replace(
+        _BASE,
         workers=workers,
         block_tokens=block_tokens,
-        prefill_tokens_per_s=prefill_tokens_per_s,
         l1_blocks=l1_blocks,
-        decode_step_s=decode_step_ms / 1000,
         kv_bytes_per_token=kv_bytes_per_token,
-        pool_bytes_per_s=pool_gb_per_s * GB,
         pool_blocks=pool_blocks,
         ttft_max_s=ttft_max_s,
         seed=seed,
         router=router,
     )
+    stored = None if profile is None else find_profile(profile, ProfileStore(found.model.cache_dir))
+    if stored is not None:
+        settings = with_rates_of(settings, stored.profile)
+    settings = _with_given(settings, profile, prefill_tokens_per_s, decode_step_ms, pool_gb_per_s)
     reports = {
         name: simulate(requests, replace(settings, router=replace(router, policy=name)))
         for name in policy or [router.policy]
     }
     if as_json:
-        shown = {name: value for name, value in asdict(settings).items() if name != "router"}
+        shown = {name: value for name, value in asdict(settings).items() if name not in ("router", "profile")}
+        shown["profile"] = None if stored is None else msgspec.to_builtins(stored.key)
         print_json({"settings": shown, "policies": {name.value: found.as_json() for name, found in reports.items()}})
     else:
         _print(reports)
+
+
+def _with_given(
+    settings: SimSettings,
+    profile: str | None,
+    prefill_tokens_per_s: float | None,
+    decode_step_ms: float | None,
+    pool_gb_per_s: float | None,
+) -> SimSettings:
+    """The rates that were given as options. Raises ProfileError if a profile says the same."""
+    if profile is not None and (prefill_tokens_per_s is not None or decode_step_ms is not None):
+        raise ProfileError(
+            "--profile says how long prompts and steps take, and so does --prefill-tokens-per-s or --decode-step-ms",
+            hint="give one of them",
+        )
+    if prefill_tokens_per_s is not None:
+        settings = replace(settings, prefill_tokens_per_s=prefill_tokens_per_s)
+    if decode_step_ms is not None:
+        settings = replace(settings, decode_step_s=decode_step_ms / 1000)
+    if pool_gb_per_s is not None:
+        settings = replace(settings, pool_bytes_per_s=pool_gb_per_s * GB)
+    return settings
 
 
 def _print(reports: dict[RouterPolicy, SimReport]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dbnode.simulation.caches import infinite_hit_tokens
-from dbnode.simulation.worker import SimRequest
+from dbnode.simulation.request import SimRequest
 
 
 @dataclass(frozen=True, slots=True)

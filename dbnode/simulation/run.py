@@ -19,12 +19,14 @@ from dbnode.scheduler.overload import is_late
 from dbnode.scheduler.planner import Planner, PromptKeys, scope
 from dbnode.simulation.caches import LruBlocks
 from dbnode.simulation.report import SimReport
+from dbnode.simulation.request import SimRequest
 from dbnode.simulation.trace import TraceRequest
-from dbnode.simulation.worker import SimRequest, SimWorker, WorkerModel
+from dbnode.simulation.worker import SimWorker, WorkerModel
 from dbnode.worker_messages import WorkerFacts
 from stratakv.keys import BlockKey
 from stratakv.settings import RouterPolicy, RouterSettings
 from stratakv.wire import WorkerRole
+from stratakv.worker_profile import Curves, WorkerProfile
 
 MODEL = "simulated"
 NAMESPACE = "00" * 16
@@ -45,6 +47,8 @@ class SimSettings:
     """How fast a worker loads from the pool; 0: there is no pool."""
     pool_blocks: int = 0
     """0: without bounds."""
+    profile: WorkerProfile = WorkerProfile()
+    """What workers have measured of themselves: where it says something, computing takes what its curves say."""
     ttft_max_s: float = 0.0
     """Requests whose first token the load would make come later are refused; 0: none is."""
     events_lag_s: float = 0.05
@@ -64,6 +68,7 @@ class SimSettings:
             self.decode_step_s,
             self.kv_bytes_per_token,
             self.pool_bytes_per_s,
+            Curves(self.profile) if self.profile.prefill else None,
         )
 
 
@@ -93,6 +98,7 @@ class Simulation:
     def __init__(self, trace: Sequence[TraceRequest], settings: SimSettings) -> None:
         self._trace = trace
         self._settings = settings
+        self._model = settings.model()
         self._time = VirtualTime()
         fleet = Fleet(settings.router, self._time)
         self._planner = Planner(
@@ -122,8 +128,9 @@ class Simulation:
         name = f"w{number}"
         record = fleet.add(f"http://{name}")
         record.index.believe()
-        facts = WorkerFacts(name, name, WorkerRole.BOTH, MODEL, NAMESPACE, self._settings.block_tokens, CONTEXT_TOKENS)
-        worker = SimWorker(self._settings.model(), self._pool, partial(self._told, record))
+        size, profile = self._settings.block_tokens, self._settings.profile
+        facts = WorkerFacts(name, name, WorkerRole.BOTH, MODEL, NAMESPACE, size, CONTEXT_TOKENS, profile=profile)
+        worker = SimWorker(self._model, self._pool, partial(self._told, record))
         fleet.heard(record, facts, worker.load(), -1.0)  # before any request
         record.index.believe()
         self._workers[record.url] = worker
@@ -157,14 +164,21 @@ class Simulation:
         sim = worker.finish(self._time.now_s)
         self._planner.prefilled(record, sim.sent)
         self._done.append(sim)
-        decode_s = max(0, sim.request.output_tokens - 1) * self._settings.decode_step_s
-        self._time.at(self._time.now_s + decode_s, partial(self._ended, record, worker, sim))
+        self._await_end(record, worker)
         self._begin(record, worker)
 
-    def _ended(self, record: WorkerRecord, worker: SimWorker, sim: SimRequest) -> None:
-        worker.decoding -= 1
-        self._pending -= 1
-        self._planner.ended(record, sim.sent)
+    def _await_end(self, record: WorkerRecord, worker: SimWorker) -> None:
+        end_s = worker.decoding.next_end_s
+        if end_s is not None:
+            self._time.at(end_s, partial(self._ended, record, worker, end_s))
+
+    def _ended(self, record: WorkerRecord, worker: SimWorker, expected_s: float) -> None:
+        if worker.decoding.next_end_s != expected_s:
+            return  # others came or went, and it is expected at another time
+        for sim in worker.decoding.take_ended(self._time.now_s):
+            self._pending -= 1
+            self._planner.ended(record, sim.sent)
+        self._await_end(record, worker)
 
     def _told(self, record: WorkerRecord, added: list[BlockKey], left: list[BlockKey]) -> None:
         def know() -> None:

@@ -1,7 +1,7 @@
-"""A simulated worker: computes prompts one after another at a fixed rate, and holds blocks in an L1 of fixed size.
+"""A simulated worker: computes prompts one after another, and holds blocks in an L1 of fixed size.
 
-What the pool has of a prompt is loaded layer by layer while the rest of it is computed, so that the longer of both counts. Decoding
-takes a fixed time per token and slows nothing. At least one token of each prompt is computed.
+It takes as long as the curves of a profile say, or fixed times per token. What the pool has of a prompt is loaded layer by layer
+while the rest of it is computed, so that the longer of both counts. Decoding slows no prompt. At least one token is computed.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from dbnode.scheduler.fleet import Sent
 from dbnode.simulation.caches import LruBlocks
-from dbnode.simulation.trace import TraceRequest
+from dbnode.simulation.decoding import Decoding
+from dbnode.simulation.request import SimRequest
 from stratakv.keys import BlockKey
 from stratakv.wire import WorkerLoad
+from stratakv.worker_profile import Curves
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,21 +29,18 @@ class WorkerModel:
     kv_bytes_per_token: int
     pool_bytes_per_s: float
     """0: there is no pool."""
+    curves: Curves | None = None
+    """Say how long computing takes, if there are any; the rates above are then only what the worker tells of itself."""
 
+    def prefill_s(self, num_tokens: int, num_cached: int) -> float:
+        """So many tokens of a prompt, behind so many that need not be computed."""
+        return self.curves.prefill_s(num_tokens, num_cached) if self.curves else num_tokens / self.prefill_tokens_per_s
 
-@dataclass(slots=True)
-class SimRequest:
-    """One request on its way."""
-
-    number: int
-    """In the trace."""
-    request: TraceRequest
-    sent: Sent
-    l1_tokens: int = 0
-    pool_tokens: int = 0
-    estimated_tokens: int = 0
-    """What it was thought to have to compute when it arrived at the worker."""
-    first_token_s: float = 0.0
+    def step_s(self, num_sequences: int, context_tokens: int) -> float:
+        """One token for each of so many sequences, which have so many tokens together."""
+        if self.curves is None or not num_sequences:
+            return self.decode_step_s
+        return self.curves.decode_step_s(num_sequences, context_tokens // num_sequences)
 
 
 @dataclass(slots=True)
@@ -55,12 +53,13 @@ class SimWorker:
     """Called with the blocks that L1 got and lost."""
     queue: deque[SimRequest] = field(default_factory=deque)
     l1: LruBlocks = field(init=False)
+    decoding: Decoding = field(init=False)
     computing: SimRequest | None = None
-    decoding: int = 0
     waiting_tokens: int = 0
 
     def __post_init__(self) -> None:
         self.l1 = LruBlocks(self.model.l1_blocks)
+        self.decoding = Decoding(self.model.step_s)
 
     def arrive(self, request: SimRequest) -> None:
         keys = request.request.keys
@@ -78,11 +77,11 @@ class SimWorker:
         l1_blocks = self.l1.match(keys)
         pool_blocks = max(0, self.pool.match(keys) - l1_blocks) if self.pool is not None else 0
         load_s = self._load_s(pool_blocks)
-        if load_s >= pool_blocks * model.block_tokens / model.prefill_tokens_per_s:
+        if load_s >= model.prefill_s(pool_blocks * model.block_tokens, l1_blocks * model.block_tokens):
             pool_blocks, load_s = 0, 0.0  # computing it is quicker
         request.l1_tokens, request.pool_tokens = l1_blocks * model.block_tokens, pool_blocks * model.block_tokens
         num_computed = max(1, request.request.prompt_tokens - request.l1_tokens - request.pool_tokens)
-        return now_s + max(load_s, num_computed / model.prefill_tokens_per_s)
+        return now_s + max(load_s, model.prefill_s(num_computed, request.request.prompt_tokens - num_computed))
 
     def finish(self, now_s: float) -> SimRequest:
         """The prompt is computed; the first token is there."""
@@ -91,7 +90,7 @@ class SimWorker:
         self.computing = None
         request.first_token_s = now_s
         self.waiting_tokens -= request.estimated_tokens
-        self.decoding += 1
+        self.decoding.add(now_s, request)
         self.told(*self.l1.use(request.request.keys))
         if self.pool is not None:
             self.pool.use(request.request.keys)
@@ -101,13 +100,13 @@ class SimWorker:
         """As a worker tells it."""
         model = self.model
         return WorkerLoad(
-            running=self.decoding + (self.computing is not None),
+            running=len(self.decoding) + (self.computing is not None),
             waiting=len(self.queue),
             waiting_tokens=self.waiting_tokens,
             l1_blocks_total=model.l1_blocks,
             l1_blocks_free=max(0, model.l1_blocks - len(self.l1)),
             prefill_tokens_per_s=model.prefill_tokens_per_s,
-            decode_step_s=model.decode_step_s,
+            decode_step_s=self.decoding.step_s or model.decode_step_s,
             load_bytes_per_s={"pool": model.pool_bytes_per_s} if model.pool_bytes_per_s else {},
         )
 

@@ -1,7 +1,7 @@
-"""Where a statement calls infer(), and which of its calls decide whether others are made. Free of I/O; for speed only.
+"""Which calls of infer() in a statement decide whether others are made. Free of I/O; for speed only.
 
 In a collect pass NULL stands for an answer that is not known yet. A call that is made because of such a NULL may not be made in
-the end. So the calls are numbered, and the SELECT of the pass carries each one's number among its options: then the listener
+the end. So the calls are numbered (`dbnode.sql.written_calls`), and the SELECT of the pass carries the numbers: then the listener
 knows which call it is asked for, and puts off those that depend on what it has not answered.
 """
 
@@ -11,24 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
 
-from sqlglot import Token, TokenType, exp
+from sqlglot import exp
 
-SITE_OPTION = "@site"
-"""Name of the option that carries the number; taken off before the call means anything."""
-UNNUMBERED = 0
-"""Stands for all calls that carry no number: in views and functions, and of functions without options."""
-SITES_MAX = 64
+from dbnode.sql.written_calls import UNNUMBERED, WrittenCall, number_of
+
 GOVERNORS_MAX = 8
 """Of one call. What depends on more is sent at once: each is a round of the model, and passes are few."""
-_MARK = "stratakv_site_"
-_PREFIX = "infer"
-_OPTIONS_POSITION = {"infer": 2, "infer_bool": 2, "infer_json": 3, "infer_choice": 3, "infer_row": 3}
-_QUALIFIERS = ("stratakv", "public")
-_OPENING = (TokenType.L_PAREN, TokenType.L_BRACKET, TokenType.L_BRACE)
-_CLOSING = (TokenType.R_PAREN, TokenType.R_BRACKET, TokenType.R_BRACE)
-_NAMING = (TokenType.FARROW, TokenType.COLON_EQ)
-_NOT_PLAIN = ("DISTINCT", "ALL", "VARIADIC", "*")
-"""First words of arguments that no further one can be added to."""
 _PLAIN_FUNCTIONS = (
     *("to_json", "to_jsonb", "row_to_json", "json_build_object", "jsonb_build_object", "json_build_array"),
     *("jsonb_build_array", "jsonb_agg", "jsonb_array_elements", "jsonb_array_elements_text", "jsonb_each_text"),
@@ -47,101 +35,6 @@ class CallSites:
     """What a pass may run instead of the plain SELECT."""
     governors: Mapping[int, frozenset[int]]
     """By the number of a call: the calls by which it is made or not, if they come first."""
-
-
-@dataclass(frozen=True, slots=True)
-class WrittenCall:
-    """A name that begins with infer and is followed by a parenthesis."""
-
-    number: int
-    """Calls that are written alike have the same one: PostgreSQL compares them, in GROUP BY and DISTINCT."""
-    function: str
-    name: Token
-    edits: tuple[tuple[int, str], ...]
-    """Insertions that give it its number."""
-
-
-# Tokens
-
-
-def written_calls(tokens: list[Token]) -> list[WrittenCall]:
-    """In the order of the text."""
-    numbers: dict[tuple[str, ...], int] = {}
-    calls = []
-    for position in range(len(tokens) - 1):
-        function = _called_function(tokens, position)
-        end = _closing(tokens, position + 1) if function else None
-        if end is None:
-            continue
-        key = tuple(token.text for token in tokens[position : end + 1])
-        arguments = _arguments(tokens[position + 2 : end])
-        is_numbered = function in _OPTIONS_POSITION and bool(arguments) and len(numbers) < SITES_MAX
-        if not is_numbered or any(part[0].text.upper() in _NOT_PLAIN for part in arguments if part):
-            calls.append(WrittenCall(UNNUMBERED, function, tokens[position], ()))
-            continue
-        number = numbers.setdefault(key, len(numbers) + 1)
-        edits = _edits(number, arguments, _OPTIONS_POSITION[function], tokens[end])
-        calls.append(WrittenCall(number, function, tokens[position], edits))
-    return calls
-
-
-def marked(text: str, calls: Iterable[WrittenCall]) -> str:
-    """The text with the calls' names replaced, so that they can be told apart once it is parsed."""
-    for call in sorted(calls, key=lambda call: -call.name.start):
-        text = f"{text[: call.name.start]}{_MARK}{call.number}{text[call.name.end + 1 :]}"
-    return text
-
-
-def _called_function(tokens: list[Token], position: int) -> str:
-    """Empty if it is no call of ours."""
-    token = tokens[position]
-    name = token.text if token.token_type is TokenType.IDENTIFIER else token.text.lower()
-    if not name.startswith(_PREFIX) or tokens[position + 1].token_type is not TokenType.L_PAREN:
-        return ""
-    if token.token_type is TokenType.STRING:
-        return ""
-    is_qualified = position > 1 and tokens[position - 1].token_type is TokenType.DOT
-    return "" if is_qualified and tokens[position - 2].text.lower() not in _QUALIFIERS else name
-
-
-def _closing(tokens: list[Token], opening: int) -> int | None:
-    depth = 0
-    for position in range(opening, len(tokens)):
-        kind = tokens[position].token_type
-        depth += (kind in _OPENING) - (kind in _CLOSING)
-        if depth == 0:
-            return position
-    return None
-
-
-def _arguments(tokens: list[Token]) -> list[list[Token]]:
-    if not tokens:
-        return []
-    arguments: list[list[Token]] = [[]]
-    depth = 0
-    for token in tokens:
-        depth += (token.token_type in _OPENING) - (token.token_type in _CLOSING)
-        if depth == 0 and token.token_type is TokenType.COMMA:
-            arguments.append([])
-        else:
-            arguments[-1].append(token)
-    return arguments
-
-
-def _edits(number: int, arguments: list[list[Token]], options_position: int, end: Token) -> tuple[tuple[int, str], ...]:
-    carried = f"""'{{"{SITE_OPTION}": {number}}}'::pg_catalog.jsonb"""
-    for index, argument in enumerate(arguments):
-        is_named = len(argument) > 2 and argument[1].token_type in _NAMING
-        if (argument[0].text.lower() == "options") if is_named else (index == options_position and argument):
-            value = argument[2:] if is_named else argument
-            return (
-                (value[0].start, "COALESCE(("),
-                (value[-1].end + 1, f"), '{{}}'::pg_catalog.jsonb) OPERATOR(pg_catalog.||) {carried}"),
-            )
-    return ((end.start, f", options => {carried}"),)
-
-
-# The parsed statement
 
 
 def call_sites(
@@ -167,7 +60,7 @@ def has_one_level(calls: list[WrittenCall], query: exp.Query, views: frozenset[s
         return False
     return not (
         any(clause.args.get("recursive") for clause in query.find_all(exp.With))
-        or any(_number_of(f) is None and f.name.lower() not in _PLAIN_FUNCTIONS for f in query.find_all(exp.Anonymous))
+        or any(number_of(f) is None and f.name.lower() not in _PLAIN_FUNCTIONS for f in query.find_all(exp.Anonymous))
         or any(is_named(table.name, views) for table in query.find_all(exp.Table))
     )
 
@@ -197,7 +90,7 @@ class _Governing:
         """Of each call that has some, those of its governors included."""
         direct: dict[int, frozenset[int]] = {}
         for node in self._query.find_all(exp.Anonymous):
-            number = _number_of(node)
+            number = number_of(node)
             if number is not None and number != UNNUMBERED:
                 found = self._above(node) | self._within(node.expressions)
                 direct[number] = direct.get(number, found) & found
@@ -226,7 +119,7 @@ class _Governing:
             return self._output_name(projection.this)
         if isinstance(projection, exp.Dot):
             return self._output_name(projection.expression)
-        number = _number_of(projection)
+        number = number_of(projection)
         if number is not None:
             return self._functions.get(number, "")
         if isinstance(projection, exp.Func) and not isinstance(projection, exp.Anonymous):
@@ -242,7 +135,7 @@ class _Governing:
                     found |= self._columns.get(part.name.lower(), frozenset())
                     if self._views:
                         found.add(UNNUMBERED)  # it may be a view's
-                elif (number := _number_of(part)) is not None:
+                elif (number := number_of(part)) is not None:
                     found.add(number)
         return frozenset(found)
 
@@ -302,12 +195,6 @@ def _arms(query: exp.Expr | None) -> Iterator[exp.Select]:
         yield from _arms(query.this)
     elif isinstance(query, exp.Select):
         yield query
-
-
-def _number_of(node: exp.Expr) -> int | None:
-    if isinstance(node, exp.Anonymous) and node.name.startswith(_MARK):
-        return int(node.name.removeprefix(_MARK))
-    return None
 
 
 def _closure(number: int, direct: Mapping[int, frozenset[int]]) -> frozenset[int]:

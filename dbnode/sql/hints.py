@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from dbnode.charge import Charge
-from dbnode.sql.call_sites import SITE_OPTION, UNNUMBERED
 from dbnode.sql.commands import Infer
 from dbnode.sql.memo import Hint, Key, TransactionMemo, is_repeatable, key_of
 from dbnode.sql.row_prompt import ordered_texts
 from dbnode.sql.service import InferenceService
 from dbnode.sql.statement_meter import StatementBook
+from dbnode.sql.written_calls import SITE_OPTION, UNNUMBERED
 from stratakv.errors import Cancelled, StrataError
 from stratakv.log import EventLogger
 
@@ -40,8 +40,6 @@ class HintStats:
     """Counters of all statements."""
 
     passes: int = 0
-    collected: int = 0
-    """Calls that passes made."""
     distinct: int = 0
     """Inferences sent before their statement ran."""
     consumed: int = 0
@@ -129,7 +127,6 @@ class StatementHints:
         """The answer for a call of a pass, None while it has none. Raises PassEnded."""
         if self.failure is not None or asyncio.get_running_loop().time() > self._limits.deadline_s:
             raise PassEnded("the time for looking ahead is over")
-        self._stats.collected += 1
         site, command = _numbered(command)
         self._first_seen.setdefault(site, len(self._first_seen))
         if not is_repeatable(command):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dbnode.sql.client_batch import (
@@ -26,17 +25,9 @@ from dbnode.sql.client_batch import (
 from dbnode.sql.cursors import FETCHING, OpenCursor, OpenCursors, declared, fetched
 from dbnode.sql.errors import GatewayFailed, ProtocolViolation
 from dbnode.sql.explained import explained
-from dbnode.sql.hints import PassLimits, StatementHints
-from dbnode.sql.messages import HEADER_BYTES, TRANSACTION_FAILED, Kind
-from dbnode.sql.own_exchange import OwnExchange
-from dbnode.sql.own_statements import (
-    Circumstances,
-    Within,
-    check_exchange,
-    circumstances,
-    end_exchange,
-    pass_exchange,
-)
+from dbnode.sql.messages import HEADER_BYTES, Kind
+from dbnode.sql.own_statements import Within
+from dbnode.sql.passes import Aim, Passes, TransactionLost
 from dbnode.sql.session_hints import SessionHints
 from dbnode.sql.statements import Collectable, collectable
 from stratakv.errors import Cancelled
@@ -46,39 +37,6 @@ if TYPE_CHECKING:
     from dbnode.sql.session import Session
 
 log = EventLogger(__name__)
-
-PASSES_MAX = 16
-"""Of one statement."""
-ROLLBACKS_MAX = 3
-"""Attempts to leave a pass that something interrupts."""
-_REFUSED = b"\0C42"
-"""In an ErrorResponse: PostgreSQL could not make sense of a statement."""
-_CANCELLED = b"\0C57014\0"
-"""PostgreSQL has cancelled a statement, or its time is over."""
-TIMER_MARGIN_S = 0.002
-"""PostgreSQL's timer is not earlier than so much before its time."""
-IDLE_MARGIN_S = 0.2
-"""The batch goes on so long before PostgreSQL would end the session as idle."""
-
-
-class TransactionLost(Exception):
-    """Something ended the client's transaction while a statement of the gateway's ran: a cancel that nobody sent us."""
-
-    def __init__(self, response: bytes) -> None:
-        super().__init__("the transaction has failed")
-        self.response = response
-        """PostgreSQL's ErrorResponse."""
-
-
-@dataclass(frozen=True, slots=True)
-class Aim:
-    """What is looked ahead for."""
-
-    batch: Batch
-    """Where its parameters are."""
-    target: Collectable
-    cursor: OpenCursor | None = None
-    """Only the next rows of it are wanted."""
 
 
 class Lookahead:
@@ -171,7 +129,9 @@ class Lookahead:
         if self._cursors and (fetch := fetched(text)) is not None:
             return self._aim_further(fetch.name, fetch.num_rows)
         declare = declared(text)
-        target = collectable(text if declare is None else declare.query, self._session.calls.views)
+        session = self._session
+        query = text if declare is None else declare.query
+        target = collectable(query, session.calls.views, session.packet.user)
         if target is None:
             return None
         window = max(self._session.relay.settings.hints_window, batch.num_rows)
@@ -238,12 +198,6 @@ class Lookahead:
         self._hints.end_statement()
         self._session.refuse(error, rest)
 
-    async def _run(self, exchange: OwnExchange) -> OwnExchange:
-        done = asyncio.Event()
-        self._session.run_own(exchange, done.set)
-        await done.wait()
-        return exchange
-
     # The statement
 
     def cancel(self) -> None:
@@ -259,7 +213,7 @@ class Lookahead:
     async def _look_ahead(self, aim: Aim) -> None:
         session = self._session
         try:
-            await self._collect(aim, self._hints.statement)
+            await Passes(session, aim, self._hints.statement, sync_first=self._is_open_batch).run()
             self._task = None
             self._go_on()
         except TransactionLost as error:
@@ -270,111 +224,6 @@ class Lookahead:
         except Exception:
             log.exception("looking_ahead_failed", session=session.name)
             session.end(GatewayFailed("internal error"))
-
-    async def _collect(self, aim: Aim, hints: StatementHints) -> None:
-        """Raises TransactionLost, GatewayFailed."""
-        settings, within = self._session.relay.settings, self._session.within
-        started_s = asyncio.get_running_loop().time()
-        check = await self._run(check_exchange(within, aim.target.functions, sync_first=self._is_open_batch))
-        await self._leave(within, check)
-        found = circumstances(check, within, started_s)
-        if not found.may_collect:
-            return
-        if aim.cursor is None:
-            window = settings.hints_window if aim.target.is_bounded else None
-            # Where calls depend on others, or the window grows, later passes need the answers.
-            hints.is_streaming = found.may_stream and window is None and aim.target.sites is None
-            await self._run_passes(within, aim, hints, window, found)
-            return
-        hints.is_lasting = True
-        num_new = await self._run_passes(within, aim, hints, aim.cursor.window, found)
-        aim.cursor.looked(hints.found, is_exhausted=num_new == 0)
-
-    async def _run_passes(
-        self, within: Within, aim: Aim, hints: StatementHints, window: int | None, found: Circumstances
-    ) -> int:
-        """How many new prompts the last one found. Raises TransactionLost, GatewayFailed."""
-        loop, settings = asyncio.get_running_loop(), self._session.relay.settings
-        passes_max = PASSES_MAX if aim.cursor is None else min(PASSES_MAX, aim.cursor.num_levels)
-        budget_s = min(settings.hints_budget_s, found.statement_s or settings.hints_budget_s)
-        num_new = 0
-        for number in range(1, passes_max + 1):
-            if hints.failure is not None:
-                break
-            pass_started_s = loop.time()
-            limits = PassLimits(window, settings.hints_bytes_max, pass_started_s + budget_s)
-            is_whole = await self._run_pass(within, aim, hints, limits, budget_s)
-            pass_ended_s = loop.time()
-            budget_s -= pass_ended_s - pass_started_s
-            num_new = await hints.end_pass(found.order_budget_s(settings.order_budget_s))
-            log.debug("pass_ended", session=self._session.name, number=number, new=num_new, window=window)
-            if hints.is_streaming:
-                self._session.start_streaming()
-                break
-            if num_new == 0 or number == passes_max or budget_s <= 0:
-                break
-            if not await self._settle(hints, pass_ended_s, found) or (is_whole and aim.target.is_one_level):
-                break
-            window = window and 2 * window
-        return num_new
-
-    async def _run_pass(
-        self, within: Within, aim: Aim, hints: StatementHints, limits: PassLimits, budget_s: float
-    ) -> bool:
-        """Let the hints see what the statement asks; whether it ran to its end."""
-        batch, target = aim.batch, aim.target
-        sites = None if hints.is_unnumbered else target.sites
-        hints.start_pass(limits, sites.governors if sites is not None else None)
-        if sites is not None:
-            exchange = await self._run_select(within, batch, sites.select, budget_s)
-            if _REFUSED not in exchange.first_error:
-                return not exchange.first_error
-            # A function of these names that is not ours, or an expression that no longer equals another one.
-            hints.is_unnumbered = True
-        exchange = await self._run_select(within, batch, target.select, budget_s)
-        return not exchange.first_error
-
-    async def _run_select(self, within: Within, batch: Batch, select: str, budget_s: float) -> OwnExchange:
-        """Raises TransactionLost, GatewayFailed."""
-        loop = asyncio.get_running_loop()
-        started_s = loop.time()
-        exchange = await self._run(pass_exchange(within, batch, select, budget_s))
-        is_in_time = loop.time() - started_s < budget_s - TIMER_MARGIN_S
-        await self._leave(within, exchange)
-        if _CANCELLED in exchange.first_error and is_in_time and not self._session.is_cancelled:
-            # Somebody's pg_cancel_backend: it is the client's statement that is meant.
-            self._hints.abort(Cancelled("canceling statement due to user request"))
-            self._session.relay.repeat_cancel(self._session)
-        return exchange
-
-    async def _leave(self, within: Within, exchange: OwnExchange) -> None:
-        """Make sure that the session is again where it was before an exchange that is done."""
-        error = exchange.first_error
-        for _ in range(ROLLBACKS_MAX):
-            if exchange.transaction_status == within.value:
-                return
-            exchange = await self._run(end_exchange(within))
-        if within is Within.TRANSACTION and exchange.transaction_status == TRANSACTION_FAILED:
-            raise TransactionLost(error)
-        raise GatewayFailed("the DB node could not end its transaction")
-
-    async def _settle(self, hints: StatementHints, idle_since_s: float, found: Circumstances) -> bool:
-        """Wait for the model; False if the statement must not wait any longer. No statement runs meanwhile.
-
-        Within the client's transaction the time is short in which it may be idle. When that is over the statement goes on,
-        and its calls wait.
-        """
-        loop = asyncio.get_running_loop()
-        waits = [] if found.statement_s is None else [found.checked_s + found.statement_s - loop.time()]
-        if found.idle_s is not None:
-            waits.append(idle_since_s + found.idle_s - IDLE_MARGIN_S - loop.time())
-        if found.transaction_left_s is not None:
-            waits.append(found.checked_s + found.transaction_left_s - IDLE_MARGIN_S - loop.time())
-        if await hints.settle(max(0.0, min(waits)) if waits else None):
-            return True
-        if found.statement_s is not None and loop.time() >= found.checked_s + found.statement_s:
-            hints.abort(Cancelled("canceling statement due to statement timeout"))
-        return False
 
 
 def _is_planned_only(batch: Batch) -> bool:

@@ -261,7 +261,7 @@ class Session:
     def statement_begins(self, text: bytes | None) -> None:
         """It may call infer(). Of a pipeline the first counts; its text may come late."""
         self._is_metered = True
-        self.relay.book.begin(self.name, _shown(text) if text is not None else None)
+        self.relay.book.begin(self.name, _shown(text, self.packet.user) if text is not None else None)
 
     def _statement_ends(self) -> None:
         self._is_metered = False
@@ -426,9 +426,9 @@ class Session:
         self.relay.on_close(self)
 
 
-def _shown(text: bytes) -> str | None:
+def _shown(text: bytes, user: str) -> str | None:
     """Without literals; None if that cannot be."""
     try:
-        return normalised(text.decode())
+        return normalised(text.decode(), user)
     except UnicodeDecodeError:
         return None

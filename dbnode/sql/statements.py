@@ -15,10 +15,11 @@ import sqlglot
 from sqlglot import Token, TokenType, exp
 from sqlglot.errors import SqlglotError
 
-from dbnode.sql.call_sites import CallSites, call_sites, has_one_level, is_named, marked, written_calls
+from dbnode.sql.call_sites import CallSites, call_sites, has_one_level, is_named
 from dbnode.sql.explained import explained
 from dbnode.sql.merged import merged
 from dbnode.sql.token_lists import clauses_of, split, top_level, written
+from dbnode.sql.written_calls import marked, written_calls
 from stratakv.log import EventLogger
 
 log = EventLogger(__name__)
@@ -56,10 +57,13 @@ class Collectable:
 
 
 @lru_cache(maxsize=_CACHED_MAX)
-def collectable(text: str, views: frozenset[str] = frozenset()) -> Collectable | None:
-    """What to run for a statement, or None if it goes without hints. `views` are those that call infer()."""
+def collectable(text: str, views: frozenset[str] = frozenset(), owner: str = "") -> Collectable | None:
+    """What to run for a statement, or None if it goes without hints. `views` are those that call infer().
+
+    What is remembered is each `owner`'s: how long it takes must not tell that another role has sent the same text.
+    """
     if (explain := explained(text)) is not None:
-        return collectable(explain.statement, views) if explain.is_run else None
+        return collectable(explain.statement, views, owner) if explain.is_run else None
     if len(text) > TEXT_CHARS_MAX:
         return None
     try:

@@ -18,6 +18,7 @@ from typing import Any
 import asyncpg
 
 from dbnode.errors import Unauthenticated
+from dbnode.own_connection import AWAY
 from dbnode.tenants.principal import Principal
 from stratakv.errors import PermissionDenied, SetupError, Unavailable
 from stratakv.log import EventLogger
@@ -46,7 +47,6 @@ QUERY_TIMEOUT_S = 10.0
 ROWS_MAX = 20_000
 """Tenants, keys and roles, each; more are not read, and what was read before stays."""
 
-_AWAY = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError)
 _queries = load_queries("dbnode.tenants")
 
 
@@ -154,7 +154,7 @@ class Directory:
                 await self._refresh(connection)
             finally:
                 await connection.close(timeout=QUERY_TIMEOUT_S)
-        except _AWAY as error:
+        except AWAY as error:
             raise SetupError(f"the tenants cannot be read from the metadata database: {error}") from error
 
     async def run(self) -> None:
@@ -169,9 +169,9 @@ class Directory:
                     is_warned = False
                     await self._follow(connection)
                 finally:
-                    with contextlib.suppress(*_AWAY):
+                    with contextlib.suppress(*AWAY):
                         connection.terminate()
-            except _AWAY as error:
+            except AWAY as error:
                 if not is_warned:
                     log.warning("tenants_not_read", error=type(error).__name__, version=self._snapshot.version)
                 is_warned = True

@@ -6,7 +6,6 @@ what `take` has leased then goes back with the next `keep`.
 
 from __future__ import annotations
 
-import contextlib
 import uuid
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -14,13 +13,13 @@ from dataclasses import dataclass
 
 import asyncpg
 
+from dbnode.own_connection import OwnConnection
 from dbnode.tenants.account import Reservation
 from stratakv.errors import Unavailable
 from stratakv.queries import load_queries
 from stratakv.settings import DatabaseSettings
 from stratakv.tenancy.values import LimitKind
 
-AWAY = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError)
 STATEMENT_TIMEOUT_S = 5.0
 DEAD_S = 20.0
 """A DB node that is silent for so long is given up, and never let back under its name."""
@@ -46,8 +45,9 @@ class Ledger:
     """A start of this DB node, as PostgreSQL knows it."""
 
     def __init__(self, settings: DatabaseSettings) -> None:
-        self._settings = settings
-        self._connection: asyncpg.Connection | None = None
+        self._connection = OwnConnection(settings, STATEMENT_TIMEOUT_S)
+        self._in_use: asyncpg.Connection | None = None
+        """Of the transaction that runs; a statement of it never goes to another one."""
         self._known: set[_Place] = set()
         self.node = ""
         """Its name; empty until it holds something."""
@@ -56,11 +56,8 @@ class Ledger:
     async def transaction(self) -> AsyncIterator[None]:
         """Raises one of AWAY. Whatever ends it but its end, the connection is made anew then."""
         try:
-            if self._connection is None or self._connection.is_closed():
-                self._connection = await asyncpg.connect(
-                    self._settings.url, timeout=self._settings.connect_timeout_s, command_timeout=STATEMENT_TIMEOUT_S
-                )
-            async with self._connection.transaction():
+            self._in_use = await self._connection.get()
+            async with self._in_use.transaction():
                 yield
         except BaseException:
             self.drop()
@@ -68,14 +65,11 @@ class Ledger:
 
     def drop(self) -> None:
         """The connection is of no use."""
-        if self._connection is not None:
-            with contextlib.suppress(*AWAY):
-                self._connection.terminate()
-            self._connection = None
+        self._connection.drop()
 
     async def _run(self, query: str, *arguments: object) -> list[asyncpg.Record]:
-        assert self._connection is not None
-        return list(await self._connection.fetch(queries[query], *arguments))
+        assert self._in_use is not None
+        return list(await self._in_use.fetch(queries[query], *arguments))
 
     async def beat(self) -> None:
         """Say that we live. Raises GivenUp."""

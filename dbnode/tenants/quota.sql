@@ -167,3 +167,25 @@ DELETE FROM stratakv.reservations WHERE request_id IN (
        OR (state = 'unsettled' AND ended_at < clock_timestamp() - make_interval(secs => $2))
     LIMIT $3
 )
+
+-- name: cache_limits
+-- Of tenants that have any, or that have blocks in the pool, whose names the pool shows.
+SELECT t.id, t.name, l.cache_memory_bytes, l.cache_disk_bytes
+FROM stratakv.tenants t
+LEFT JOIN stratakv.tenant_limits l ON l.tenant_id = t.id
+LEFT JOIN stratakv.cache_usage u ON u.tenant_id = t.id
+WHERE l.cache_memory_bytes IS NOT NULL OR l.cache_disk_bytes IS NOT NULL OR u.tenant_id IS NOT NULL
+ORDER BY l.cache_memory_bytes IS NULL AND l.cache_disk_bytes IS NULL, t.id LIMIT $1
+
+-- name: set_cache_usage
+-- What tenants have in the pool; of those that are not named it is nothing.
+WITH told AS (
+    SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::bigint[]) AS t (tenant_id, memory_bytes, disk_bytes)
+), gone AS (
+    DELETE FROM stratakv.cache_usage u WHERE NOT EXISTS (SELECT FROM told WHERE told.tenant_id = u.tenant_id)
+)
+INSERT INTO stratakv.cache_usage AS u (tenant_id, memory_bytes, disk_bytes)
+SELECT told.tenant_id, told.memory_bytes, told.disk_bytes
+FROM told JOIN stratakv.tenants t ON t.id = told.tenant_id ORDER BY told.tenant_id
+ON CONFLICT (tenant_id) DO UPDATE SET memory_bytes = excluded.memory_bytes, disk_bytes = excluded.disk_bytes
+WHERE (u.memory_bytes, u.disk_bytes) <> (excluded.memory_bytes, excluded.disk_bytes)

@@ -14,9 +14,10 @@ from collections import deque
 from collections.abc import Callable
 
 from dbnode.errors import QuotaExceeded
+from dbnode.own_connection import AWAY
 from dbnode.tenants.account import Account, Reservation
 from dbnode.tenants.exchange import Ask, Exchange
-from dbnode.tenants.ledger import AWAY, GivenUp, Ledger
+from dbnode.tenants.ledger import GivenUp, Ledger
 from stratakv.errors import DeadlineExceeded, Unavailable
 from stratakv.log import EventLogger
 from stratakv.settings import TenantSettings, WhenAway

@@ -6,13 +6,13 @@ Every DB node looks for it; whichever is first does it. Nothing depends on its b
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import asyncpg
 
-from dbnode.tenants.ledger import AWAY, DEAD_S, SETTLED, STATEMENT_TIMEOUT_S, UNSETTLED, queries
+from dbnode.own_connection import AWAY, OwnConnection
+from dbnode.tenants.ledger import DEAD_S, SETTLED, STATEMENT_TIMEOUT_S, UNSETTLED, queries
 from stratakv.log import EventLogger
 from stratakv.settings import DatabaseSettings
 from stratakv.tenancy.values import TOKEN_MICROS
@@ -62,7 +62,7 @@ class Recovery:
     def __init__(self, settings: DatabaseSettings, read_journals: ReadJournals) -> None:
         self._settings = settings
         self._read_journals = read_journals
-        self._connection: asyncpg.Connection | None = None
+        self._connection = OwnConnection(settings, STATEMENT_TIMEOUT_S)
         self._is_warned = False
 
     async def run(self) -> None:
@@ -87,10 +87,7 @@ class Recovery:
                 await asyncio.sleep(RETRY_S)
 
     def close(self) -> None:
-        if self._connection is not None:
-            with contextlib.suppress(*AWAY):
-                self._connection.terminate()
-            self._connection = None
+        self._connection.drop()
 
     async def recover(self) -> None:
         """Once, all DB nodes that are gone. Raises one of AWAY."""
@@ -98,7 +95,7 @@ class Recovery:
             await self._recover_node(row["node"], row["silent_s"])
 
     async def _recover_node(self, node: str, silent_s: float) -> None:
-        connection = await self._connected()
+        connection = await self._connection.get()
         async with connection.transaction():
             if not await self._run("lock_dead_node", node, DEAD_S):
                 return
@@ -119,12 +116,5 @@ class Recovery:
             log.info("reservations_recovered", node=node, settled=len(charged), unsettled=len(rest))
         await self._run("forget_node", node)
 
-    async def _connected(self) -> asyncpg.Connection:
-        if self._connection is None or self._connection.is_closed():
-            self._connection = await asyncpg.connect(
-                self._settings.url, timeout=self._settings.connect_timeout_s, command_timeout=STATEMENT_TIMEOUT_S
-            )
-        return self._connection
-
     async def _run(self, query: str, *arguments: object) -> list[asyncpg.Record]:
-        return list(await (await self._connected()).fetch(queries[query], *arguments))
+        return list(await (await self._connection.get()).fetch(queries[query], *arguments))

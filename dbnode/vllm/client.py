@@ -14,10 +14,10 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-import aiohttp
 import msgspec
 
 from dbnode.errors import WorkerRefused, WorkerUnreachable
+from dbnode.http_client import Answer
 from dbnode.scheduler.pool_view import PoolView
 from dbnode.vllm.metrics import read_metrics
 from dbnode.vllm.server import VllmServer
@@ -56,10 +56,8 @@ class GoldenText:
 class VllmStream(EventStream):
     """A running completion; closing it, at any time, makes vLLM abort it."""
 
-    def __init__(
-        self, server: VllmServer, response: aiohttp.ClientResponse, deadline_s: float, reader: Reader, pool: PoolView
-    ) -> None:
-        super().__init__(server.address.url, response, deadline_s)
+    def __init__(self, server: VllmServer, answer: Answer, deadline_s: float, reader: Reader, pool: PoolView) -> None:
+        super().__init__(server.address.url, answer, deadline_s)
         self._server = server
         self._reader = reader
         self._pool = pool
@@ -104,8 +102,6 @@ class VllmStream(EventStream):
             await asyncio.sleep(HAND_OVER_POLL_S)
         return KVTransfer(
             do_remote_prefill=True,
-            remote_engine_id=facts.worker,
-            remote_epoch=facts.epoch,
             num_tokens=len(keys) * size,
         )
 
@@ -134,8 +130,8 @@ class VllmClient(HttpDoor):
         transfer = request.kv_transfer_params
         part = Part.PREFILL if transfer is not None and transfer.do_remote_decode else Part.ALL
         sent = _encode(body(request, server.model, part))
-        response = await self._complete(server.http_url, sent, request.headers, deadline_s)
-        return VllmStream(server, response, deadline_s, Reader(url, request, part), self._pool)
+        answer = await self._complete(server.http_url, sent, request.headers)
+        return VllmStream(server, answer, deadline_s, Reader(url, request, part), self._pool)
 
     async def info(self, url: str, timeout_s: float) -> WorkerFacts:
         """Who the server is, if its engine lives. Raises WorkerUnreachable that also says what does not fit."""
@@ -218,10 +214,8 @@ class VllmClient(HttpDoor):
 
     async def _ask(
         self, method: str, url: str, path: str, body: bytes = b"", headers: Mapping[str, str] = _NO_HEADERS
-    ) -> aiohttp.ClientResponse:
-        return await self._session.request(
-            method, url + path, data=body or None, headers={**headers, **self._authorization}
-        )
+    ) -> Answer:
+        return await self._http.ask(method, url, path, body, {**headers, **self._authorization})
 
     def _refusal(self, url: str, status: int, body: bytes) -> StrataError:
         return refusal(url, status, body)

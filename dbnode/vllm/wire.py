@@ -117,10 +117,10 @@ def must_begin_again(request: WorkerRequest) -> bool:
 
 def body(request: WorkerRequest, model: str, part: Part) -> dict[str, Any]:
     """Body of POST /v1/completions. Everything is said, so that the server's own defaults do not matter."""
-    made = _made(request)
+    before = [] if must_begin_again(request) else _made(request)
     fields: dict[str, Any] = {
         "model": model,
-        "prompt": request.prompt + made if made and not must_begin_again(request) else request.prompt,
+        "prompt": request.prompt + before if before else request.prompt,
         "max_tokens": _max_tokens(request, part),
         "temperature": request.temperature,
         "top_p": request.top_p,
@@ -137,9 +137,13 @@ def body(request: WorkerRequest, model: str, part: Part) -> dict[str, Any]:
         fields["seed"] = request.seed
     elif must_begin_again(request) and request.temperature > 0:
         fields["seed"] = _seed_of(request)
-    for name in ("presence_penalty", "frequency_penalty", "logit_bias"):
+    for name in ("presence_penalty", "frequency_penalty", "logit_bias", "stop_token_ids", "include_stop_str_in_output"):
         if value := getattr(request, name):
             fields[name] = value
+    if not request.skip_special_tokens:
+        fields["skip_special_tokens"] = False
+    if request.min_tokens:
+        fields["min_tokens"] = min(fields["max_tokens"], max(0, request.min_tokens - len(before)))
     if request.logprobs is not None:
         fields |= {"logprobs": request.logprobs, "return_tokens_as_token_ids": True}
     if request.cache_salt is not None:
@@ -199,7 +203,7 @@ class Reader:
         token_ids = choice.token_ids or []
         reason = None if choice.finish_reason is None else self._reason(choice.finish_reason)
         if reason is FinishReason.STOP and not isinstance(choice.stop_reason, str):
-            token_ids = token_ids[:-1]  # the end-of-sequence token, which our own workers do not send
+            token_ids = token_ids[: len(token_ids) - self._hides_last(token_ids)]
         if not must_begin_again(self.request):
             is_full = len(_made(self.request)) >= self.request.max_tokens  # vLLM generates one token at least
             return _told(choice, 0, 0 if is_full else len(token_ids), reason)
@@ -207,6 +211,12 @@ class Reader:
             return WorkerChoice(token_ids=[], finish_reason=reason and FinishReason.LENGTH)
         num_new = len(self._new(token_ids, reason))
         return _told(choice, len(token_ids) - num_new, len(token_ids), reason)
+
+    def _hides_last(self, token_ids: list[int]) -> bool:
+        """Our own workers do not send a token that ends the answer, unless they are asked for it."""
+        if not token_ids or not self.request.include_stop_str_in_output:
+            return bool(token_ids)
+        return token_ids[-1] not in self.request.stop_token_ids
 
     def _reason(self, text: str) -> FinishReason:
         if text in (FinishReason.STOP, FinishReason.LENGTH):

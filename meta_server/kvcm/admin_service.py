@@ -74,11 +74,7 @@ class AdminService:
             if storage.name in group.config.storage_candidates:
                 raise InvalidRequest(f"group {group.name} has storage {storage.name} among its candidates")
         self._state.changes.check_room()
-        for instance in self._state.instances.values():
-            served = self._state.served(instance)
-            self._state.remove([location for location in served if location.write.place.storage == storage.name])
-        del self._state.storages[storage.name]
-        self._state.changes.remove_storage(storage.name)
+        await self._state.remove_storage(storage.name)
         return await self._done()
 
     async def update_storage(self, request: admin.UpdateStorageRequest) -> admin.CommonResponse:
@@ -155,7 +151,7 @@ class AdminService:
         if request.instance_group and request.instance_group != instance.group:
             raise NoSuchInstance(f"instance {instance.id} is not in group {request.instance_group!r}")
         self._state.changes.check_room()
-        self._state.remove_instance(instance)
+        await self._state.remove_instance(instance)
         self._forget_reports(instance.id)
         return await self._done()
 

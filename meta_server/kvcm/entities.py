@@ -151,6 +151,11 @@ class Group:
         limits: list[tuple[int | None, int]] = [(q.storage_type, q.capacity) for q in quota.quota_config if q.capacity]
         return [*limits, (None, quota.capacity)] if quota.capacity else limits
 
+    def count(self, storage_type: int, num_keys: int, size_bytes: int) -> None:
+        """So many more; negative ones are fewer."""
+        self.used_bytes[storage_type] = self.used_bytes.get(storage_type, 0) + size_bytes
+        self.num_keys += num_keys
+
     def used(self, storage_type: int | None) -> int:
         return sum(self.used_bytes.values()) if storage_type is None else self.used_bytes.get(storage_type, 0)
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import msgspec
 from google.protobuf import json_format
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor
 from google.protobuf.message import Message
 
 from stratakv.errors import InvalidRequest
@@ -34,6 +34,7 @@ def parse(body: bytes, message_type: type[MessageT]) -> MessageT:
             if (raw := fields.pop(name, None)) is not None and bytes(raw) != b"null":
                 getattr(message, name).extend(_keys_of(raw))
         plain = {name: msgspec.json.decode(raw) for name, raw in fields.items()}
+        _check_enums(message_type.DESCRIPTOR, plain)
         json_format.ParseDict(plain, message, ignore_unknown_fields=True)
     except (msgspec.MsgspecError, json_format.ParseError, ValueError, RecursionError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"the request body is not valid: {error}") from None
@@ -49,6 +50,34 @@ def _key_lists(descriptor: Descriptor) -> tuple[str, ...]:
     """Names of the lists of 64-bit numbers."""
     fields = descriptor.fields_by_name.items()
     return tuple(name for name, field in fields if _is_repeated(field) and field.type == FieldDescriptor.TYPE_INT64)
+
+
+def _check_enums(descriptor: Any, plain: dict[str, Any]) -> None:
+    """A value that nobody knows must not be taken for none: an unknown role or policy would become the first one.
+
+    Not within lists, whose items are refused each by itself. Raises ValueError.
+    """
+    for name, kind in _enums(descriptor):
+        value = plain.get(name)
+        if not isinstance(kind, EnumDescriptor):
+            if isinstance(value, dict):
+                _check_enums(kind, value)
+        elif isinstance(value, str) and value not in kind.values_by_name and not value.lstrip("-").isdecimal():
+            raise ValueError(f"{name}: there is no {value[:64]!r}; expected one of {', '.join(kind.values_by_name)}")
+
+
+@functools.cache
+def _enums(descriptor: Any) -> tuple[tuple[str, Descriptor | EnumDescriptor], ...]:
+    """Fields that are enums or have some, but for lists."""
+    found: list[tuple[str, Descriptor | EnumDescriptor]] = []
+    for field in descriptor.fields:
+        if _is_repeated(field):
+            continue
+        if field.enum_type is not None:
+            found.append((field.name, field.enum_type))
+        elif field.message_type is not None and _enums(field.message_type):
+            found.append((field.name, field.message_type))
+    return tuple(found)
 
 
 @functools.cache

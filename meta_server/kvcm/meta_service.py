@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgspec
 
@@ -83,7 +85,8 @@ class MetaService:
         return meta.GetInstanceInfoResponse(instance_group=info.instance_group_name, instance_info=info)
 
     async def get_cache_location(self, request: meta.GetCacheLocationRequest) -> meta.GetCacheLocationResponse:
-        return meta.GetCacheLocationResponse(locations=self._locations(request))
+        found, as_message = self._matched(request)
+        return meta.GetCacheLocationResponse(locations=[as_message(one) for one in found])
 
     async def get_cache_location_len(
         self, request: meta.GetCacheLocationLenRequest
@@ -96,10 +99,13 @@ class MetaService:
             token_ids=request.token_ids,
             sw_size=request.sw_size,
         )
-        found = self._locations(asked)
-        return meta.GetCacheLocationLenResponse(cache_location_len=sum(bool(item.location_specs) for item in found))
+        found, _ = self._matched(asked)
+        return meta.GetCacheLocationLenResponse(cache_location_len=sum(one is not None for one in found))
 
-    def _locations(self, request: meta.GetCacheLocationRequest) -> list[meta.CacheLocation]:
+    def _matched(
+        self, request: meta.GetCacheLocationRequest
+    ) -> tuple[Sequence[object], Callable[[Any], meta.CacheLocation]]:
+        """What is found, None where nothing is to be told; and how it is told."""
         names = frozenset(request.location_spec_names)
         if (namespace := self._own.namespace_of(request.instance_id)) is not None:
             if names - {OWN_SPEC}:
@@ -107,14 +113,14 @@ class MetaService:
             keys = visible(request.block_mask, self._own_keys(request, namespace))
             query_type = request.query_type or meta.QT_PREFIX_MATCH
             own = match(query_type, keys, request.sw_size, lambda asked: self._own.find(namespace, asked))
-            return [_own_message(block) for block in own]
+            return own, _own_message
         instance = self._state.instance(request.instance_id)
         instance.check_spec_names(names)
         keys = visible(request.block_mask, _keys(request, instance.config.block_size))
         query_type = request.query_type or instance.config.default_query_type
         found = match(query_type, keys, request.sw_size, lambda asked: _serving(instance, asked, names))
         self._state.group(instance.group).ranking.touch([location for location in found if location is not None])
-        return [location.message(names) if location is not None else meta.CacheLocation() for location in found]
+        return found, lambda location: location.message(names) if location is not None else meta.CacheLocation()
 
     async def get_cache_meta(self, request: meta.GetCacheMetaRequest) -> meta.GetCacheMetaResponse:
         """Of each block the location that is furthest, whatever its state, and what is known of it as JSON."""
@@ -145,20 +151,24 @@ class MetaService:
         if request.min_replica_count < 0:
             raise InvalidRequest("min_replica_count is negative", param="min_replica_count")
         layouts = {group: instance.layout(group) for group in set(groups)}
+        wanted = [(key, layouts[group]) for key, group in zip(keys, groups, strict=True)]
+        min_replicas = request.min_replica_count or 1
         self._state.changes.check_room()
-        place = await self._place(instance)
+        try:
+            place = await self._place(instance)
+        except StorageFailed:
+            if not self._state.holds(instance, wanted, min_replicas):
+                raise
+            return meta.StartWriteCacheResponse(
+                write_session_id=NOTHING_TO_WRITE, block_mask=meta.BlockMask(offset=len(keys))
+            )
         instance = self._state.instance(request.instance_id)
-        write, held = self._state.start(
-            instance,
-            [(key, layouts[group]) for key, group in zip(keys, groups, strict=True)],
-            place,
-            timeout_s=timeout_s,
-            min_replicas=request.min_replica_count or 1,
-        )
+        write, held = self._state.start(instance, wanted, place, timeout_s=timeout_s, min_replicas=min_replicas)
         if write is not None:
             try:
                 await self._state.changes.written()
-            except Unavailable:
+            except (Unavailable, asyncio.CancelledError):
+                # Nobody was told of the session, so nobody will finish it.
                 self._state.abandon(write)
                 raise
         return meta.StartWriteCacheResponse(
@@ -187,7 +197,7 @@ class MetaService:
         instance = self._state.instance(request.instance_id)
         keys = visible(request.block_mask, _keys(request, instance.config.block_size))
         self._state.changes.check_room()
-        self._state.remove([location for key in keys for location in instance.by_key.get(key, ())])
+        await self._state.remove_in_turns([location for key in keys for location in instance.by_key.get(key, ())])
         await self._state.changes.written()
         return meta.CommonResponse()
 
@@ -202,7 +212,7 @@ class MetaService:
         elif request.strategy not in (meta.TS_REMOVE_ALL_CACHE, meta.TS_REMOVE_ALL_META):
             raise InvalidRequest("strategy is not given, or unknown", param="strategy")
         self._state.changes.check_room()
-        self._state.remove(served, delete_files=request.strategy != meta.TS_REMOVE_ALL_META)
+        await self._state.remove_in_turns(served, delete_files=request.strategy != meta.TS_REMOVE_ALL_META)
         await self._state.changes.written()
         return meta.CommonResponse()
 
@@ -251,7 +261,8 @@ class MetaService:
             except StorageFailed as error:
                 failure = error
             else:
-                return storage.place
+                if storage.name in self._state.storages:
+                    return storage.place
         raise failure
 
     def _check_locations(self, request: meta.FinishWriteCacheRequest, granted: Sequence[Location]) -> None:

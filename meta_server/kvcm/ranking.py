@@ -80,14 +80,17 @@ class Ranking:
 
     def enter(self, locations: Iterable[Location], tokens_per_block: int) -> None:
         """Blocks of one session that are served from now on, in their order."""
-        for location in reversed(list(locations)):
-            order = self._orders.setdefault(_place_of(location), Order(tokens_per_block))
+        entering = list(locations)
+        if not entering:
+            return
+        order = self._orders.setdefault(_place_of(entering[0]), Order(tokens_per_block))
+        for location in reversed(entering):
             self._tick += 1
             location.tick, location.is_ranked = self._tick, True
             location.rank = self._rank(order, location)
-            order.num_keys += 1
             order.size_bytes += location.size_bytes
             heapq.heappush(order.heap, (location.rank, location.tick, location))
+        order.num_keys += len(entering)
 
     def leave(self, location: Location) -> None:
         """It is served no longer."""
@@ -125,7 +128,7 @@ class Ranking:
         spare: Collection[Location] = (),
         keys_max: int | None = None,
     ) -> list[Location]:
-        """Blocks that together free so much, or as many as there are; the caller removes them all."""
+        """Blocks that together free so much, or as many as there are; the caller removes them all, or puts them all back."""
         found: list[Location] = []
         spared: list[tuple[Order, Location]] = []
         freed_bytes = 0
@@ -143,6 +146,11 @@ class Ranking:
         for order, location in spared:
             heapq.heappush(order.heap, (location.rank, location.tick, location))
         return found
+
+    def put_back(self, victims: Iterable[Location]) -> None:
+        """They stay after all."""
+        for location in victims:
+            heapq.heappush(self._orders[_place_of(location)].heap, (location.rank, location.tick, location))
 
     def unread_since(self, moment: float, keys_max: int) -> list[Location]:
         """Of policy ttl: blocks that were not read since; the caller removes them all."""

@@ -30,17 +30,24 @@ class Reclaimer:
 
     def make_room(self, group: Group, write: Write, spare: Collection[Location]) -> None:
         """So that the session's blocks fit, without `spare`. Nothing goes if that is not enough. Raises CapacityReached."""
-        for kind, size_bytes, num_keys in _excess(group, write):
+        excess = _excess(group, write)
+        for kind, size_bytes, num_keys in excess:
             could_keys, could_bytes = group.ranking.held(kind)
             if could_keys < num_keys or could_bytes < size_bytes:
                 raise _full(group, num_keys)
-        # What goes for one limit counts for the next one, too.
-        for _ in range(len(_excess(group, write))):
-            if left := _excess(group, write):
-                kind, size_bytes, num_keys = left[0]
-                self._remove(group.ranking.victims(kind, size_bytes=size_bytes, num_keys=num_keys, spare=spare))
-        if left := _excess(group, write):
-            raise _full(group, left[0][2])
+        chosen: list[Location] = []
+        for kind, size_bytes, num_keys in excess:
+            # What goes for one limit counts for the next one, too.
+            left_bytes = size_bytes - _bytes_of(chosen, kind)
+            left_keys = num_keys - len(chosen) if num_keys else 0
+            if left_bytes <= 0 and left_keys <= 0:
+                continue
+            found = group.ranking.victims(kind, size_bytes=left_bytes, num_keys=left_keys, spare=spare)
+            chosen += found
+            if _bytes_of(found, kind) < left_bytes or len(found) < left_keys:
+                group.ranking.put_back(chosen)
+                raise _full(group, num_keys)
+        self._remove(chosen)
 
     def turn(self, group: Group) -> None:
         """Remove what is above a level, and what is too old."""
@@ -63,6 +70,10 @@ class Reclaimer:
         elif used <= low:
             self._under_way.discard(mark)
         return max(0, int(used - low)) if mark in self._under_way else 0
+
+
+def _bytes_of(locations: list[Location], kind: int | None) -> int:
+    return sum(at.size_bytes for at in locations if kind in (None, at.write.place.type))
 
 
 def _excess(group: Group, write: Write) -> list[tuple[int | None, int, int]]:

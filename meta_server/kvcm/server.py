@@ -82,14 +82,16 @@ class KvcmServer:
     async def lead(self, store: Store, handlers: Handlers) -> None:
         """Load what is registered and written, and answer everything."""
         loaded = await load(store, time.monotonic())
-        state = KvcmState(
+        # On a thread, since the lease must be renewed meanwhile.
+        state = await asyncio.to_thread(
+            KvcmState,
             Changes(handlers.journal),
             time.monotonic,
             loaded,
-            file_root=str(self._settings.kvcm_file_dir.expanduser().absolute()),
             open_writes_max=self._settings.puts_pending_max,
             probe_s=self._settings.kvcm_probe_s,
         )
+        state.add_defaults(str(self._settings.kvcm_file_dir.expanduser().absolute()))
         self._state, self._store, self._journal = state, store, handlers.journal
         self._reports = Reports(
             time.monotonic,

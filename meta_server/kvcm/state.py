@@ -7,6 +7,7 @@ that is in the database. Nothing here waits for file systems.
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import time
 import uuid
@@ -24,6 +25,8 @@ from stratakv.errors import InvalidRequest, Overloaded
 
 FINISHED_KEPT_S = 600.0
 """A finished session is known so long, so that finishing may be repeated, also when its blocks are gone."""
+REMOVED_PER_TURN = 2000
+"""Blocks, at some microseconds each."""
 NOTHING_TO_WRITE = "held"
 """The session of a write whose blocks were all there."""
 
@@ -35,17 +38,17 @@ class Usage:
     num_keys: int = 0
     size_bytes: int = 0
 
-    def count(self, location: Location, sign: int) -> None:
-        self.num_keys += sign
-        self.size_bytes += sign * location.size_bytes
+    def count(self, num_keys: int, size_bytes: int) -> None:
+        """So many more; negative ones are fewer."""
+        self.num_keys += num_keys
+        self.size_bytes += size_bytes
 
 
 class KvcmState:
     """All that the KVCM API knows."""
 
-    def __init__(
-        self, changes: Changes, clock: Clock, loaded: Loaded, *, file_root: str, open_writes_max: int, probe_s: float
-    ) -> None:
+    def __init__(self, changes: Changes, clock: Clock, loaded: Loaded, *, open_writes_max: int, probe_s: float) -> None:
+        """Takes microseconds for each block, so it may be made on a thread of its own; nothing is changed by that."""
         self.changes = changes
         self._clock = clock
         self._open_writes_max = open_writes_max
@@ -60,8 +63,6 @@ class KvcmState:
         self._empty: dict[str, Write] = {}
         self.open_writes: dict[str, Write] = {}
         self._usage: dict[str, Usage] = {}
-        if not self.storages and not self.groups:
-            self._add_defaults(file_root)
         for write in loaded.writes:
             self._restore(write)
 
@@ -84,6 +85,10 @@ class KvcmState:
     def seconds_left(self, write: Write) -> float:
         """Of an open session."""
         return write.ends_at - self._clock()
+
+    def holds(self, instance: Instance, wanted: Sequence[tuple[int, Layout]], min_replicas: int) -> bool:
+        """Whether all of these blocks are there, or being written."""
+        return not _split(instance, wanted, min_replicas)[1]
 
     def start(
         self,
@@ -166,6 +171,12 @@ class KvcmState:
         self._empty.update({write.session_id: write for write in touched.values() if not any(write.status)})
         return removed
 
+    async def remove_in_turns(self, locations: Sequence[Location], *, delete_files: bool = True) -> None:
+        """The same for any number of them: in between other calls get their turn, and the lease is renewed."""
+        for first in range(0, len(locations), REMOVED_PER_TURN):
+            self.remove(locations[first : first + REMOVED_PER_TURN], delete_files=delete_files)
+            await asyncio.sleep(0)
+
     def pin(self, instance: Instance, keys: Sequence[int], pin_s: float) -> int:
         """Served blocks, up to the first key that has none, are not reclaimed for so long; how many keys."""
         until = self._clock() + pin_s
@@ -177,13 +188,27 @@ class KvcmState:
                 location.pinned_until = until
         return len(keys)
 
-    def remove_instance(self, instance: Instance) -> None:
+    async def remove_instance(self, instance: Instance) -> None:
         """Forget an instance; its open sessions are over."""
-        for write in [w for w in self.writes.values() if w.instance_id == instance.id and w.is_open]:
+        await self.remove_in_turns(self.served(instance))
+        if self.instances.get(instance.id) is not instance:
+            return
+        for write in [w for w in self.open_writes.values() if w.instance_id == instance.id]:
             self._decide(write, bytes(len(write.keys)))
         self.remove(self.served(instance))
         del self.instances[instance.id]
         self.changes.remove_instance(instance.id)
+
+    async def remove_storage(self, name: str) -> None:
+        """Forget a storage with its blocks; open sessions that write there are over."""
+        del self.storages[name]
+        for write in [w for w in self.open_writes.values() if w.place.storage == name]:
+            self._decide(write, bytes(len(write.keys)))
+        for instance in list(self.instances.values()):
+            await self.remove_in_turns([at for at in self.served(instance) if at.write.place.storage == name])
+        # Last, so that a restart in the middle finds the storage still there; it may have been added again by now.
+        if name not in self.storages:
+            self.changes.remove_storage(name)
 
     def served(self, instance: Instance) -> list[Location]:
         """All blocks of an instance that readers see."""
@@ -207,7 +232,10 @@ class KvcmState:
                 del self._empty[write.session_id], self.writes[write.session_id]
             self.changes.remove_writes(over)
 
-    def _add_defaults(self, file_root: str) -> None:
+    def add_defaults(self, file_root: str) -> None:
+        """What there is when nothing was ever registered."""
+        if self.storages or self.groups:
+            return
         storage, group = default_storage(file_root), default_group()
         self.storages[storage.name], self.groups[group.name] = storage, group
         self.changes.set_storage(storage)
@@ -221,23 +249,26 @@ class KvcmState:
             self._open(write)
         elif not any(write.status):
             self._empty[write.session_id] = write
-        for chunk in sorted({write.chunk_of(i) for i, state in enumerate(write.status) if state == State.DELETING}):
-            self._delete_if_unused((write, chunk))
+        if State.DELETING in write.status:
+            for chunk in sorted({write.chunk_of(i) for i, state in enumerate(write.status) if state == State.DELETING}):
+                self._delete_if_unused((write, chunk))
 
     def _open(self, write: Write) -> None:
         heapq.heappush(self._ending, (write.ends_at, write.session_id))
         self.open_writes[write.session_id] = write
 
     def _enter(self, write: Write, instance: Instance) -> None:
-        group = self.groups.get(write.group)
-        for location in write.locations:
-            if location.state in (State.WRITING, State.SERVING):
-                instance.by_key.setdefault(location.key, []).append(location)
-                self._usage.setdefault(write.place.storage, Usage()).count(location, 1)
-                if group is not None:
-                    _count(group, location, 1)
-
-        if group is not None:
+        by_key, num_keys, size_bytes = instance.by_key, 0, 0
+        for location, key, state, layout in zip(
+            write.locations, write.keys, write.status, write.layout_of, strict=True
+        ):
+            if state in (State.WRITING, State.SERVING):
+                by_key.setdefault(key, []).append(location)
+                num_keys += 1
+                size_bytes += write.sizes[layout]
+        self._usage.setdefault(write.place.storage, Usage()).count(num_keys, size_bytes)
+        if (group := self.groups.get(write.group)) is not None:
+            group.count(write.place.type, num_keys, size_bytes)
             group.ranking.enter([location for location in write.locations if location.is_serving], instance.block_size)
 
     def _leave(self, location: Location, state: State) -> None:
@@ -250,9 +281,9 @@ class KvcmState:
                 found.remove(location)
                 if not found:
                     del instance.by_key[location.key]
-        self.usage_of(write.place.storage).count(location, -1)
+        self.usage_of(write.place.storage).count(-1, -location.size_bytes)
         if group is not None:
-            _count(group, location, -1)
+            group.count(write.place.type, -1, -location.size_bytes)
             group.ranking.leave(location)
 
     def _decide(self, write: Write, success: bytes) -> None:
@@ -275,6 +306,8 @@ class KvcmState:
                 self._leave(location, State.DELETING)
         if group is not None and instance is not None:
             group.ranking.enter(served, instance.block_size)
+        if write.place.storage not in self.storages:
+            self.remove(served)
         # The instance may have been removed meanwhile, and registered again.
         self.remove([s for s in served if instance is None or s not in instance.by_key.get(s.key, ())])
         for chunk in sorted({write.chunk_of(i) for i, state in enumerate(write.status) if state == State.DELETING}):
@@ -327,9 +360,3 @@ def _split(
         if not is_held:
             new[key, layout] = None
     return held, list(new)
-
-
-def _count(group: Group, location: Location, sign: int) -> None:
-    kind = location.write.place.type
-    group.used_bytes[kind] = group.used_bytes.get(kind, 0) + sign * location.size_bytes
-    group.num_keys += sign

@@ -48,7 +48,8 @@ async def load(store: Store, now: float) -> Loaded:
         [Storage(admin.StorageConfig.FromString(row["config"]), row["is_enabled"]) for row in storages],
         [Group(admin.InstanceGroup.FromString(row["config"])) for row in groups],
         [Instance(meta.RegisterInstanceRequest.FromString(row["config"])) for row in instances],
-        [_write(dict(row), now) for row in writes],
+        # On a thread, since it takes time for each block, and the lease must be renewed meanwhile.
+        await asyncio.to_thread(lambda: [_write(dict(row), now) for row in writes]),
         [Account(*row) for row in accounts],
     )
 

@@ -61,9 +61,12 @@ class Write:
     """On the process's clock: when an open session is given back, when a finished one without blocks is forgotten."""
     success: bytes | None = None
     """What FinishWriteCache said, one byte a block; None while open."""
+    sizes: tuple[int, ...] = field(init=False)
+    """Bytes of a block of each layout."""
     locations: tuple[Location, ...] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.sizes = tuple(sum(size for _, size in layout) for layout in self.layouts)
         self.locations = tuple(Location(self, i) for i in range(len(self.keys)))
 
     @property
@@ -134,7 +137,7 @@ class Location:
 
     @property
     def size_bytes(self) -> int:
-        return sum(size for _, size in self.layout)
+        return self.write.sizes[self.write.layout_of[self.position]]
 
     def covers(self, names: frozenset[str]) -> bool:
         """Whether every one of these specs is there; without names, any location does."""

@@ -26,6 +26,7 @@ from stratakv.cli import (
     usage,
     version,
 )
+from stratakv.cli.options import printable
 from stratakv.errors import SetupError, StrataError
 
 EXIT_FAILED = 1
@@ -67,9 +68,9 @@ def main() -> None:
     try:
         app()
     except StrataError as error:
-        print(f"stratakv: {error.message}", file=sys.stderr)
+        print(f"stratakv: {printable(error.message)}", file=sys.stderr)
         if error.hint:
-            print(f"stratakv: {error.hint}", file=sys.stderr)
+            print(f"stratakv: {printable(error.hint)}", file=sys.stderr)
         sys.exit(EXIT_SETUP if isinstance(error, SetupError) else EXIT_FAILED)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)

@@ -1,4 +1,7 @@
-"""`stratakv bench NAME`: runs one of the benchmarks, with its own options."""
+"""`stratakv bench NAME`: runs one of the benchmarks, with its own options.
+
+A benchmark is a module whose docstring begins with its name; the others in the package are parts of them.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,6 @@ from stratakv.cli.serve import HELP_FLAGS
 from stratakv.errors import SetupError
 
 PACKAGE = "benchmarks"
-_RUNNABLE = 'if __name__ == "__main__":'
 
 
 def bench(
@@ -22,9 +24,9 @@ def bench(
     name: Annotated[str | None, typer.Argument(help="Which one; without a name they are listed.")] = None,
 ) -> None:
     """Run a benchmark; its last line of output is one JSON object if --json follows its name."""
-    known = _names()
+    known = _benchmarks()
     if name is None or name in HELP_FLAGS:
-        print(context.get_help() if name else "\n".join(known))
+        print(context.get_help() if name else "\n".join(f"{each:16} {what}" for each, what in known.items()))
         return
     module = name.replace("-", "_")
     if module not in known:
@@ -33,10 +35,15 @@ def bench(
     runpy.run_module(f"{PACKAGE}.{module}", run_name="__main__", alter_sys=False)
 
 
-def _names() -> list[str]:
+def _benchmarks() -> dict[str, str]:
+    """What each of them measures, by name."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.submodule_search_locations is None:
-        return []
-    directories = [Path(place) for place in spec.submodule_search_locations]
-    modules = [path for directory in directories for path in directory.glob("*.py")]
-    return sorted(path.stem for path in modules if _RUNNABLE in path.read_text())
+        return {}
+    found = {}
+    for path in sorted(path for directory in spec.submodule_search_locations for path in Path(directory).glob("*.py")):
+        opening = f'"""{path.stem}: '
+        first_line = path.read_text().partition("\n")[0]
+        if first_line.startswith(opening):
+            found[path.stem] = first_line.removeprefix(opening).strip('"')
+    return found

@@ -84,6 +84,11 @@ def print_json(value: object) -> None:
     print(json.dumps(value, indent=2, default=str))
 
 
+def printable(text: str) -> str:
+    """With what would steer a terminal, or turn the line's direction, as escapes; it may come from others."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 def table_console() -> Console:
     """Where tables are printed: they fit into a terminal, and are as wide as they need to be anywhere else."""
     console = Console()

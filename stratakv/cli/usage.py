@@ -17,6 +17,7 @@ from stratakv.cli.options import (
     StateFileOption,
     database_url,
     print_json,
+    printable,
     running_settings,
     table_console,
 )
@@ -52,6 +53,8 @@ def usage(
 ) -> None:
     """Requests and tokens by day, month, tenant or model (in UTC)."""
     query = UsageQuery(by or [GroupBy.TENANT], tenant, model, parse_day(since), parse_day(until, is_end=True))
+    if query.since and query.until and query.since > query.until:
+        raise typer.BadParameter(f"--since {since} is later than --until {until}")
     rows = read_usage(database_url(database, running_settings(config, sets, state_file)), query)
     if as_json:
         print_json(rows)
@@ -84,7 +87,7 @@ def _print(rows: list[dict[str, Any]], keys: list[GroupBy]) -> None:
     for name in COUNTS:
         table.add_column(_TITLES.get(name, name), _cell(name, totals), justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*(str(row[key.value]) for key in keys), *(_cell(name, row) for name in COUNTS))
+        table.add_row(*(printable(str(row[key.value])) for key in keys), *(_cell(name, row) for name in COUNTS))
     table_console().print(table, markup=False)
 
 

@@ -25,6 +25,7 @@ from stratakv.log import EventLogger
 from stratakv.pool.dmp_client import DmpConnection
 from stratakv.pool.errors import PageError, TransportError
 from stratakv.pool.meta_errors import PoolFull
+from stratakv.pool.open_put import CONNECT_S_MAX, open_put
 from stratakv.pool.pages import PageMemory, PageReader, PageWriter, ReadPages
 from stratakv.wire import (
     PUT_ID_BYTES,
@@ -48,7 +49,6 @@ from stratakv.wire import (
 
 log = EventLogger("stratakv.integrations.page_store")
 
-CONNECT_S_MAX = 2.0
 REPLY_S_MAX = 5.0
 PUTS_MAX = 8
 """Segments that one batch is spread over, when none has room for all of it."""
@@ -263,39 +263,26 @@ class PageStore:
         grant = self._ask(request, PutGrant)
         if grant.segment is None or not grant.wanted:
             return len(keys)
-        part = PageMemory(memory.layers, memory.rows[grant.wanted])
         try:
-            extents = self._write(put_id, grant.segment, [keys[index] for index in grant.wanted], part)
+            extents = self._write(put_id, grant.segment, grant, keys, memory)
             self._ask(PutEnd(put_id, grant.segment.epoch, list(extents)), Done)
         except Exception:
             self._link.tell(PutRevoke(put_id))
             raise
         return grant.wanted[-1] + 1
 
-    def _write(self, put_id: bytes, segment: Segment, keys: Sequence[BlockKey], memory: PageMemory) -> Sequence[Extent]:
+    def _write(
+        self, put_id: bytes, segment: Segment, grant: PutGrant, keys: Sequence[BlockKey], memory: PageMemory
+    ) -> Sequence[Extent]:
         deadline = time.monotonic() + self._patience.put_s
-        connections = self._link.connections
-        connection = connections.get(segment, deadline=time.monotonic() + CONNECT_S_MAX)
-        try:
+        wanted = [keys[index] for index in grant.wanted]
+        with open_put(self._link.connections, segment, put_id, deadline=deadline) as connection:
             extents = connection.allocate(
-                put_id, len(keys), self.layout.page_bytes, self._patience.put_s, deadline=deadline
+                put_id, len(wanted), self.layout.page_bytes, self._patience.put_s, deadline=deadline, term=grant.term
             )
-            pages = self._writer.begin(connection, put_id, extents, keys)
-            pages.write(memory, deadline=deadline)
-        except TransportError as error:
-            connections.drop(connection, error.message)
-            raise
-        except StrataError:
-            self._release(connection, put_id)
-            raise
-        connection.transport.put_closed(put_id)
+            pages = self._writer.begin(connection, put_id, extents, wanted)
+            pages.write(PageMemory(memory.layers, memory.rows[grant.wanted]), deadline=deadline)
         return extents
-
-    def _release(self, connection: DmpConnection, put_id: bytes) -> None:
-        try:
-            connection.release(put_id, deadline=time.monotonic() + CONNECT_S_MAX)
-        except TransportError as error:
-            self._link.connections.drop(connection, error.message)
 
 
 def _by_node(places: Sequence[Place]) -> dict[str, list[int]]:

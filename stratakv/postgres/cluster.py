@@ -191,7 +191,7 @@ class EmbeddedPostgres:
             self._lock = None
             raise SetupError(
                 f"Another process already runs the PostgreSQL in {self._home}.",
-                hint="Stop it, or choose another directory with STRATAKV_UP_DATA_DIR.",
+                hint="Stop it, or choose another directory with up.data_dir or meta.embedded_postgres.",
             ) from error
 
     def _end_orphan(self) -> None:
@@ -226,7 +226,9 @@ class EmbeddedPostgres:
             path.mkdir(mode=0o700)
         found = path.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid not in (os.geteuid(), self._account.outer_uid):
-            raise SetupError(f"{path} belongs to somebody else.", hint="Choose a shorter STRATAKV_UP_DATA_DIR.")
+            raise SetupError(
+                f"{path} belongs to somebody else.", hint="Choose a shorter up.data_dir or meta.embedded_postgres."
+            )
         self._cleanup.callback(shutil.rmtree, path, ignore_errors=True)
         return path
 
@@ -260,7 +262,7 @@ class EmbeddedPostgres:
         if major != binaries.major:
             raise SetupError(
                 f"{self._data_dir} was made by PostgreSQL {major}, but {binaries.directory} holds {binaries.major}.",
-                hint="Point STRATAKV_POSTGRES_BIN to that version, or choose another STRATAKV_UP_DATA_DIR.",
+                hint="Point STRATAKV_POSTGRES_BIN to that version, or choose another directory.",
             )
 
     def _run_server(self, binaries: Binaries) -> None:

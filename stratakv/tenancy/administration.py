@@ -16,11 +16,16 @@ from psycopg.rows import dict_row
 from stratakv.errors import InvalidRequest, SetupError
 from stratakv.migrate import driver_url, masked_url
 from stratakv.queries import load_queries
-from stratakv.tenancy.api_key import NewKey, new_key
+from stratakv.tenancy.api_key import NewKey, new_key, shown_part
 from stratakv.tenancy.values import DEFAULT_TENANT_NAME
 
 CONNECT_TIMEOUT_S = 10
 NAME_CHARS_MAX = 128
+MODEL_CHARS_MAX = 512
+LIFETIME_S_MAX = 100 * 365 * 86400.0
+LIMIT_MAX = 10**12
+"""Requests or tokens."""
+LIMIT_BYTES_MAX = 2**60
 AUDIT_ROWS_MAX = 10_000
 Row = dict[str, Any]
 _queries = load_queries("stratakv.tenancy")
@@ -75,6 +80,7 @@ class Administration:
     def create_tenant(self, name: str, changes: Mapping[str, Any]) -> Row:
         """With a salt of its own. Raises InvalidRequest."""
         _check_name(name)
+        _check_models(changes.get("models"))
         with self._transaction() as ask:
             try:
                 created = ask("create_tenant", name=name)
@@ -85,6 +91,7 @@ class Administration:
 
     def update_tenant(self, name: str, changes: Mapping[str, Any]) -> Row:
         """Raises NoSuchThing, InvalidRequest."""
+        _check_models(changes.get("models"))
         with self._transaction() as ask:
             self._set("tenants", "id", self._id_of(ask, name), changes, _TENANT_COLUMNS)
             return ask("tenants", name=name, deleted=False)[0]
@@ -108,8 +115,9 @@ class Administration:
     # Keys
 
     def keys(self, tenant: str | None = None) -> list[Row]:
-        """Without the keys themselves."""
+        """Without the keys themselves. Raises NoSuchThing."""
         with self._transaction() as ask:
+            self._demand(ask, tenant)
             return ask("keys", tenant=tenant, prefix=None)
 
     def create_key(
@@ -121,8 +129,11 @@ class Administration:
         models: Sequence[str] | None = None,
         networks: Sequence[str] | None = None,
     ) -> NewKey:
-        """The only time that the key is told. Raises NoSuchThing."""
+        """The only time that the key is told. Raises NoSuchThing, InvalidRequest."""
         _check_name(name)
+        _check_models(models)
+        if lifetime_s is not None and not 0 < lifetime_s <= LIFETIME_S_MAX:
+            raise InvalidRequest("a key ends after more than 0 seconds and at most 100 years, or never")
         made = new_key()
         narrowing = {"permissions": permissions, "models": models, "networks": networks}
         with self._transaction() as ask:
@@ -133,6 +144,7 @@ class Administration:
 
     def revoke_key(self, prefix: str, after_s: float = 0.0) -> Row:
         """It is let in no longer, or not after so long. Raises NoSuchThing."""
+        prefix = shown_part(prefix)
         with self._transaction() as ask:
             _one(ask("keys", tenant=None, prefix=prefix), f"key {prefix}")
             ask("revoke_key", prefix=prefix, after_s=after_s)
@@ -141,6 +153,9 @@ class Administration:
     def rotate_key(self, prefix: str, grace_s: float) -> NewKey:
         """Another key for the same, and the old one ends after `grace_s`. Raises NoSuchThing, InvalidRequest."""
         made = new_key()
+        prefix = shown_part(prefix)
+        if grace_s > LIFETIME_S_MAX:
+            raise InvalidRequest("the old key goes on for at most 100 years")
         with self._transaction() as ask:
             found = _one(ask("keys", tenant=None, prefix=prefix), f"key {prefix}")
             if found["state"] != "valid":
@@ -152,8 +167,9 @@ class Administration:
     # Roles
 
     def roles(self, tenant: str | None = None) -> list[Row]:
-        """PostgreSQL roles that log in for a tenant."""
+        """PostgreSQL roles that log in for a tenant. Raises NoSuchThing."""
         with self._transaction() as ask:
+            self._demand(ask, tenant)
             return ask("roles", tenant=tenant)
 
     def map_role(self, tenant: str, role: str, data_url: str) -> Row:
@@ -181,7 +197,11 @@ class Administration:
             return ask("quotas", tenant=tenant)
 
     def set_limits(self, tenant: str, changes: Mapping[str, int | None]) -> Row:
-        """What is not named stays as it is; None: no limit. Raises NoSuchThing."""
+        """What is not named stays as it is; None: no limit. Raises NoSuchThing, InvalidRequest."""
+        for name, value in changes.items():
+            most = LIMIT_BYTES_MAX if name.endswith("_bytes") else LIMIT_MAX
+            if value is not None and not 0 <= value <= most:
+                raise InvalidRequest(f"{name} is 0 to {most:,}, or none")
         with self._transaction() as ask:
             its_id = self._id_of(ask, tenant)
             ask("ensure_limits", id=its_id)
@@ -194,9 +214,12 @@ class Administration:
             ask("delete_limits", id=self._id_of(ask, tenant))
 
     def audit(self, tenant: str | None, limit: int) -> list[Row]:
-        """The last changes, newest first."""
+        """The last changes, newest first; of a tenant that has gone too, as long as they are kept. Raises NoSuchThing."""
         with self._transaction() as ask:
-            return ask("audit", tenant=tenant, limit=min(limit, AUDIT_ROWS_MAX))
+            found = ask("audit", tenant=tenant, limit=min(limit, AUDIT_ROWS_MAX))
+            if not found:
+                self._demand(ask, tenant)
+            return found
 
     @contextmanager
     def _transaction(self) -> Iterator[_Ask]:
@@ -206,13 +229,26 @@ class Administration:
                 cursor.execute(_queries["set_actor"].encode(), {"actor": self._actor})
                 yield _Ask(cursor)
         except (psycopg.errors.CheckViolation, psycopg.errors.DataError) as error:
-            raise InvalidRequest(f"the metadata refuses it: {error.diag.message_primary}") from error
+            raise InvalidRequest(f"the metadata refuses it: {error.diag.message_primary or error}") from error
+        except (
+            psycopg.errors.UndefinedTable,
+            psycopg.errors.UndefinedColumn,
+            psycopg.errors.InvalidSchemaName,
+        ) as error:
+            raise SetupError(
+                f"the database has no metadata of this release: {error.diag.message_primary}",
+                hint="Name another database, or run `stratakv migrate upgrade`.",
+            ) from error
         except psycopg.Error as error:
-            raise SetupError(f"the database refused: {str(error).strip()}") from error
+            raise SetupError(f"the database refused: {error.diag.message_primary or str(error).strip()}") from error
 
     @staticmethod
     def _id_of(ask: _Ask, tenant: str) -> int:
         return int(_one(ask("tenants", name=tenant, deleted=False), f"tenant {tenant}")["id"])
+
+    def _demand(self, ask: _Ask, tenant: str | None) -> None:
+        if tenant is not None:
+            self._id_of(ask, tenant)
 
     def _set(self, table: str, key: str, value: int, changes: Mapping[str, Any], columns: set[str]) -> None:
         """Enter what was given."""
@@ -260,5 +296,15 @@ def _one(rows: list[Row], what: str) -> Row:
 
 
 def _check_name(name: str) -> None:
-    if not 0 < len(name) <= NAME_CHARS_MAX or not name.isprintable():
-        raise InvalidRequest(f"a name has 1 to {NAME_CHARS_MAX} printable characters")
+    if not _is_name(name, NAME_CHARS_MAX):
+        raise InvalidRequest(f"a name has 1 to {NAME_CHARS_MAX} printable characters, and no space at its ends")
+
+
+def _check_models(names: Sequence[str] | None) -> None:
+    for name in names or ():
+        if not _is_name(name, MODEL_CHARS_MAX):
+            raise InvalidRequest(f"a model's name has 1 to {MODEL_CHARS_MAX} printable characters")
+
+
+def _is_name(text: str, chars_max: int) -> bool:
+    return 0 < len(text) <= chars_max and text.isprintable() and text == text.strip()

@@ -35,6 +35,11 @@ def new_key() -> NewKey:
     return NewKey(prefix, f"{prefix}-{secrets.token_urlsafe(_SECRET_BYTES)}")
 
 
+def shown_part(text: str) -> str:
+    """The beginning of a key that may be shown, also if all of the key was given."""
+    return text[: len(MARK) + 2 * _PREFIX_BYTES] if text.startswith(MARK) else text
+
+
 def hash_of(key: str) -> bytes:
     """What is kept of a key."""
     return hashlib.sha256(key.encode()).digest()

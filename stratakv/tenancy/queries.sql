@@ -101,10 +101,12 @@ SELECT
     l.cached_token_micros, l.cache_memory_bytes, l.cache_disk_bytes,
     u.requests_minute AS requests_minute_used, u.tokens_minute AS tokens_minute_used, u.parallel AS parallel_used,
     u.tokens_month AS tokens_month_used,
+    coalesce(c.memory_bytes, 0) AS cache_memory_used, coalesce(c.disk_bytes, 0) AS cache_disk_used,
     (SELECT count(*) FROM stratakv.reservations r WHERE r.tenant_id = t.id AND r.state = 'open') AS open_reservations,
     (SELECT count(*) FROM stratakv.reservations r WHERE r.tenant_id = t.id AND r.state = 'unsettled') AS unsettled_reservations
 FROM stratakv.tenants t
 LEFT JOIN stratakv.tenant_limits l ON l.tenant_id = t.id
+LEFT JOIN stratakv.cache_usage c ON c.tenant_id = t.id
 LEFT JOIN LATERAL (
     SELECT
         max(s.used) FILTER (WHERE s.kind = 'requests_minute') AS requests_minute,

@@ -65,7 +65,12 @@ class Limits:
     @property
     def is_limited(self) -> bool:
         """Whether requests must be counted."""
-        return any(self.of(kind) is not None for kind in LimitKind)
+        return not (
+            self.requests_per_minute is None
+            and self.tokens_per_minute is None
+            and self.parallel_requests is None
+            and self.tokens_per_month is None
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +92,8 @@ class Tenant:
     is_enabled: bool = True
 
 
+OWNER_HEADER = "X-StrataKV-Owner"
+"""Of a DB node's request to a worker: the id of the tenant whose the blocks are that it fills."""
 DEFAULT_TENANT = Tenant(1, DEFAULT_TENANT_NAME)
 """While nothing else is known of it."""
 

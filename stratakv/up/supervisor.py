@@ -12,20 +12,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from stratakv.errors import SetupError
-from stratakv.log import EventLogger
 from stratakv.postgres import EmbeddedPostgres
+from stratakv.postgres.keeping import keep_running
 from stratakv.process import first_setup_error
 from stratakv.up.child import Child
 from stratakv.up.plan import ServiceSpec
 from stratakv.up.readiness import Readiness
 
-log = EventLogger("stratakv.up")
-
 READY_TIMEOUT_S = 300.0
 """Loading a large model from a slow disk is what takes longest."""
 READY_POLL_S = 0.1
-DATABASE_POLL_S = 0.5
-DATABASE_RESTARTS_MAX = 5
 
 
 class Supervisor:
@@ -68,7 +64,7 @@ class Supervisor:
     async def _work(self) -> None:
         async with asyncio.TaskGroup() as group:
             if self.cluster is not None:
-                group.create_task(self._keep_database(self.cluster), name="database")
+                group.create_task(keep_running(self.cluster, self._changed), name="database")
             for children in self._stages():
                 for child in children:
                     await child.start()
@@ -88,20 +84,6 @@ class Supervisor:
                 raise SetupError(f"{child.spec.name} was not ready after {READY_TIMEOUT_S:.0f} s: {child.log_tail()}")
             await asyncio.sleep(READY_POLL_S)
         self._on_service_ready(child.spec)
-
-    async def _keep_database(self, cluster: EmbeddedPostgres) -> None:
-        num_restarts = 0
-        while True:
-            await asyncio.sleep(DATABASE_POLL_S)
-            if cluster.is_running():
-                continue
-            num_restarts += 1
-            if num_restarts > DATABASE_RESTARTS_MAX:
-                raise SetupError(f"PostgreSQL died {num_restarts} times.", hint=f"Its log is {cluster.log_file}.")
-            log.warning("database_died", restarts=num_restarts)
-            # Blocks this loop for the second it takes: the server must be a child of this very thread.
-            cluster.restart()
-            self._changed()
 
     async def _stop_all(self) -> None:
         for children in reversed(self._stages()):

@@ -11,7 +11,6 @@ from tests.compat.pytest_run import run_pytest
 from tests.compat.sources import python_package
 from tests.compat.target import Target
 
-DRIVERS = ("psycopg", "asyncpg")
 _CONFTEST = """
 import pytest
 pytest.register_assert_rewrite("sqlalchemy.testing.assertions")

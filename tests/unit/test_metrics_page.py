@@ -10,6 +10,7 @@ import pytest
 from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.registry import Collector
 
+from dbnode.conversations.metrics import ConversationMetrics
 from dbnode.metrics import NodeMetrics
 from dbnode.scheduler.metrics import RouterMetrics
 from dbnode.scheduler.pool_view import PoolView
@@ -67,6 +68,12 @@ def test_those_of_the_sglang_integration() -> None:
 
 def test_those_of_the_vllm_integration() -> None:
     assert {f"{counter.name}_total" for counter in COUNTERS} == documented("stratakv_vllm_")
+
+
+def test_those_of_conversations() -> None:
+    registry = CollectorRegistry()
+    ConversationMetrics(registry)
+    assert told(registry) == documented("stratakv_conversation")
 
 
 @pytest.mark.parametrize("registry", [WorkerMetrics("m").registry, NodeMetrics("m").registry], ids=["worker", "node"])

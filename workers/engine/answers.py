@@ -18,7 +18,7 @@ class End:
     reason: FinishReason
     error: StrataError | None = None
     stop_token_id: int | None = None
-    """The token that ended it and is not told."""
+    """The token that ended it; not told unless the request wants that."""
 
 
 def take_token(
@@ -31,9 +31,11 @@ def take_token(
     is_eos = sampled.token_id in eos_token_ids and (not sampling.ignore_eos or structure is not None)
     # An answer that was generated elsewhere up to the end of its form gets no further token.
     was_finished = structure is not None and structure.is_finished
-    if is_eos or was_finished or sampled.token_id in sampling.stop_token_ids:
-        return None, End(FinishReason.STOP, stop_token_id=sampled.token_id)
     event = TokenEvent(sequence.request_id, sampled.token_id, index, sampled.logprob, sampled.top_logprobs)
+    is_stop = sampled.token_id in sampling.stop_token_ids
+    if is_eos or was_finished or is_stop:
+        is_told = is_stop and sampling.tells_stop_token and not was_finished
+        return event if is_told else None, End(FinishReason.STOP, stop_token_id=sampled.token_id)
     try:
         is_whole = structure is not None and structure.take(sampled.token_id)
     except StrataError as error:

@@ -28,5 +28,9 @@ def check_request(request: EngineRequest, config: EngineConfig, facts: ModelFact
         raise InvalidRequest(f"{len(request.keys)} block keys do not cover {num_known} tokens.", param="keys")
     if not all(0 <= token < facts.vocab_size for token in (*request.token_ids, *request.resume_token_ids)):
         raise InvalidRequest(f"Token ids must be below {facts.vocab_size}.", param="prompt")
+    if request.sampling.min_tokens and request.structure is not None:
+        raise InvalidRequest("An answer with a form ends when it is whole.", param="min_tokens")
+    if not all(0 <= token < facts.vocab_size for token in request.sampling.stop_token_ids):
+        raise InvalidRequest(f"Token ids must be below {facts.vocab_size}.", param="stop_token_ids")
     if not all(0 <= token < facts.vocab_size for token, _ in request.sampling.logit_bias):
         raise InvalidRequest(f"Token ids must be below {facts.vocab_size}.", param="logit_bias")

@@ -15,15 +15,23 @@ class EngineDtype(enum.StrEnum):
     """Type of products and of the KV cache; residual stream, norms and logits are always fp32."""
 
     BF16 = "bf16"
+    FP16 = "fp16"
     FP32 = "fp32"
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self is EngineDtype.BF16 else torch.float32
+        return _TORCH_DTYPES[self]
 
     @property
     def element_bytes(self) -> int:
         return self.torch_dtype.itemsize
+
+
+_TORCH_DTYPES = {
+    EngineDtype.BF16: torch.bfloat16,
+    EngineDtype.FP16: torch.float16,
+    EngineDtype.FP32: torch.float32,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +55,10 @@ class EngineConfig:
     num_threads: int | None = None
     """Threads per operation; None keeps torch's choice."""
     prefix_caching: bool = True
+    load_ahead_requests: int = 4
+    """Waiting requests whose blocks are loaded before their turn; 0 for none."""
+    load_ahead_bytes: int = 512 * 1024 * 1024
+    """Of their blocks together."""
 
     def __post_init__(self) -> None:
         names = ("block_size", "num_blocks", "max_batched_tokens", "max_prefill_tokens_beside_decode", "max_running")
@@ -54,6 +66,8 @@ class EngineConfig:
         wrong += [name for name in ("max_model_len", "num_threads") if (getattr(self, name) or 1) < 1]
         if wrong:
             raise SetupError(f"Engine settings must be at least 1: {', '.join(wrong)}.")
+        if self.load_ahead_requests < 0 or self.load_ahead_bytes < 0:
+            raise SetupError("Engine settings must not be negative: load_ahead_requests, load_ahead_bytes.")
 
     @property
     def torch_device(self) -> torch.device:

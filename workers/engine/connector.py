@@ -60,6 +60,9 @@ class ExternalHit(Protocol):
     def load(self, first_block: int, l1_blocks: Sequence[int]) -> LoadJob:
         """Start loading blocks `first_block`, `first_block` + 1, … (indexes in the prompt) into the given L1 blocks."""
 
+    def load_ahead(self, first_block: int, l1_blocks: Sequence[int]) -> LoadJob:
+        """`load` before the request's turn, without holding up the loads of others."""
+
     def release(self) -> None:
         """Give the leases back. Safe to call more than once."""
 
@@ -88,9 +91,9 @@ class KVConnector(Protocol):
         """
 
     def save(
-        self, keys: Sequence[BlockKey], l1_blocks: Sequence[int], on_finished: Callable[[], None]
+        self, keys: Sequence[BlockKey], l1_blocks: Sequence[int], owner: int, on_finished: Callable[[], None]
     ) -> SaveJob | None:
-        """Begin to write down blocks that the coming step will fill.
+        """Begin to write down blocks that the coming step will fill for an owner.
 
         The engine keeps the L1 blocks referenced until `on_finished` is called (from any thread, exactly once, also after
         a failure or `abort`). None means that nothing is to be saved; `on_finished` is then not called.

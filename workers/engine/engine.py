@@ -113,6 +113,7 @@ class Engine:
             block_size=self.config.block_size,
             seed=self._new_seed() if seed is None else seed,
             arrived_at=self._clock(),
+            eos_token_ids=self.model.facts.eos_token_ids,
         )
         with self._lock:
             self._check_open()
@@ -331,6 +332,7 @@ class Engine:
                 else Unavailable("The engine is shutting down.")
             )
             try:
+                self._scheduler.ahead.drop(sequence)
                 sequence.release_external()
             except StrataError:
                 _log.exception("release_failed")

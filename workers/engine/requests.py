@@ -16,6 +16,7 @@ MAX_LOGPROBS = 20
 MAX_PENALTY = 2.0
 MAX_REPETITION_PENALTY = 100.0
 MAX_BIASES = 1024
+MAX_STOP_TOKENS = 128
 MAX_BIAS = 100.0
 
 
@@ -26,7 +27,8 @@ class SamplingParams:
     `temperature` 0 is greedy. With a `seed` the draw for output token i depends on (seed, i) alone, so that another engine
     can continue the request. `logprobs` n reports the chosen token's log-probability and those of the n likeliest, before
     anything else here changes them. Presence and frequency penalties are subtracted for tokens of the output, the
-    repetition penalty divides those of prompt and output; `logit_bias` holds (token id, what is added) pairs.
+    repetition penalty divides those of prompt and output; `logit_bias` holds (token id, what is added) pairs. What would end the
+    answer is not chosen before `min_tokens` tokens; `tells_stop_token` emits the one of `stop_token_ids` that ends it.
     """
 
     max_tokens: int
@@ -42,6 +44,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    tells_stop_token: bool = False
 
     def __post_init__(self) -> None:
         _require(self.max_tokens >= 1, "max_tokens", "at least 1")
@@ -59,6 +63,8 @@ class SamplingParams:
             "repetition_penalty",
             f"above 0 and at most {MAX_REPETITION_PENALTY:g}",
         )
+        _require(0 <= self.min_tokens <= self.max_tokens, "min_tokens", "0 to max_tokens")
+        _require(len(self.stop_token_ids) <= MAX_STOP_TOKENS, "stop_token_ids", f"at most {MAX_STOP_TOKENS} tokens")
         _require(len(self.logit_bias) <= MAX_BIASES, "logit_bias", f"at most {MAX_BIASES} tokens")
         _require(
             all(abs(bias) <= MAX_BIAS for _, bias in self.logit_bias), "logit_bias", f"-{MAX_BIAS:g} to {MAX_BIAS:g}"
@@ -71,7 +77,7 @@ class SamplingParams:
 
     @property
     def changes_logits(self) -> bool:
-        return self.penalizes_output or bool(self.logit_bias)
+        return self.penalizes_output or bool(self.logit_bias) or self.min_tokens > 0
 
 
 def _require(holds: bool, param: str, what: str) -> None:
@@ -100,6 +106,8 @@ class EngineRequest:
     """Blocks of its prompt that were put into L1 ahead of it."""
     cache_salt: str | None = None
     """`keys` were made with it."""
+    owner: int = 0
+    """Whose the blocks that it fills are; 0: nobody's."""
 
 
 class FinishReason(enum.StrEnum):

@@ -93,12 +93,11 @@ def _draw(logits: torch.Tensor, how: SampleRow) -> int:
 
 def _filter(probabilities: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
     """Probabilities, largest first, and ids of the tokens that top_k, top_p and min_p leave."""
-    limit = min(params.top_k or len(probabilities), len(probabilities))
-    kept, token_ids = torch.topk(probabilities, min(limit, _CANDIDATES))
+    # what top_k leaves is needed whole: top_p is a share of its sum
+    kept, token_ids = torch.topk(probabilities, min(params.top_k or _CANDIDATES, len(probabilities)))
     reaches_all = float(kept.sum()) >= params.top_p or float(kept[-1]) < params.min_p * float(kept[0])
-    if limit > _CANDIDATES and not reaches_all:
+    if not params.top_k and not reaches_all:
         kept, token_ids = torch.sort(probabilities, descending=True, stable=True)
-        kept, token_ids = kept[:limit], token_ids[:limit]
     if params.top_p < 1.0:
         before = torch.cumsum(kept, dim=0) - kept
         keep = before < params.top_p * kept.sum() if params.top_k else before < params.top_p

@@ -4,7 +4,7 @@ A step has a token budget; a prompt that exceeds it is computed in chunks. Seque
 when they are admitted and one more whenever they outgrow them; when none are left, the newest sequence is preempted: it
 gives its blocks back and goes on later, from what the prefix cache has kept, then from what the tiers below have if that is
 quicker to load than to compute. A sequence whose next block is just being computed by another one waits for it instead of
-computing it again.
+computing it again. For those that wait, blocks are loaded ahead (`workers.engine.loads_ahead`).
 
 Nobody starves: the oldest running sequence is never preempted for another one and gets tokens in every step, a preempted one
 is the first to be admitted again, and only those that wait for a running one's blocks are overtaken.
@@ -17,9 +17,11 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Blocks
 from dataclasses import dataclass
 
+from stratakv.keys import BlockKey
 from workers.engine.config import EngineConfig
-from workers.engine.connector import ExternalHit, Tier
+from workers.engine.connector import ExternalHit, LoadJob, Tier
 from workers.engine.kv_cache import KVCache
+from workers.engine.loads_ahead import LoadsAhead
 from workers.engine.sequence import Search, Sequence
 
 _MAX_SET_ASIDE_BLOCKS = 32
@@ -38,6 +40,8 @@ class StepPart:
     """Blocks from here up to `num_computed` are to be loaded from lower tiers during this step."""
     load_tiers: Blocks[Tier] = ()
     """Theirs."""
+    load_job: LoadJob | None = None
+    """Loads them already."""
 
     @property
     def stop(self) -> int:
@@ -67,6 +71,7 @@ class Scheduler:
         self._cache = cache
         self._release_held = release_held
         self._find = find
+        self.ahead = LoadsAhead(cache, config.load_ahead_requests, config.load_ahead_bytes)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         """In order of admission."""
@@ -89,6 +94,8 @@ class Scheduler:
                 parts.append(StepPart(sequence, min(budget, sequence.num_uncomputed)))
                 budget -= parts[-1].num_tokens
         parts += self._admit(budget)
+        if self.waiting:
+            self.ahead.begin(self.waiting, self._match, self._promised, self._num_spare)
         return parts
 
     def remove(self, sequence: Sequence) -> None:
@@ -97,6 +104,7 @@ class Scheduler:
             self.running.remove(sequence)
         else:
             self.waiting.remove(sequence)
+            self.ahead.drop(sequence)
         self._give_back(sequence)
         sequence.search = Search.NONE
         sequence.release_external()
@@ -154,6 +162,8 @@ class Scheduler:
             if blocks is not None:
                 sequence.table.extend(blocks)
                 return True
+            if self.ahead.drop_last(self.waiting):
+                continue
             newest = self.running[-1]
             self._preempt(newest)
             if newest is sequence:
@@ -174,13 +184,14 @@ class Scheduler:
 
     def _admit(self, budget: int) -> list[StepPart]:
         parts: list[StepPart] = []
-        promised = {key for s in self.running for key in s.keys[s.num_registered :]}
+        promised = self._promised()
         for sequence in list(self.waiting):
             if budget <= 0 or len(self.running) >= self._config.max_running:
                 break
             matched = self._match(sequence)
             following = sequence.keys[len(matched) : sequence.num_reusable_blocks]
-            if following and following[0] in promised and self._config.prefix_caching:
+            is_promised = bool(following) and following[0] in promised and self._config.prefix_caching
+            if is_promised and self.ahead.of(sequence) is None:
                 continue
             if not self._place(sequence, matched):
                 self._let_go_of_held()
@@ -190,6 +201,10 @@ class Scheduler:
             budget -= part.num_tokens
             promised.update(sequence.keys[sequence.num_registered :])
         return parts
+
+    def _promised(self) -> set[BlockKey]:
+        """Blocks that running sequences are about to compute, or to load."""
+        return {key for s in self.running for key in s.keys[s.num_registered :]}
 
     def _match(self, sequence: Sequence) -> list[int]:
         if not self._config.prefix_caching:
@@ -202,16 +217,36 @@ class Scheduler:
         False if there is no room now, or if the tiers below have not answered yet.
         """
         self._cache.reference(matched)
-        missing = -(-len(sequence.token_ids) // self._config.block_size) - len(matched)
+        loaded = self._loaded_ahead(sequence, len(matched))
+        missing = sequence.num_blocks - len(matched) - len(loaded)
         blocks = None
-        if missing + self._watermark(sequence) <= self._cache.num_available and not self._searches(sequence, matched):
-            growth = min(max(0, sequence.blocks_left - len(matched) - missing), _MAX_SET_ASIDE_BLOCKS)
-            blocks = self._cache.allocate(missing, matched[-1] if matched else None, growth)
+        if self._has_room(sequence, missing) and not self._searches(sequence, matched):
+            growth = min(max(0, sequence.blocks_left - sequence.num_blocks), _MAX_SET_ASIDE_BLOCKS)
+            before = [*matched, *loaded]
+            blocks = self._cache.allocate(missing, before[-1] if before else None, growth)
         if blocks is None:
             self._cache.release(matched)
             return False
         sequence.table.extend(matched)
+        sequence.table.extend(loaded)
         sequence.table.extend(blocks)
+        return True
+
+    def _loaded_ahead(self, sequence: Sequence, num_matched: int) -> Blocks[int]:
+        """Blocks behind the matched ones that are loaded already, or being loaded."""
+        load = self.ahead.of(sequence)
+        if load is None:
+            return ()
+        if len(load.matched) != num_matched:  # another sequence has computed some of them meanwhile
+            self.ahead.drop(sequence)
+            return ()
+        return load.blocks
+
+    def _has_room(self, sequence: Sequence, num_blocks: int) -> bool:
+        """Whether so many blocks can be had without taking from those that run; those that wait behind it give back theirs."""
+        while num_blocks + self._watermark(sequence) > self._cache.num_available:
+            if not self.ahead.drop_last(self.waiting, before=sequence):
+                return False
         return True
 
     def _watermark(self, sequence: Sequence) -> int:
@@ -219,8 +254,12 @@ class Scheduler:
         if not self.running:
             return 0
         # One that came back too early would be preempted again by the next block that another one needs.
-        growing = len(self.running) if sequence.preemptions else 0
-        return int(self._cache.num_blocks * _WATERMARK_SHARE) + 1 + growing
+        return self._num_spare if sequence.preemptions else self._num_spare - len(self.running)
+
+    @property
+    def _num_spare(self) -> int:
+        """Blocks that those that run will probably need next."""
+        return int(self._cache.num_blocks * _WATERMARK_SHARE) + 1 + len(self.running)
 
     def _searches(self, sequence: Sequence, matched: Blocks[int]) -> bool:
         """Whether the tiers below are being asked for what a preempted sequence has lost; begins to, if L1 lacks any."""
@@ -240,7 +279,8 @@ class Scheduler:
         """Move a placed sequence to the running ones and plan its first chunk."""
         self.waiting.remove(sequence)
         self.running.append(sequence)
-        tiers = self._tiers_to_load(sequence, num_matched)
+        tiers = sequence.tiers_below(num_matched)
+        load = self.ahead.of(sequence)
         load_stop = num_matched + len(tiers)
         sequence.num_registered = num_matched
         sequence.num_computed = load_stop * self._config.block_size
@@ -249,16 +289,12 @@ class Scheduler:
         part = StepPart(sequence, min(budget, sequence.num_uncomputed))
         if tiers:
             part.load_first_block, part.load_tiers = num_matched, tiers
+            if load is not None:
+                part.load_job = load.job
+                self.ahead.use(sequence)
         else:
             sequence.release_external()
         return part
-
-    def _tiers_to_load(self, sequence: Sequence, num_matched: int) -> Blocks[Tier]:
-        """Of the blocks to load behind the matched ones. None if the hit does not adjoin what L1 holds."""
-        hit = sequence.external
-        if hit is None or hit.start_block > num_matched:
-            return ()
-        return hit.tiers[num_matched - hit.start_block : sequence.num_reusable_blocks - hit.start_block]
 
     def _count_tiers(self, sequence: Sequence, num_matched: int, loaded: Blocks[Tier]) -> None:
         size = self._config.block_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Collection
 from collections.abc import Sequence as Blocks
 from dataclasses import dataclass, field
 
@@ -33,6 +34,7 @@ class Sequence:
     block_size: int
     seed: int
     arrived_at: float
+    eos_token_ids: Collection[int] = ()
     token_ids: list[int] = field(init=False)
     """Prompt, resumed and generated tokens."""
     keys: list[BlockKey] = field(init=False)
@@ -61,7 +63,7 @@ class Sequence:
         self.held = self.request.held
         self.table = BlockTable(self.block_size)
         request = self.request
-        self.penalties = Penalties.of(request.sampling, request.token_ids, request.resume_token_ids)
+        self.penalties = Penalties.of(request.sampling, request.token_ids, request.resume_token_ids, self.eos_token_ids)
 
     @property
     def request_id(self) -> str:
@@ -87,6 +89,11 @@ class Sequence:
         return (len(self.token_ids) - 1) // self.block_size
 
     @property
+    def num_blocks(self) -> int:
+        """Blocks that all of its tokens need."""
+        return -(-len(self.token_ids) // self.block_size)
+
+    @property
     def blocks_left(self) -> int:
         """Blocks that this request will still grow by, at most."""
         total = len(self.request.token_ids) + self.request.sampling.max_tokens
@@ -103,6 +110,13 @@ class Sequence:
             tail = self.token_ids[len(self.keys) * self.block_size :]
             extra = None if self.keys else salt_extra(self.request.cache_salt)
             self.keys += block_keys(tail, self.block_size, first_block_extra=extra, parent=parent)
+
+    def tiers_below(self, num_matched: int) -> Blocks[Tier]:
+        """Of the blocks to load behind the matched ones. None if the hit does not adjoin what L1 holds."""
+        hit = self.external
+        if hit is None or hit.start_block > num_matched:
+            return ()
+        return hit.tiers[num_matched - hit.start_block : self.num_reusable_blocks - hit.start_block]
 
     def release_external(self) -> None:
         """Give the leases of the lower tiers back, once."""

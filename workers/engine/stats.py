@@ -20,7 +20,6 @@ class EngineStats:
     waiting: int = 0
     blocks_total: int = 0
     blocks_free: int = 0
-    blocks_cached: int = 0
     blocks_referenced: int = 0
     num_steps: int = 0
     step_time_s: float = 0.0
@@ -31,6 +30,10 @@ class EngineStats:
     preemptions: int = 0
     recovered_tokens: Mapping[Tier, int] = field(default_factory=lambda: dict.fromkeys(Tier, 0))
     """Tokens that preempted requests had computed, by where their KV came from when they went on."""
+    ahead_used_blocks: int = 0
+    """Loaded before their request's turn."""
+    ahead_dropped_blocks: int = 0
+    """Given up before it."""
 
 
 class StatsKeeper:
@@ -59,8 +62,9 @@ class StatsKeeper:
             waiting=len(scheduler.waiting),
             preemptions=scheduler.num_preemptions,
             recovered_tokens={tier: scheduler.recovered_tokens[tier] for tier in Tier},
+            ahead_used_blocks=scheduler.ahead.num_used,
+            ahead_dropped_blocks=scheduler.ahead.num_dropped,
             blocks_total=use.total,
             blocks_free=use.free,
-            blocks_cached=use.cached,
             blocks_referenced=use.referenced,
         )

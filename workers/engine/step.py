@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 import torch
 
 from stratakv.errors import StrataError
-from stratakv.keys import BlockKey
 from stratakv.log import EventLogger
 from workers.engine.attention_parts import AttentionPart
 from workers.engine.block_table import Run
@@ -154,7 +153,9 @@ class StepRunner:
         part = transfers.part
         sequence, block_size = part.sequence, self._cache.block_size
         first_filled, stop_filled = sequence.num_computed // block_size, part.stop // block_size
-        if part.load_first_block is not None and sequence.external is not None:
+        if part.load_job is not None:
+            transfers.load = part.load_job
+        elif part.load_first_block is not None and sequence.external is not None:
             blocks = sequence.table.blocks[part.load_first_block : first_filled]
             try:
                 transfers.load = sequence.external.load(part.load_first_block, blocks)
@@ -162,15 +163,14 @@ class StepRunner:
                 transfers.fail_load(error if isinstance(error, KVLoadError) else KVLoadError(error.message, 0))
         if self._connector is None or first_filled == stop_filled or transfers.load_error is not None:
             return
-        keys = sequence.keys[first_filled:stop_filled]
-        self._begin_save(transfers, self._connector, keys, sequence.table.blocks[first_filled:stop_filled])
+        self._begin_save(transfers, self._connector, first_filled, stop_filled)
 
-    def _begin_save(
-        self, transfers: _Transfers, connector: KVConnector, keys: Sequence[BlockKey], blocks: list[int]
-    ) -> None:
+    def _begin_save(self, transfers: _Transfers, connector: KVConnector, first: int, stop: int) -> None:
+        sequence = transfers.part.sequence
+        keys, blocks = sequence.keys[first:stop], sequence.table.blocks[first:stop]
         self._cache.reference(blocks)
         try:
-            transfers.save = connector.save(keys, blocks, lambda: self._release(blocks))
+            transfers.save = connector.save(keys, blocks, sequence.request.owner, lambda: self._release(blocks))
         except StrataError as error:
             _log.debug("save_refused", reason=error.code, num_blocks=len(blocks))
         if transfers.save is None:

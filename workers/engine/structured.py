@@ -106,13 +106,16 @@ class Structures:
         self._eos_token_ids = list(eos_token_ids)
         self._lock = threading.Lock()
         self._prepared: LLTokenizer | None = None
-        self._compiled: OrderedDict[Form, LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[tuple[Form, str | None], LLMatcher] = OrderedDict()
 
-    def structure(self, form: Form, resumed: Sequence[int] = ()) -> Structure:
-        """Where an answer in this form stands after `resumed`. Raises InvalidRequest that says what is wrong with it."""
+    def structure(self, form: Form, resumed: Sequence[int] = (), salt: str | None = None) -> Structure:
+        """Where an answer in this form stands after `resumed`. Raises InvalidRequest that says what is wrong with it.
+
+        As with KV, what is compiled is found by requests with the same salt only: how long it takes would tell of it.
+        """
         with self._lock:
-            matcher = self._compiled.pop(form, None) or self._compile(form)
-            self._compiled[form] = matcher
+            matcher = self._compiled.pop((form, salt), None) or self._compile(form)
+            self._compiled[form, salt] = matcher
             if len(self._compiled) > COMPILED_MAX:
                 self._compiled.popitem(last=False)
             structure = Structure(matcher.deep_copy(), self._vocab_size)

@@ -71,8 +71,10 @@ class LayerLoad:
     pages: Sequence[FoundPage]
     window: Window
     num_layers: int
-    deadline: float
+    timeout_s: float
     on_finished: Callable[[LoadOutcome], None]
+    deadline: float = field(init=False)
+    """So long after it began, or, as long as it waits for a thread, after `start`."""
     _arrived: Gate = field(default_factory=make_gate)
     """Opens behind each layer that every block of the load has; closed when the load has ended."""
     _num_good: int = 0
@@ -86,6 +88,7 @@ class LayerLoad:
     def start(self, executor: Executor, reader: PageReader, connections: ConnectionCache) -> None:
         """Begin on one of the executor's threads."""
         self._num_good = len(self.pages)
+        self.deadline = time.monotonic() + self.timeout_s
         self._future = executor.submit(self._run, reader, connections)
 
     def wait_layer(self, layer: int) -> None:
@@ -112,6 +115,7 @@ class LayerLoad:
 
     def _run(self, reader: PageReader, connections: ConnectionCache) -> None:
         runs: list[_Run] = []
+        self.deadline = time.monotonic() + self.timeout_s
         try:
             pieces = _by_segment(self.pages)
             if self.window.is_l1 and len(pieces) <= RUNS_AT_ONCE_MAX:

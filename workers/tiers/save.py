@@ -16,9 +16,10 @@ from stratakv.errors import StrataError
 from stratakv.keys import BlockKey, Namespace, pack_keys
 from stratakv.layout import KVLayout
 from stratakv.log import EventLogger
-from stratakv.pool.dmp_client import ConnectionCache, DmpConnection
-from stratakv.pool.errors import TransferCancelled, TransportError
+from stratakv.pool.dmp_client import ConnectionCache
+from stratakv.pool.errors import TransferCancelled
 from stratakv.pool.meta_client import MetaClient
+from stratakv.pool.open_put import open_put
 from stratakv.pool.pages import PageWriter, WritePages
 from stratakv.wire import PUT_ID_BYTES, Done, Extent, PutEnd, PutGrant, PutRevoke, PutStart, Segment
 from workers.tiers.window import OpenWindow, Window
@@ -27,7 +28,6 @@ log = EventLogger("workers.tiers.save")
 
 PUT_TIMEOUT_S = 60.0
 """Room is granted for so long; also the longest a save waits for the engine's layers."""
-CONNECT_S_MAX = 2.0
 END_S_MAX = 10.0
 """A put whose bytes are written is ended within so long, while another meta server takes over."""
 
@@ -63,6 +63,8 @@ class BlockSave:
     on_released: Callable[[], None]
     """L1's blocks are not needed any more."""
     listener: SaveListener | None = None
+    owner: int = 0
+    """Whose the blocks are."""
     published: Future[None] = field(default_factory=Future)
     """Done when the blocks can be found, or never will be by this save."""
     ready: Gate = field(default_factory=make_gate)
@@ -155,6 +157,7 @@ class Saver:
             worker=self._worker,
             timeout_s=PUT_TIMEOUT_S,
             cost_us=round(self._page_cost_s() * 1e6),
+            owner=save.owner,
         )
         grant = self._wait(self._meta.call(request, PutGrant))
         if grant.segment is None or not grant.wanted:
@@ -172,8 +175,7 @@ class Saver:
     def _write(self, save: BlockSave, put_id: bytes, segment: Segment, grant: PutGrant, deadline: float) -> Written:
         keys = [save.keys[index] for index in grant.wanted]
         window = save.open_window(grant.wanted)
-        connection = self._connections.get(segment, deadline=min(deadline, time.monotonic() + CONNECT_S_MAX))
-        try:
+        with open_put(self._connections, segment, put_id, deadline=deadline) as connection:
             page_bytes = self._layout.page_bytes
             extents = connection.allocate(
                 put_id, len(keys), page_bytes, PUT_TIMEOUT_S, deadline=deadline, term=grant.term
@@ -182,20 +184,7 @@ class Saver:
             if save.listener is not None:
                 save.listener.placed(segment, keys, extents)
             _write_pages(pages, window, len(self._layout.layers), save, deadline)
-        except TransportError as error:
-            self._connections.drop(connection, error.message)
-            raise
-        except StrataError:
-            self._release(connection, put_id)
-            raise
-        connection.transport.put_closed(put_id)
         return Written(segment, keys, extents)
-
-    def _release(self, connection: DmpConnection, put_id: bytes) -> None:
-        try:
-            connection.release(put_id, deadline=time.monotonic() + CONNECT_S_MAX)
-        except TransportError as error:
-            self._connections.drop(connection, error.message)
 
     def _revoke(self, put_id: bytes) -> None:
         try:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import time
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from stratakv._native import is_built
@@ -72,7 +71,9 @@ class PoolHit:
 
     start_block: int
     pages: Sequence[FoundPage]
-    start_load: Callable[[Sequence[FoundPage], Sequence[int]], LayerLoad]
+    start_load: Callable[[Sequence[FoundPage], Sequence[int], Executor], LayerLoad]
+    threads: Executor
+    ahead_thread: Executor
     give_back: Callable[[], None]
 
     @property
@@ -80,8 +81,14 @@ class PoolHit:
         return [page.tier for page in self.pages]
 
     def load(self, first_block: int, l1_blocks: Sequence[int]) -> LayerLoad:
+        return self._load(first_block, l1_blocks, self.threads)
+
+    def load_ahead(self, first_block: int, l1_blocks: Sequence[int]) -> LayerLoad:
+        return self._load(first_block, l1_blocks, self.ahead_thread)
+
+    def _load(self, first_block: int, l1_blocks: Sequence[int], threads: Executor) -> LayerLoad:
         first = first_block - self.start_block
-        return self.start_load(self.pages[first : first + len(l1_blocks)], l1_blocks)
+        return self.start_load(self.pages[first : first + len(l1_blocks)], l1_blocks, threads)
 
     def release(self) -> None:
         self.give_back()
@@ -122,6 +129,7 @@ class Tiers:
         self._connections = connections
         self._reader = PageReader(layout, self._namespace)
         self._load_threads = ThreadPoolExecutor(LOAD_THREADS, thread_name_prefix="kv-load")
+        self._ahead_thread = ThreadPoolExecutor(1, thread_name_prefix="kv-load-ahead")
         self._in_flight: dict[BlockKey, Future[None]] = {}
         self._saver = Saver(
             layout,
@@ -145,6 +153,7 @@ class Tiers:
         """Finish queued saves and let go of all segments."""
         await asyncio.to_thread(self._saver.close)
         await asyncio.to_thread(self._load_threads.shutdown)
+        await asyncio.to_thread(self._ahead_thread.shutdown)
         self._connections.close()
 
     async def lookup(self, keys: Sequence[BlockKey], l1_blocks: int) -> PoolHit | None:
@@ -166,7 +175,7 @@ class Tiers:
         if not wanted:
             give_back()
             return None
-        return PoolHit(l1_blocks, wanted, self._start_load, give_back)
+        return PoolHit(l1_blocks, wanted, self._start_load, self._load_threads, self._ahead_thread, give_back)
 
     def find(self, keys: Sequence[BlockKey], num_l1_blocks: int, on_found: OnFound) -> None:
         """`lookup` for the engine's thread."""
@@ -211,15 +220,15 @@ class Tiers:
         self._metrics.load_decided(tiers[:count], tiers[count:])
         return pages[:count]
 
-    def _start_load(self, pages: Sequence[FoundPage], l1_blocks: Sequence[int]) -> LayerLoad:
+    def _start_load(self, pages: Sequence[FoundPage], l1_blocks: Sequence[int], threads: Executor) -> LayerLoad:
         load = LayerLoad(
             pages=pages,
             window=self._open_window(l1_blocks),
             num_layers=len(self._layout.layers),
-            deadline=time.monotonic() + self._load_timeout_s,
+            timeout_s=self._load_timeout_s,
             on_finished=lambda outcome: self._on_loop(self._load_finished, pages, outcome),
         )
-        load.start(self._load_threads, self._reader, self._connections)
+        load.start(threads, self._reader, self._connections)
         return load
 
     def _load_finished(self, pages: Sequence[FoundPage], outcome: LoadOutcome) -> None:
@@ -240,7 +249,7 @@ class Tiers:
             self._spawn(ReportCorrupt(self._namespace, outcome.bad_page.key, outcome.bad_page.place))
 
     def save(
-        self, keys: Sequence[BlockKey], l1_blocks: Sequence[int], on_finished: Callable[[], None]
+        self, keys: Sequence[BlockKey], l1_blocks: Sequence[int], owner: int, on_finished: Callable[[], None]
     ) -> SaveJob | None:
         """Begin to write down blocks that the coming step will fill; None while the pool is away or too far behind."""
         if not keys or not self._is_open or not self._meta.available:
@@ -250,6 +259,7 @@ class Tiers:
             lambda wanted: self._open_window([l1_blocks[index] for index in wanted]),
             on_finished,
             self._listen(keys),
+            owner,
         )
         for key in keys:
             self._in_flight[key] = save.published

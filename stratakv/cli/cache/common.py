@@ -39,6 +39,10 @@ def ask_meta(settings: Settings, ask: Callable[[PoolClient], Awaitable[T]]) -> T
 
 async def choose_namespaces(client: PoolClient, prefix: str | None, model: str | None) -> list[NamespaceState]:
     """Those that the operator means: one by the beginning of its hex name, or all of a model. Raises InvalidRequest."""
+    if prefix is not None and model is not None:
+        raise InvalidRequest("a namespace and --model are both given", hint="Name what is meant by one of them.")
+    if prefix == "":
+        raise InvalidRequest("the name of the namespace is empty", hint="`stratakv cache stats` lists the namespaces.")
     known = (await client.call(ListNamespaces(), Namespaces)).namespaces
     if prefix is not None:
         found = [state for state in known if state.namespace.hex().startswith(prefix.lower())]

@@ -18,7 +18,18 @@ from stratakv.cli.options import (
     running_settings,
     table_console,
 )
-from stratakv.wire import CacheRule, GetStats, ListNamespaces, ListNodes, Namespaces, NamespaceState, Nodes, Stats
+from stratakv.wire import (
+    CacheRule,
+    GetStats,
+    ListNamespaces,
+    ListNodes,
+    ListOwners,
+    Namespaces,
+    NamespaceState,
+    Nodes,
+    OwnerStates,
+    Stats,
+)
 
 if TYPE_CHECKING:
     from stratakv.pool.shards import PoolClient
@@ -31,19 +42,22 @@ def stats(
     as_json: JsonOption = False,
 ) -> None:
     """What the pool holds: memory and disk of each daemon, namespaces and their rules, counters since the meta server's start."""
-    nodes, namespaces, counters = ask_meta(running_settings(config, sets, state_file), _ask)
+    nodes, namespaces, owners, counters = ask_meta(running_settings(config, sets, state_file), _ask)
+    tenants = _tenant_rows(owners)
     if as_json:
         rows = [_node_row(nodes, namespaces, index) for index in range(len(nodes.nodes))]
         shown = [namespace_json(state) for state in namespaces.namespaces]
-        print_json({"nodes": rows, "namespaces": shown, "counters": msgspec.structs.asdict(counters)})
+        totals = msgspec.structs.asdict(counters)
+        print_json({"nodes": rows, "namespaces": shown, "tenants": tenants, "counters": totals})
     else:
-        _print(nodes, namespaces, counters)
+        _print(nodes, namespaces, tenants, counters)
 
 
-async def _ask(client: PoolClient) -> tuple[Nodes, Namespaces, Stats]:
+async def _ask(client: PoolClient) -> tuple[Nodes, Namespaces, OwnerStates, Stats]:
     return (
         await client.call(ListNodes(), Nodes),
         await client.call(ListNamespaces(), Namespaces),
+        await client.call(ListOwners(), OwnerStates),
         await client.call(GetStats(), Stats),
     )
 
@@ -87,7 +101,19 @@ def rule_text(rule: CacheRule) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _print(nodes: Nodes, namespaces: Namespaces, counters: Stats) -> None:
+def _tenant_rows(owners: OwnerStates) -> list[dict[str, Any]]:
+    """Those of all shards together; a limit is that of each."""
+    rows: dict[int, dict[str, Any]] = {}
+    for state in owners.owners:
+        limit = state.limit
+        row = rows.setdefault(limit.owner, {"id": limit.owner, "memory_bytes": 0, "disk_bytes": 0})
+        row["memory_bytes"] += state.memory_bytes
+        row["disk_bytes"] += state.disk_bytes
+        row |= {"name": limit.name, "memory_bytes_max": limit.memory_bytes_max, "disk_bytes_max": limit.disk_bytes_max}
+    return list(rows.values())
+
+
+def _print(nodes: Nodes, namespaces: Namespaces, tenants: list[dict[str, Any]], counters: Stats) -> None:
     console = table_console()
     table = Table("node", "tier", "pages", "used", "free", "size", "state", title="Segments")
     for index in range(len(nodes.nodes)):
@@ -102,6 +128,13 @@ def _print(nodes: Nodes, namespaces: Namespaces, counters: Stats) -> None:
             state.namespace.hex(), ", ".join(state.models) or "-", str(state.blocks), where, rule_text(state.rule)
         )
     console.print(table, markup=False)
+    if tenants:
+        table = Table("tenant", "in memory", "of", "on disk", "of", title="Tenants")
+        for row in tenants:
+            columns = ("memory_bytes", "memory_bytes_max", "disk_bytes", "disk_bytes_max")
+            shown = ("no limit" if row[name] is None else show_bytes(row[name]) for name in columns)
+            table.add_row(row["name"], *shown)
+        console.print(table, markup=False)
     console.print(
         f"lookups {counters.lookups}, hits {counters.lookup_hits}, removed for room {counters.evictions}"
         f" (the last of them not asked for since {counters.evicted_age_s:.0f} s),"

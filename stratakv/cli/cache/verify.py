@@ -50,7 +50,8 @@ def verify(
     from stratakv.pool.auth import PoolCredentials
 
     settings = running_settings(config, sets, state_file)
-    bytes_per_s = max(1, parse_size(rate))
+    if not (bytes_per_s := parse_size(rate)):
+        raise InvalidRequest("--rate 0 reads nothing", hint="Give a size a second, such as 256MiB.")
     credentials = PoolCredentials.from_settings(settings.pool)
 
     async def ask(client: PoolClient) -> _Report:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from stratakv.cli.options import print_json, table_console
+from stratakv.cli.options import print_json, printable, table_console
 
 
 def show(as_json: bool, value: Any, columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
@@ -17,7 +17,7 @@ def show(as_json: bool, value: Any, columns: tuple[str, ...], rows: Iterable[tup
         return
     table = Table(*columns)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     table_console().print(table, markup=False)
 
 
@@ -26,7 +26,7 @@ def done(as_json: bool, text: str, **fields: Any) -> None:
     if as_json:
         print_json(fields)
     else:
-        print(text)
+        print(printable(text))
 
 
 def share_of(used: int, limit: int) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import getpass
 import ipaddress
+import os
+import pwd
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -43,17 +44,27 @@ def administration(
 
 
 def actor() -> str:
-    """Who runs the command, for the log of changes."""
+    """Who runs the command, for the log of changes: as the system knows it, whatever the environment says."""
     try:
-        user = getpass.getuser()
-    except (KeyError, OSError):
-        user = "unknown"
+        user = pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        user = str(os.getuid())
     return f"{user}@{socket.gethostname()}"
 
 
 def list_or_any(values: Sequence[str] | None) -> list[str] | None:
-    """What an option that restricts was given; `any` is None."""
-    return None if values is None or list(values) == [ANY] else list(values)
+    """What an option that restricts was given; `any` is None. Raises typer.BadParameter."""
+    if values is None or list(values) == [ANY]:
+        return None
+    if ANY in values:
+        raise typer.BadParameter(f"`{ANY}` takes the restriction away, and stands alone")
+    return list(values)
+
+
+def demand_changes(changes: Mapping[str, object]) -> None:
+    """Raises typer.BadParameter if nothing was named."""
+    if not changes:
+        raise typer.BadParameter("nothing is named that is to be changed; --help lists what can be")
 
 
 def checked_networks(values: Sequence[str] | None) -> list[str] | None:

@@ -28,7 +28,7 @@ PrefixArgument = Annotated[str, typer.Argument(metavar="PREFIX", help="The begin
 
 @app.command("list")
 def list_keys(
-    tenant: Annotated[str | None, typer.Argument(metavar="[TENANT]")] = None,
+    tenant: Annotated[str | None, typer.Argument(metavar="TENANT")] = None,
     database: DatabaseOption = None,
     state_file: StateFileOption = None,
     config: ConfigOption = None,
@@ -73,7 +73,7 @@ def create(
         made = admin.create_key(
             tenant,
             name,
-            lifetime_s=parse_seconds(expires) if expires else None,
+            lifetime_s=None if expires is None else parse_seconds(expires),
             permissions=None if permission is None else [one.value for one in permission],
             models=list_or_any(model),
             networks=checked_networks(network),

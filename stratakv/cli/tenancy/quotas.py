@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from stratakv.cli.cache.common import parse_size
+from stratakv.cli.cache.common import parse_size, show_bytes
 from stratakv.cli.meta.shown import done, show
 from stratakv.cli.options import ConfigOption, DatabaseOption, JsonOption, SetOption, StateFileOption, print_json
-from stratakv.cli.tenancy.common import administration
+from stratakv.cli.tenancy.common import administration, demand_changes
 from stratakv.tenancy.values import TOKEN_MICROS
 
 app = typer.Typer(help="Limits of tenants, and what is taken of them.", no_args_is_help=True)
@@ -34,13 +34,19 @@ def list_quotas(
     """All tenants: taken of each limit, reservations that are open and that nobody could settle."""
     with administration(database, config, sets, state_file) as admin:
         found = admin.quotas()
-    columns = ("tenant", "requests/min", "tokens/min", "parallel", "tokens/month", "open", "unsettled")
+    requests = ("requests/min", "tokens/min", "parallel", "tokens/month")
+    columns = ("tenant", *requests, "KV in memory", "KV on disk", "open", "unsettled")
     show(as_json, found, columns, [_row(one) for one in found])
 
 
 def _row(one: dict[str, Any]) -> tuple[str, ...]:
     taken = (_share(one[used], one[limit]) for limit, used in _COUNTED.items())
-    return (one["tenant"], *taken, str(one["open_reservations"]), str(one["unsettled_reservations"]))
+    cached = (_share_of_bytes(one[f"cache_{tier}_used"], one[f"cache_{tier}_bytes"]) for tier in ("memory", "disk"))
+    return (one["tenant"], *taken, *cached, str(one["open_reservations"]), str(one["unsettled_reservations"]))
+
+
+def _share_of_bytes(used: int, limit: int | None) -> str:
+    return show_bytes(used) if limit is None else f"{show_bytes(used)} of {show_bytes(limit)}"
 
 
 def _share(used: int | None, limit: int | None) -> str:
@@ -73,12 +79,8 @@ def set_quota(
     cached_ratio: Annotated[
         float | None, typer.Option(min=0, max=1, help="What a prompt token counts whose KV was cached.")
     ] = None,
-    cache_memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Most KV in memory; noted, not enforced; `none`.")
-    ] = None,
-    cache_disk: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Most KV on disk; noted, not enforced; `none`.")
-    ] = None,
+    cache_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="KV in the pool's memory; `none`.")] = None,
+    cache_disk: Annotated[str | None, typer.Option(metavar="SIZE", help="KV on the pool's disks; `none`.")] = None,
     database: DatabaseOption = None,
     state_file: StateFileOption = None,
     config: ConfigOption = None,
@@ -97,10 +99,10 @@ def set_quota(
     changes |= {n: None if text == NO_LIMIT else parse_size(text) for n, text in sizes.items() if text is not None}
     if cached_ratio is not None:
         changes["cached_token_micros"] = round(cached_ratio * TOKEN_MICROS)
+    demand_changes(changes)
     with administration(database, config, sets, state_file) as admin:
         found = admin.set_limits(tenant, changes)
-    not_enforced = " (cache bytes are noted, not enforced)" if changes.keys() & sizes.keys() else ""
-    done(as_json, f"the limits of tenant {tenant} are set{not_enforced}", **found)
+    done(as_json, f"the limits of tenant {tenant} are set", **found)
 
 
 @app.command("clear")
@@ -122,6 +124,6 @@ def _number(text: str) -> int | None:
     """Raises typer.BadParameter."""
     if text == NO_LIMIT:
         return None
-    if not text.isdigit():
+    if not (text.isascii() and text.isdigit()):
         raise typer.BadParameter(f"expected a number or `{NO_LIMIT}`, got {text!r}")
     return int(text)

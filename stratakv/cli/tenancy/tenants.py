@@ -25,6 +25,7 @@ from stratakv.cli.tenancy.common import (
     PermissionsOption,
     administration,
     checked_networks,
+    demand_changes,
     list_or_any,
     shown_list,
     shown_time,
@@ -146,8 +147,10 @@ def update(
     as_json: JsonOption = False,
 ) -> None:
     """Change what is named of a tenant, while it is in use."""
+    changes = _changes(weight, permission, model, network, shares_cache, enabled)
+    demand_changes(changes)
     with administration(database, config, sets, state_file) as admin:
-        changed = admin.update_tenant(name, _changes(weight, permission, model, network, shares_cache, enabled))
+        changed = admin.update_tenant(name, changes)
     done(as_json, f"tenant {name} is changed", **changed)
 
 
@@ -168,7 +171,7 @@ def delete(
 
 @app.command("roles")
 def roles(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME")] = None,
     database: DatabaseOption = None,
     state_file: StateFileOption = None,
     config: ConfigOption = None,
@@ -219,7 +222,7 @@ def unmap_role(
 
 @app.command("audit")
 def audit(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME")] = None,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="So many of the last changes.")] = 50,
     database: DatabaseOption = None,
     state_file: StateFileOption = None,

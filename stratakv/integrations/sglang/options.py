@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import msgspec
 
 from stratakv.errors import SetupError
-from stratakv.keys import NAMESPACE_BYTES, Namespace
+from stratakv.integrations.declared_namespace import declared_namespace
+from stratakv.keys import Namespace
 
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 
@@ -51,6 +52,10 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     save_timeout_s: Seconds = 30.0
     """A batch that takes longer to store is not stored."""
 
+    def declared_namespace(self) -> Namespace | None:
+        """Raises SetupError."""
+        return declared_namespace(self.namespace_id, "SGLang's extra config")
+
 
 def parse_options(extra_config: Mapping[str, Any] | None) -> Options:
     """Raises SetupError that names the key."""
@@ -59,18 +64,5 @@ def parse_options(extra_config: Mapping[str, Any] | None) -> Options:
         options = msgspec.convert(own, Options)
     except msgspec.ValidationError as error:
         raise SetupError(f"SGLang's extra config: {error}") from error
-    declared_namespace(options)
+    options.declared_namespace()  # so that a mistake is told now
     return options
-
-
-def declared_namespace(options: Options) -> Namespace | None:
-    """The namespace that the operator declared, if any. Raises SetupError."""
-    if not options.namespace_id:
-        return None
-    try:
-        raw = bytes.fromhex(options.namespace_id)
-    except ValueError:
-        raw = b""
-    if len(raw) != NAMESPACE_BYTES:
-        raise SetupError(f"SGLang's extra config: namespace_id must be {2 * NAMESPACE_BYTES} hexadecimal digits")
-    return Namespace(raw)

@@ -16,7 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from stratakv.errors import SetupError
-from stratakv.integrations.sglang.options import Options, declared_namespace
+from stratakv.integrations.sglang.options import Options
 from stratakv.keys import NAMESPACE_BYTES, BlockKey, Namespace, NamespaceScope
 from stratakv.layout import KVLayout
 from stratakv.models.identity import model_identity
@@ -58,7 +58,7 @@ class ServerScope:
     def namespace(self, pool: str, layout: KVLayout, ranks: Ranks) -> Namespace:
         """Of one pool. A declared namespace is taken as it is for the whole KV of a page, and set apart for any other share."""
         shape = {"layout": layout.digest(), "pool": pool, "ranks": asdict(ranks)}
-        declared = declared_namespace(self.options)
+        declared = self.options.declared_namespace()
         if declared is not None:
             return declared if pool == "kv" and ranks.is_whole else _share_of(declared, shape)
         return NamespaceScope(

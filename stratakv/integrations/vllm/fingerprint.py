@@ -20,7 +20,7 @@ from vllm.config import VllmConfig
 from stratakv.errors import SetupError
 from stratakv.integrations.vllm.groups import KVGroups
 from stratakv.integrations.vllm.kv_tensors import LayerTensor
-from stratakv.integrations.vllm.options import Options, fixed_namespace
+from stratakv.integrations.vllm.options import Options
 from stratakv.keys import Namespace, NamespaceScope
 from stratakv.layout import KVLayout
 from stratakv.models.identity import model_identity
@@ -31,14 +31,14 @@ def rank_namespace(
 ) -> Namespace:
     """Of pages of these layers. Raises SetupError if the weights cannot be told from others."""
     parallel = config.parallel_config
-    fixed = fixed_namespace(options)
-    if fixed is not None:
+    declared = options.declared_namespace()
+    if declared is not None:
         if parallel.world_size > 1 or len(groups.groups) > 1:
             raise SetupError(
                 "namespace_id is for one rank and one kind of KV cache; this instance has several",
                 hint="Use namespace instead.",
             )
-        return fixed
+        return declared
     device = layers[0].storage.device.type
     numerics = {
         "vllm": vllm.__version__,

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import msgspec
 
 from stratakv.errors import SetupError
-from stratakv.keys import NAMESPACE_BYTES, Namespace
+from stratakv.integrations.declared_namespace import declared_namespace
+from stratakv.keys import Namespace
 
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
@@ -53,6 +54,10 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     save: bool = True
     """Write new blocks to the pool."""
 
+    def declared_namespace(self) -> Namespace | None:
+        """Raises SetupError."""
+        return declared_namespace(self.namespace_id, "kv_connector_extra_config")
+
 
 def parse_options(extra_config: Mapping[str, Any]) -> Options:
     """Raises SetupError that names the key."""
@@ -60,18 +65,5 @@ def parse_options(extra_config: Mapping[str, Any]) -> Options:
         options = msgspec.convert(dict(extra_config), Options)
     except msgspec.ValidationError as error:
         raise SetupError(f"kv_connector_extra_config: {error}") from error
-    fixed_namespace(options)
+    options.declared_namespace()  # so that a mistake is told now
     return options
-
-
-def fixed_namespace(options: Options) -> Namespace | None:
-    """The namespace that the operator declared, if any. Raises SetupError."""
-    if not options.namespace_id:
-        return None
-    try:
-        raw = bytes.fromhex(options.namespace_id)
-    except ValueError:
-        raw = b""
-    if len(raw) != NAMESPACE_BYTES:
-        raise SetupError(f"kv_connector_extra_config: namespace_id must be {2 * NAMESPACE_BYTES} hexadecimal digits")
-    return Namespace(raw)

@@ -23,15 +23,14 @@ from stratakv.integrations.vllm.orders import SaveOrder
 from stratakv.integrations.vllm.windows import Stamps
 from stratakv.keys import pack_keys
 from stratakv.log import EventLogger
-from stratakv.pool.dmp_client import DmpConnection
-from stratakv.pool.errors import TransferCancelled, TransportError
+from stratakv.pool.errors import TransferCancelled
+from stratakv.pool.open_put import open_put
 from stratakv.wire import PUT_ID_BYTES, Done, Extent, PutEnd, PutGrant, PutRevoke, PutStart, Segment
 
 log = EventLogger("stratakv.vllm.saves")
 
 PUT_TIMEOUT_S = 60.0
 """Room is granted for so long; also the longest a save waits for the layers of its step."""
-CONNECT_S_MAX = 2.0
 CALL_S_MAX = 5.0
 
 
@@ -137,7 +136,7 @@ class Saver:
         if grant.segment is None or not grant.wanted:
             return
         try:
-            extents = self._write(save, put_id, grant.segment, grant.wanted, deadline)
+            extents = self._write(save, put_id, grant.segment, grant, deadline)
             self._link.call(PutEnd(put_id, grant.segment.epoch, list(extents)), Done).result(CALL_S_MAX)
         except Exception:
             self._link.tell(PutRevoke(put_id))
@@ -145,16 +144,16 @@ class Saver:
         self._on_saved(len(extents))
 
     def _write(
-        self, save: BlockSave, put_id: bytes, segment: Segment, wanted: Sequence[int], deadline: float
+        self, save: BlockSave, put_id: bytes, segment: Segment, grant: PutGrant, deadline: float
     ) -> Sequence[Extent]:
-        keys = [save.order.keys[index] for index in wanted]
+        keys = [save.order.keys[index] for index in grant.wanted]
         layout = save.pages.layout
-        connections = self._link.connections
-        connection = connections.get(segment, deadline=min(deadline, time.monotonic() + CONNECT_S_MAX))
-        try:
-            extents = connection.allocate(put_id, len(keys), layout.page_bytes, PUT_TIMEOUT_S, deadline=deadline)
+        with open_put(self._link.connections, segment, put_id, deadline=deadline) as connection:
+            extents = connection.allocate(
+                put_id, len(keys), layout.page_bytes, PUT_TIMEOUT_S, deadline=deadline, term=grant.term
+            )
             pages = save.pages.writer.begin(connection, put_id, extents, keys)
-            window = save.pages.open_window([save.order.blocks[index] for index in wanted], save.stamps)
+            window = save.pages.open_window([save.order.blocks[index] for index in grant.wanted], save.stamps)
             layers = range(len(layout.layers))
             if window.is_direct:
                 pages.write_layers(layers, window.memory, ready=save.ready, deadline=deadline)
@@ -167,17 +166,4 @@ class Saver:
             if not save.was_read():
                 raise TransferCancelled("vLLM has taken the blocks away")
             pages.write_headers(deadline=deadline)
-        except TransportError as error:
-            connections.drop(connection, error.message)
-            raise
-        except StrataError:
-            self._release(connection, put_id)
-            raise
-        connection.transport.put_closed(put_id)
         return extents
-
-    def _release(self, connection: DmpConnection, put_id: bytes) -> None:
-        try:
-            connection.release(put_id, deadline=time.monotonic() + CONNECT_S_MAX)
-        except TransportError as error:
-            self._link.connections.drop(connection, error.message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import count
 from typing import Any
@@ -61,10 +62,11 @@ async def shared_node(shared_worker: StandInWorker, database_url: str) -> AsyncI
         yield running
 
 
-@pytest.fixture
-def node(shared_node: RunningNode, worker: StandInWorker, query: Query) -> RunningNode:
+@pytest_asyncio.fixture(loop_scope="module")
+async def node(shared_node: RunningNode, worker: StandInWorker, query: Query) -> RunningNode:
     """Without any conversation."""
-    query("TRUNCATE stratakv.conversations CASCADE")
+    # Off the loop: the node, which runs on it, may be in the middle of a statement, whose lock this waits for.
+    await asyncio.to_thread(query, "TRUNCATE stratakv.conversations CASCADE")
     return shared_node
 
 

@@ -69,6 +69,22 @@ async def test_a_fork_goes_on_by_itself_from_an_item(node: RunningNode, worker: 
     assert [text for text in await contents(node, fork["id"]) if "?" in text] == ["One?", "Three?"]
 
 
+async def test_a_fork_of_a_fork_has_what_both_have_said(node: RunningNode, worker: StandInWorker) -> None:
+    origin = await create(node)
+    await say(node, origin, "One?")
+    _, child = await call(node, "POST", f"/{origin}/fork", {})
+    await say(node, child["id"], "Two?")
+    _, grandchild = await call(node, "POST", f"/{child['id']}/fork", {})
+    assert grandchild["stratakv"]["forked_from"] == child["id"]
+    await call(node, "DELETE", f"/{origin}")
+    await call(node, "DELETE", f"/{child['id']}")
+    before = await contents(node, grandchild["id"])
+    assert (await say(node, grandchild["id"], "Three?"))[0] == 200
+    assert [text for text in before if "?" in text] == ["One?", "Two?"]
+    second, third = (request["prompt"] for request in worker.requests[1:])
+    assert third[: len(second) + 8][: len(second)] == second
+
+
 REFUSED: list[tuple[str, str, Any, str]] = [
     ("POST", "", {"model": "x"}, "model"),
     ("POST", "", {"metadata": {"a": 1}}, "metadata"),

@@ -135,6 +135,96 @@ async def test_a_client_that_goes_away_leaves_the_conversation_free(node: Runnin
     assert (await contents(node, conversation))[0] == "Two?"
 
 
+async def test_a_turn_may_last_longer_than_the_conversation(
+    node: RunningNode, worker: StandInWorker, query: Query
+) -> None:
+    worker.token_delay_s = 0.1
+    conversation = await create(node)
+    turn = asyncio.create_task(say(node, conversation, "Slow?", max_tokens=6))
+    await eventually_async(lambda: worker.requests, what="the worker has the request")
+    query("UPDATE stratakv.conversations SET expires_at = now() - interval '1 second'")
+    await node.node.conversations.store.sweep()
+    assert (await turn)[0] == 200
+    assert query("SELECT expires_at > now() + interval '29 days' FROM stratakv.conversations") == [(True,)]
+    assert len(await contents(node, conversation)) == 2
+
+
+async def test_a_conversation_that_ended_during_a_turn_that_failed_is_gone(
+    node: RunningNode, worker: StandInWorker, query: Query
+) -> None:
+    worker.token_delay_s = 0.2
+    conversation = await create(node)
+    turn = asyncio.create_task(say(node, conversation, "Slow?", max_tokens=100))
+    await eventually_async(lambda: worker.requests, what="the worker has the request")
+    query("UPDATE stratakv.conversations SET expires_at = now() - interval '1 second'")
+    turn.cancel()
+    await asyncio.gather(turn, return_exceptions=True)
+
+    async def is_gone() -> bool:
+        return (await call(node, "GET", f"/{conversation}"))[0] == 404
+
+    await eventually_async(is_gone, what="the turn is given up")
+
+
+async def test_a_conversation_that_is_deleted_in_the_middle_of_a_turn_ends_it(
+    node: RunningNode, worker: StandInWorker
+) -> None:
+    worker.token_delay_s = 0.05
+    conversation = await create(node)
+    turn = asyncio.create_task(say(node, conversation, "Slow?"))
+    await eventually_async(lambda: worker.requests, what="the worker has the request")
+    assert (await call(node, "DELETE", f"/{conversation}"))[0] == 200
+    status, body = await turn
+    assert (status, body["error"]["code"]) == (404, "conversation_not_found")
+
+
+async def test_two_db_nodes_take_turns_one_at_a_time(
+    node: RunningNode, worker: StandInWorker, database_url: str
+) -> None:
+    conversation = await create(node)
+    async with running_node(worker, database_url=database_url) as other:
+        worker.token_delay_s = 0.05
+        first = asyncio.create_task(say(node, conversation, "One?"))
+        await eventually_async(lambda: worker.requests, what="the worker has the request")
+        status, body = await say(other, conversation, "Two?")
+        assert (status, body["error"]["code"]) == (409, "conversation_busy")
+        added = {"items": [{"role": "user", "content": "x"}]}
+        assert (await call(other, "POST", f"/{conversation}/items", added))[0] == 409
+        assert (await first)[0] == 200
+        worker.token_delay_s = 0.0
+        answers = await asyncio.gather(*(say(at, conversation, f"{n}?") for n, at in enumerate((node, other) * 4)))
+        num_taken = sum(status == 200 for status, _ in answers)
+        assert {status for status, _ in answers} <= {200, 409}
+        assert await contents(other, conversation) == await contents(node, conversation)
+    assert num_taken >= 1
+    assert len(await contents(node, conversation)) == 2 + 2 * num_taken
+
+
+async def test_a_system_message_in_the_middle_is_said_to_the_model(node: RunningNode, worker: StandInWorker) -> None:
+    conversation = await create(node, "Hello", "Hi.")
+    await call(node, "POST", f"/{conversation}/items", {"items": [{"role": "system", "content": "Be terse."}]})
+    status, _ = await say(node, conversation, "Why?")
+    assert status == 200
+    prompt = await node.node.inference.tokens.text_of(worker.requests[-1]["prompt"])
+    assert "Hi.<|im_end|>\n<|im_start|>system\nBe terse.<|im_end|>\n<|im_start|>user\nWhy?" in prompt
+
+
+async def test_turns_are_counted_by_how_they_ended(node: RunningNode, worker: StandInWorker) -> None:
+    async def count(outcome: str, error: str = "") -> float:
+        labels = f'{{error="{error}",outcome="{outcome}",source="rest"}}'
+        async with node.http.get("/metrics") as response:
+            lines = (await response.text()).splitlines()
+        found = [line for line in lines if line.startswith(f"stratakv_conversation_turns_total{labels}")]
+        return float(found[0].rpartition(" ")[2]) if found else 0.0
+
+    before = await count("completed"), await count("failed", "conversation_not_found")
+    conversation = await create(node)
+    await say(node, conversation, "One?")
+    await say(node, "conv_none", "One?")
+    assert (await count("completed"), await count("failed", "conversation_not_found")) == (before[0] + 1, before[1] + 1)
+    assert await node.node.conversations.store.count_open() == 1
+
+
 async def test_a_turn_whose_db_node_died_blocks_for_its_time_only(node: RunningNode, query: Query) -> None:
     conversation = await create(node)
     query("UPDATE stratakv.conversations SET turn_id = 'dead', turn_ends_at = now() + interval '1 hour'")

@@ -20,7 +20,7 @@ from stratakv.http_server import HttpServer
 from stratakv.models import DEFAULT_MODEL, pull
 from stratakv.settings import DatabaseSettings, ModelSettings, RestSettings, RouterSettings, Secret, Settings
 from stratakv.text import load_tokenizer
-from stratakv.wire import ListWorkers, Match, Pinned, PinPrefix, Workers
+from stratakv.wire import ListOwners, ListWorkers, Match, OwnerStates, Pinned, PinPrefix, Workers
 from stratakv.worker_address import worker_url
 from tests.stand_in_worker import MODEL, StandInWorker
 from tests.support import eventually_async
@@ -37,6 +37,8 @@ class PoolOfBlocks:
     async def call(self, request: Any, reply_type: type[Any], timeout_s: float | None = None) -> Any:
         if isinstance(request, PinPrefix):
             return Pinned(self.num_blocks, 2**62 + 1)
+        if isinstance(request, ListOwners):
+            return OwnerStates([])
         return Workers([]) if isinstance(request, ListWorkers) else Match(self.num_blocks)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stratakv.tenancy.values import OWNER_HEADER
 from tests.service_process import ServiceProcess
 from tests.support import free_port
 
@@ -23,9 +24,9 @@ class Worker:
         with urllib.request.urlopen(self.url + path, timeout=60) as response:
             return json.load(response)
 
-    def post(self, path: str, body: object) -> Any:
+    def post(self, path: str, body: object, **headers: str) -> Any:
         request = urllib.request.Request(
-            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json", **headers}
         )
         with urllib.request.urlopen(request, timeout=120) as response:
             return json.load(response)
@@ -39,10 +40,10 @@ class Worker:
             return False
         return True
 
-    def complete(self, prompt: list[int], max_tokens: int = 16, **fields: Any) -> Completion:
+    def complete(self, prompt: list[int], max_tokens: int = 16, *, owner: int = 0, **fields: Any) -> Completion:
         """Greedy unless told otherwise."""
         body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, **fields}
-        answer = self.post("/v1/completions", body)
+        answer = self.post("/v1/completions", body, **{OWNER_HEADER: str(owner)})
         return Completion(answer["choices"][0]["token_ids"], answer["usage"], answer["kv_transfer_params"])
 
     def drop(self, *tiers: str) -> None:

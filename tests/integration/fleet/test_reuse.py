@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import psycopg
 from transformers import PreTrainedTokenizerBase
 
 from tests.integration.fleet.conftest import Pool
@@ -39,11 +40,22 @@ def prompt_of(tokenizer: PreTrainedTokenizerBase, num_tokens: int, seed: int) ->
     return list(tokenizer.encode(text))[:num_tokens]
 
 
-def published(worker: Worker, prompt: list[int]) -> None:
+def published(worker: Worker, prompt: list[int], owner: int = 0) -> None:
     """The worker answers a prefill for another worker only when the prompt's blocks can be found."""
-    handover = worker.complete(prompt, 1, kv_transfer_params={"do_remote_decode": True}).handover
+    handover = worker.complete(prompt, 1, owner=owner, kv_transfer_params={"do_remote_decode": True}).handover
     assert handover is not None
     assert handover["do_remote_prefill"] is True
+
+
+def test_blocks_are_put_into_the_pool_for_the_tenant_that_had_them_computed(
+    pool: Pool, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    published(pool.prefill, prompt_of(tokenizer, 5 * BLOCK, seed=70), owner=7)
+    published(pool.prefill, prompt_of(tokenizer, 3 * BLOCK, seed=80), owner=8)
+    with psycopg.connect(pool.fleet.database_url) as connection:
+        put = "SELECT owner, sum(greatest(length(keys) / 32, (SELECT count(*) FROM stratakv.replicas WHERE put_seq = seq)))"
+        rows = connection.execute(f"{put} FROM stratakv.put_sessions WHERE owner > 0 GROUP BY 1 ORDER BY 1".encode())
+        assert rows.fetchall() == [(7, 5), (8, 3)]
 
 
 def test_cold_l1_l2_and_pool_hits_answer_alike(pool: Pool, tokenizer: PreTrainedTokenizerBase) -> None:

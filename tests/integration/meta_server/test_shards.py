@@ -22,15 +22,19 @@ from stratakv.wire import (
     GetStats,
     ListNamespaces,
     ListNodes,
+    ListOwners,
     ListPages,
     Match,
     MatchPrefix,
     Namespaces,
     Nodes,
+    OwnerLimit,
+    OwnerStates,
     Pages,
     PutEnd,
     PutGrant,
     PutStart,
+    SetOwnerLimits,
     Stats,
 )
 from tests.meta_process import PAGE_BYTES, TestDaemon, meta_server, new_keys
@@ -66,7 +70,8 @@ async def test_a_namespace_is_written_found_and_dropped_on_its_own_shard(urls: l
         keys = {namespace: new_keys(3) for namespace in namespaces}
         for namespace, shard in zip(namespaces, of, strict=True):
             put_id = os.urandom(16)
-            grant = await pool.call(PutStart(put_id, namespace, keys[namespace], PAGE_BYTES, 16), PutGrant)
+            request = PutStart(put_id, namespace, keys[namespace], PAGE_BYTES, 16, owner=7)
+            grant = await pool.call(request, PutGrant)
             assert grant.segment is not None
             assert grant.segment.node == f"n{shard}"
             end = PutEnd(put_id, grant.segment.epoch, daemons[shard].allocate(3))
@@ -78,6 +83,11 @@ async def test_a_namespace_is_written_found_and_dropped_on_its_own_shard(urls: l
         assert sorted(n.segment.node for n in (await pool.call(ListNodes(), Nodes)).nodes) == ["n0", "n1"]
         assert len((await pool.call(ListNamespaces(), Namespaces)).namespaces) == 6
         assert (await pool.call(GetStats(), Stats)).blocks == 18
+        acme = OwnerLimit(7, "acme", 100 * PAGE_BYTES)
+        await pool.call(SetOwnerLimits([acme]), Done)
+        owners = (await pool.call(ListOwners(), OwnerStates)).owners
+        assert [owner.limit for owner in owners] == [acme, acme], "each shard holds an owner to its limit"
+        assert sum(owner.memory_bytes for owner in owners) == 18 * PAGE_BYTES
         assert len((await pool.call(ListPages("n1"), Pages)).pages) == 3 * of.count(1)
         with pytest.raises(InvalidRequest):
             await pool.call(ListPages("n2"), Pages)

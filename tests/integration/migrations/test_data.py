@@ -61,6 +61,9 @@ ROWS = {
     "0013": """
         INSERT INTO stratakv.statements VALUES
             ('1', 2, 'r', 1, 'd', '', 'q', 1, 1, 1, 0, 9, 0, 0, 0, 4, 1.5, 0, now(), now());""",
+    "0014": """
+        UPDATE stratakv.put_sessions SET owner = 2;
+        INSERT INTO stratakv.cache_usage VALUES (2, 4096, 0);""",
 }
 KEPT = {
     "tenants": "SELECT id, name FROM stratakv.tenants ORDER BY id",

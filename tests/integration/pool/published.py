@@ -30,7 +30,13 @@ async def listed(client: MetaClient, *nodes: str) -> None:
 
 
 async def publish(
-    client: MetaClient, daemon: DaemonProcess, num_pages: int, *, seed: int = 0, layout: KVLayout = LAYOUT
+    client: MetaClient,
+    daemon: DaemonProcess,
+    num_pages: int,
+    *,
+    seed: int = 0,
+    layout: KVLayout = LAYOUT,
+    owner: int = 0,
 ) -> WrittenPages:
     """Pages on this daemon that can be found."""
     connection = connect(daemon.segment, deadline=soon())
@@ -38,7 +44,9 @@ async def publish(
     connection.close()
     keys = pack_keys(written.keys)
     node = daemon.segment.node
-    request = PutStart(written.put_id, NAMESPACE, keys, layout.page_bytes, layout.page_tokens, prefer_node=node)
+    request = PutStart(
+        written.put_id, NAMESPACE, keys, layout.page_bytes, layout.page_tokens, prefer_node=node, owner=owner
+    )
     grant = await client.call(request, PutGrant)
     assert grant.segment is not None
     assert grant.segment.node == node

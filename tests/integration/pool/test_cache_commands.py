@@ -133,3 +133,26 @@ async def test_only_headers_are_checked_where_layers_have_several_sizes(
     await publish(client, daemon, PAGES, layout=replace(LAYOUT, layers=layers))
     (found,) = (await stratakv(meta_port, tmp_path, "cache", "verify", "--json")).json["nodes"]
     assert (found["pages"], found["header_only"], found["damaged"]) == (PAGES, PAGES, [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("flush", "--namespace", NAMESPACE.hex(), "--model", "another"), "a namespace and --model are both given"),
+        (("flush", "--namespace", ""), "the name of the namespace is empty"),
+        (("verify", "--rate", "0"), "--rate 0 reads nothing"),
+    ],
+)
+async def test_what_was_not_meant_is_not_done(
+    client: MetaClient,
+    daemon: DaemonProcess,
+    meta_port: int,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    expected: str,
+) -> None:
+    written = await _published(client, daemon)
+    done = await stratakv(meta_port, tmp_path, "cache", *arguments)
+    assert done.status == 1
+    assert expected in done.err
+    assert await _num_found(client, written) == PAGES

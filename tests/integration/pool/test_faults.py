@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
@@ -175,3 +176,19 @@ def test_a_taken_port_is_told_with_the_setting(start_daemon: StartDaemon) -> Non
     taken = start_daemon().segment.port
     with pytest.raises(AssertionError, match=f"dmp.port: port {taken} on 127.0.0.1 is taken"):
         start_daemon(flags=("--port", str(taken)))
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--node", "../x"), "dmp.node = '../x': expected 1 to 128 printable characters without a slash"),
+        (("--node", ""), "dmp.node = ''"),
+        (("--host", "127.0.0.256.9"), "dmp.host = 127.0.0.256.9"),
+        (("--disk-dir", "/tmp/nowhere", "--disk-bytes", "0"), "dmp.disk_bytes = 0: at least 1048576"),
+        (("--port", "65536"), "dmp.port: expected a port, 0 to 65535, got 65536"),
+        (("--level", "chatty"), "log.level: expected one of debug, info, warning, error, got 'chatty'"),
+    ],
+)
+def test_settings_that_cannot_be_are_told(start_daemon: StartDaemon, flags: tuple[str, ...], expected: str) -> None:
+    with pytest.raises(AssertionError, match=re.escape(expected)):
+        start_daemon(flags=flags)

@@ -20,6 +20,7 @@ from workers.tiers.load import FoundPage, LayerLoad, LoadOutcome
 from workers.tiers.window import HostWindow
 
 LAYERS = len(LAYOUT.layers)
+TIMEOUT_S = 10.0
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def start(
     outcomes: list[LoadOutcome] = []
     memory = empty_memory(LAYOUT, len(pages))
     window = HostWindow(memory.layers, memory.rows.tolist())
-    load = LayerLoad(pages, window, LAYERS, soon(), outcomes.append)
+    load = LayerLoad(pages, window, LAYERS, TIMEOUT_S, outcomes.append)
     load.start(executor, PageReader(LAYOUT, NAMESPACE), connections or ConnectionCache())
     return load, window, outcomes
 

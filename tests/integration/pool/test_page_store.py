@@ -109,7 +109,7 @@ class Engines:
     sglang_as_worker = ServerScope("weights", NUMERICS, Options(namespace_id=worker.hex())).namespace(
         "kv", LAYOUT, Ranks()
     )
-    vllm_as_worker = vllm_options.fixed_namespace(vllm_options.Options(namespace_id=worker.hex())) or NAMESPACE
+    vllm_as_worker = vllm_options.Options(namespace_id=worker.hex()).declared_namespace() or NAMESPACE
 
 
 def test_engines_are_kept_apart_even_where_keys_and_layout_are_equal(link: PoolLink) -> None:

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 import pytest_asyncio
 import torch
 
+from stratakv.keys import KEY_BYTES, BlockKey
 from stratakv.pool.dmp_client import ConnectionCache
 from stratakv.pool.meta_client import MetaClient
 from stratakv.settings import MetaSettings, WorkerSettings
-from stratakv.wire import ListNodes, Nodes, WorkerInfo, WorkerRole
+from stratakv.wire import ListNodes, ListOwners, Nodes, OwnerStates, WorkerInfo, WorkerRole
 from tests.integration.pool.daemon import DaemonProcess
 from tests.integration.pool.pages import NAMESPACE
 from tests.integration.pool.published import listed, publish
@@ -114,3 +115,17 @@ async def test_what_was_lost_is_found_from_the_engines_thread(worker: WorkerSide
         is_there = worker.cache.k[layer][blocks[0]].contiguous().view(torch.uint8).flatten().tolist()
         assert bytes(is_there) == written.data[layer][2][0]
     hit.release()
+
+
+async def test_what_is_written_down_is_its_owners(worker: WorkerSide) -> None:
+    keys = [BlockKey(bytes([at]) * KEY_BYTES) for at in range(3)]
+    blocks = worker.cache.allocate(3, None)
+    assert blocks is not None
+    worker.tiers.open()
+    job = await asyncio.to_thread(worker.tiers.save, keys, blocks, 7, lambda: None)
+    assert job is not None
+    for layer in range(FACTS.num_layers):
+        job.layer_done(layer)
+    assert (await worker.tiers.wait_saved(keys, 20)).is_whole
+    (state,) = (await worker.client.call(ListOwners(), OwnerStates)).owners
+    assert (state.limit.owner, state.memory_bytes, state.disk_bytes) == (7, 3 * LAYOUT.page_bytes, 0)

@@ -8,7 +8,9 @@ from typing import Any
 
 import psycopg
 import pytest
+from prometheus_client import CollectorRegistry
 
+from dbnode.conversations.metrics import ConversationMetrics
 from dbnode.conversations.service import Conversations
 from dbnode.conversations.store import ConversationStore
 from dbnode.generate import Chunk, FinishReason, GenerateRequest
@@ -79,7 +81,8 @@ def chat(cluster: EmbeddedPostgres, tmp_path_factory: pytest.TempPathFactory) ->
     settings = DatabaseSettings(url=Secret(url))
     metadata, tenants = Metadata(settings), Directory(settings)
     echo = Echo(PromptTokens(load_tokenizer(resolve(DEFAULT_MODEL, CACHE_DIR))))
-    conversations = Conversations(ConversationStore(metadata, ConversationsSettings()), echo, 60.0)  # type: ignore[arg-type]
+    counts = ConversationMetrics(CollectorRegistry())
+    conversations = Conversations(ConversationStore(metadata, ConversationsSettings()), echo, 60.0, counts)  # type: ignore[arg-type]
     topics = SqlConversations(conversations, tenants).topics()
     with front_thread(cluster, directory, ReversingModel(), topics=topics) as thread:
         thread.run(tenants.load())

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 import asyncpg
 
+from dbnode.own_connection import AWAY
 from dbnode.tenants.account import Reservation
-from dbnode.tenants.ledger import AWAY, Ledger
+from dbnode.tenants.ledger import Ledger
 from dbnode.tenants.quotas import Quotas
 from dbnode.tenants.recovery import Ended, Journals, Recovery
 from stratakv.errors import StrataError

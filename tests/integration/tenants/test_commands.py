@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import pwd
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +18,7 @@ from stratakv.errors import InvalidRequest
 from stratakv.postgres import EmbeddedPostgres
 from stratakv.tenancy.administration import Administration
 from stratakv.tenancy.api_key import hash_of
+from tests.unit.test_repository_rules import ROOT
 
 Run = Callable[..., Any]
 
@@ -140,6 +144,57 @@ def test_every_change_is_in_the_log_also_one_made_by_hand(run: Run, metadata: st
     assert (created["object"], created["action"]) == ("tenants", "insert")
     assert "@" in created["actor"]
     assert "salt" not in created["after"]
+
+
+def documented_fields() -> dict[str, set[str]]:
+    """Of each command, from the reference."""
+    text = (ROOT / "docs" / "reference" / "command-line.md").read_text()
+    rows = re.findall(r"^\| (`(?:tenant|key|quota) \w.*?) \| ([^|]*)\|$", text.partition("| fields |")[2], re.MULTILINE)
+    fields = re.compile(r"`(\w+)`")
+    return {
+        name: {*fields.findall(re.sub(r"\(.*?\)", "", told))}
+        for names, told in rows
+        for name in re.findall(r"`([^`]*)`", names)
+    }
+
+
+def test_programs_get_the_fields_that_are_documented(run: Run, metadata: str) -> None:
+    with psycopg.connect(metadata, autocommit=True) as connection:
+        connection.execute("CREATE ROLE field_role LOGIN")
+    try:
+        told = {
+            "tenant create": run("tenant", "create", "acme"),
+            "tenant update": run("tenant", "update", "acme", "--weight", "7"),
+            "tenant map-role": run("tenant", "map-role", "acme", "field_role"),
+            "tenant roles": run("tenant", "roles")[0],
+            "tenant unmap-role": run("tenant", "unmap-role", "field_role"),
+            "tenant list": run("tenant", "list")[0],
+            "tenant audit": run("tenant", "audit")[0],
+            "key create": (key := run("key", "create", "acme")),
+            "key rotate": run("key", "rotate", key["key"]),
+            "key revoke": run("key", "revoke", key["prefix"]),
+            "key list": run("key", "list", "acme")[0],
+            "quota set": run("quota", "set", "acme", "--parallel", "2"),
+            "quota list": run("quota", "list")[0],
+            "quota show": run("quota", "show", "acme"),
+            "tenant show": (shown := run("tenant", "show", "acme")),
+            "quota clear": run("quota", "clear", "acme"),
+            "tenant delete": run("tenant", "delete", "acme"),
+        }
+    finally:
+        with psycopg.connect(metadata, autocommit=True) as connection:
+            connection.execute("DROP ROLE field_role")
+    wanted = documented_fields()
+    wanted["tenant show"] |= wanted["tenant list"]
+    assert {name: set(fields) for name, fields in told.items()} == wanted
+    assert shown["quota"]["parallel_requests"] == 2
+
+
+def test_who_is_in_the_log_of_changes_is_who_the_system_says(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(variable, "somebody_else")
+    run("tenant", "create", "acme")
+    assert run("tenant", "audit", "acme")[0]["actor"].partition("@")[0] == pwd.getpwuid(os.getuid()).pw_name
 
 
 def test_people_get_tables(metadata: str) -> None:

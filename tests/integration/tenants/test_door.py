@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
+import openai
 import psycopg
 import pytest
 
@@ -55,6 +56,10 @@ async def test_a_key_opens_what_its_tenant_and_it_may_do(node: RunningNode, admi
         assert await status(node, path, plain) == 403
         assert await status(node, path, OPERATOR) == 200
     await eventually_async(lambda: status_is(node, "/v1/completions", narrow, 403))
+    async with openai.AsyncOpenAI(base_url=f"{node.url}/v1", api_key=narrow, max_retries=0) as client:
+        with pytest.raises(openai.PermissionDeniedError) as caught:
+            await client.completions.create(model=MODEL, prompt="a", max_tokens=1)
+    assert caught.value.code == "permission_denied"
     assert (
         await status(node, "/v1/stratakv/pin", narrow, prompt="a", seconds=1) == 503
     )  # let in; there is no meta server

@@ -13,6 +13,8 @@ import pytest
 from dbnode.charge import Charge
 from dbnode.errors import QuotaExceeded
 from dbnode.sql.service import InferCall, Login
+from dbnode.sql.topics import Asked
+from dbnode.sql_conversations import SqlConversations
 from dbnode.sql_inference import SqlInference
 from stratakv.settings import RestSettings, Secret
 from stratakv.tenancy.administration import Administration
@@ -150,6 +152,48 @@ async def test_a_statement_is_charged_for_the_answers_it_asked_for(
     await eventually_async(lambda: quota(admin)["open_reservations"] == 0)
     prompt_tokens = node.node.inference.scheduler.decisions[-1].prompt_tokens
     await eventually_async(lambda: quota(admin)["tokens_month_used"] == prompt_tokens + 10)
+
+
+async def test_a_turn_over_its_quota_leaves_the_conversation_as_it_was_and_may_be_asked_again(
+    node: RunningNode, admin: Administration, metadata: str
+) -> None:
+    acme = await client(node, admin, tokens_per_month=60)
+    with psycopg.connect(metadata, autocommit=True) as connection:
+        connection.execute("CREATE ROLE acme_role LOGIN")
+        mapped = admin.map_role("acme", "acme_role", metadata)
+        connection.execute("DROP ROLE acme_role")
+    await eventually_async(lambda: bool(node.node.tenants._snapshot.roles))
+    conversation = await acme.conversations.create(metadata={"kept": "yes"})
+    headers = {"authorization": f"Bearer {acme.api_key}"}
+
+    async def by_rest() -> int:
+        body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 100}
+        path = f"/v1/conversations/{conversation.id}/messages"
+        async with node.http.post(path, json=body, headers=headers) as response:
+            return response.status
+
+    chat = SqlConversations(node.node.conversations, node.node.tenants).topics()["chat"]
+    login = Login("acme_role", mapped["oid"], mapped["cluster"])
+    payload = {"conversation": conversation.id, "message": "Hi", "turn": "t1", "options": {"max_tokens": 100}}
+    by_sql = Asked(payload, "acme_role", "d", "s", login)
+    assert await by_rest() == 429
+    with pytest.raises(QuotaExceeded) as refused:
+        await chat.answer(by_sql)
+    assert refused.value.sqlstate == "53400"
+    left = await acme.conversations.retrieve(conversation.id)
+    assert left == conversation
+    assert [item async for item in acme.conversations.items.list(conversation.id)] == []
+    admin.set_limits("acme", {"tokens_per_month": 1000})
+    await eventually_async(lambda: admin.quotas("acme")[0]["open_reservations"] == 0)
+
+    async def is_taken() -> bool:
+        return await by_rest() == 200
+
+    await eventually_async(is_taken, what="the new limit is known")
+    answer = await chat.answer(by_sql)
+    assert await chat.answer(by_sql) == answer, "the same turn is not taken twice"
+    assert len([item async for item in acme.conversations.items.list(conversation.id)]) == 4
+    await acme.close()
 
 
 async def test_what_a_dead_node_has_left_open_is_settled_from_the_workers_journals(

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from dbnode.errors import QuotaExceeded
+from dbnode.own_connection import OwnConnection
 from dbnode.tenants.account import SLICES, Reservation
 from dbnode.tenants.recovery import Ended
 from stratakv.errors import StrataError, Unavailable
@@ -215,7 +216,7 @@ async def test_while_postgresql_is_away_leases_are_used_up_then_limited_tenants_
     node = world.nodes[0]
     assert isinstance(await node.reserve("a", large, 100), Reservation)
     node.ledger.drop()
-    node.ledger._settings = DatabaseSettings(url=Secret("postgresql://127.0.0.1:1/x"))
+    node.ledger._connection = OwnConnection(DatabaseSettings(url=Secret("postgresql://127.0.0.1:1/x")), 1.0)
     outcomes: list[object] = [await node.reserve(f"r{n}", large, 1000) for n in range(15)]
     assert [isinstance(one, Reservation) for one in outcomes].count(True) >= 5
     assert isinstance(outcomes[-1], Unavailable)

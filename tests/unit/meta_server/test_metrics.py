@@ -37,10 +37,11 @@ def told(world: World) -> dict[str, float]:
     }
 
 
-def put(world: World, first: int, count: int) -> bytes:
+def put(world: World, first: int, count: int, owner: int = 0) -> bytes:
     keys = b"".join(number.to_bytes(32, "big") for number in range(first, first + count))
     put_id = first.to_bytes(16, "big")
-    grant = world.call(wire.PutStart(put_id, NAMESPACE, keys, PAGE_BYTES, 16, timeout_s=20.0), wire.PutGrant)
+    request = wire.PutStart(put_id, NAMESPACE, keys, PAGE_BYTES, 16, timeout_s=20.0, owner=owner)
+    grant = world.call(request, wire.PutGrant)
     assert grant.segment is not None
     extents = world.daemons["a"].allocate(put_id, count)
     world.call(wire.PutEnd(put_id, grant.segment.epoch, extents), wire.Done)
@@ -69,6 +70,36 @@ def test_pages_found_evicted_and_lost_with_their_daemon_are_told(world: World) -
     world.tick(0.1)
     assert told(world)["segment_pages['a', 'memory']"] == 0
     assert told(world)["segment_free_bytes['a', 'memory']"] == DAEMON_PAGES * PAGE_BYTES
+
+
+def test_tenants_are_told_by_name_with_their_limits_as_far_as_these_are_known(world: World) -> None:
+    world.tick(1.0)
+    put(world, 1, 2, owner=7)
+    put(world, 3, 1, owner=8)
+    put(world, 4, 3)
+    world.call(wire.SetOwnerLimits([wire.OwnerLimit(7, "acme", 10 * PAGE_BYTES)]), wire.Done)
+    tenants = {name: value for name, value in told(world).items() if name.startswith("tenant")}
+    assert tenants == {
+        "tenant_bytes['acme', 'memory']": 2 * PAGE_BYTES,
+        "tenant_bytes['acme', 'disk']": 0,
+        "tenant_bytes['(8)', 'memory']": PAGE_BYTES,
+        "tenant_bytes['(8)', 'disk']": 0,
+        "tenant_limit_bytes['acme', 'memory']": 10 * PAGE_BYTES,
+    }
+
+
+def test_only_the_largest_tenants_have_series_of_their_own(world: World) -> None:
+    world.tick(1.0)
+    for owner in range(1, 5):
+        put(world, 10 * owner, owner % 4 + 1, owner)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("meta_server.metrics.OWNERS_SHOWN_MAX", 2)
+        shown = {n: v for n, v in told(world).items() if n.startswith("tenant_bytes") and "memory" in n}
+    assert {name: value / PAGE_BYTES for name, value in shown.items()} == {
+        "tenant_bytes['(3)', 'memory']": 4,
+        "tenant_bytes['(2)', 'memory']": 3,
+        "tenant_bytes['(others)', 'memory']": 3,
+    }
 
 
 def test_a_sample_of_ages_stands_for_all_pages() -> None:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meta_server.index import BlockIndex, ExtentArray
+from meta_server.index import BlockIndex
+from meta_server.page_arrays import ExtentArray
 from meta_server.policies import make_policy
 from stratakv.keys import KEY_BYTES
 from stratakv.settings import EvictionPolicy

@@ -61,6 +61,10 @@ class PoolMachine(RuleBasedStateMachine):
         self.may_be_found: set[bytes] = set()
         """Keys whose put_end was sent."""
 
+    def next_owner(self) -> int:
+        """Whose the pages of the next put are."""
+        return 0
+
     def teardown(self) -> None:
         self.world.store.fault = Fault.NONE
         self.world.settle()
@@ -91,7 +95,8 @@ class PoolMachine(RuleBasedStateMachine):
     def put_start(self, chain: int, length: int, prefer: str | None) -> None:
         self.num_puts += 1
         put_id, keys = self.num_puts.to_bytes(16, "big"), KEYS[chain][:length]
-        request = wire.PutStart(put_id, NAMESPACE, b"".join(keys), PAGE_BYTES, 16, prefer, timeout_s=20.0)
+        owner = self.next_owner()
+        request = wire.PutStart(put_id, NAMESPACE, b"".join(keys), PAGE_BYTES, 16, prefer, timeout_s=20.0, owner=owner)
         try:
             grant = self.world.call(request, wire.PutGrant)
         except (Overloaded, Unavailable):

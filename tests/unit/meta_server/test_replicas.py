@@ -13,6 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, rule
 
+from meta_server.moves import MOVE_TIMEOUT_S
 from stratakv import wire
 from stratakv.errors import StrataError
 from stratakv.wire_events import EventKind, PoolEvent
@@ -207,6 +208,19 @@ def test_room_that_went_meanwhile_is_not_taken(world: World) -> None:
     put(world, 11, "b")
     copy(world, "a")
     assert Counter(read(world, keys, "b")) == {"a": 3, "b": 1}
+
+
+def test_pages_that_were_ordered_twice_are_copied_once(world: World) -> None:
+    keys = put(world, 4, "a")
+    for _ in range(2):
+        read(world, keys, "b", READS)
+        world.heartbeat(world.daemons["a"])
+        for _ in range(2):
+            world.tick(MOVE_TIMEOUT_S)
+    read(world, keys, "b", READS)
+    assert copy(world, "a") == 12
+    assert read(world, keys, "b") == ["b"] * 4
+    assert world.stats().replicas == 4
 
 
 @pytest.mark.parametrize("lost", ["a", "b"])

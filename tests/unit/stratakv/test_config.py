@@ -126,3 +126,16 @@ def test_an_unknown_flag_ends_the_process_with_status_2(capsys: pytest.CaptureFi
         parse_flags("x", "", ("worker",), ["--rule", "decode"])
     assert caught.value.code == 2
     assert "--rule" in capsys.readouterr().err
+
+
+def test_a_flag_that_is_true_needs_no_value_and_lists_have_a_singular() -> None:
+    argv = ["--debug-service", "--kvcm-enabled", "--address", "a:1", "--address", "b:2"]
+    meta = parse_flags("p", "d", ("meta",), argv).meta
+    assert (meta.debug_service, meta.kvcm_enabled, meta.addresses) == (True, True, ("a:1", "b:2"))
+    assert parse_flags("p", "d", ("meta",), ["--debug-service=false"]).meta.debug_service is False
+
+
+def test_a_port_of_the_kvcm_api_turns_it_on_unless_it_is_turned_off() -> None:
+    assert not parse_flags("p", "d", ("meta",), []).meta.kvcm_enabled
+    assert parse_flags("p", "d", ("meta",), ["--admin-http-port=1"]).meta.kvcm_enabled
+    assert not parse_flags("p", "d", ("meta",), ["--admin-http-port=1", "--kvcm-enabled=no"]).meta.kvcm_enabled

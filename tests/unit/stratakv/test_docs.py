@@ -22,6 +22,8 @@ _ENVIRONMENT = re.compile(r"\bSTRATAKV_[A-Z_]+\b")
 _NO_SETTINGS = {"STRATAKV_NATIVE", "STRATAKV_CONFIG", "STRATAKV_SECTION_KEY", "STRATAKV_WRONG_KEY"}
 """The file's name, the general form, and the example of a mistake."""
 _LINK = re.compile(r"\]\((?!https?:)(?P<path>[^)#\s]*)(?:#(?P<section>[^)\s]*))?\)")
+_PATH = re.compile(r"`((?:stratakv|dbnode|meta_server|dmp|workers|migrations|tests|examples|benchmarks)/[\w/.]+)`")
+_EXAMPLE_PATH = "migrations/versions/0042_what_it_does.py"
 _HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
 
@@ -44,6 +46,12 @@ def test_links_within_the_documentation_lead_somewhere(page: Path) -> None:
         if not target.exists() or (match["section"] and match["section"] not in _anchors(target)):
             broken.append(match[0])
     assert broken == []
+
+
+def test_files_that_the_documentation_names_are_there() -> None:
+    named = {path for page in PAGES for path in _PATH.findall(page.read_text())}
+    assert named
+    assert {path for path in named if not (ROOT / path).exists()} == {_EXAMPLE_PATH}
 
 
 def test_the_index_of_the_documentation_leads_to_every_page() -> None:

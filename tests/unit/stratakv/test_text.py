@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 
 from stratakv.errors import InvalidRequest, SetupError
 from stratakv.models import pull
-from stratakv.text import PENDING_TOKENS_MAX, Detokenizer, decode, encode, load_tokenizer, render_chat
+from stratakv.text import (
+    PENDING_TOKENS_MAX,
+    ChatStyle,
+    Detokenizer,
+    chat_text,
+    decode,
+    encode,
+    load_tokenizer,
+    render_chat,
+)
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +98,37 @@ def test_the_beginning_of_a_stop_string_is_held_back_until_decided(tokenizer: An
     assert detokenizer.push(encode(tokenizer, "more")) + detokenizer.finish() == ""
 
 
+@settings(max_examples=200)
+@given(
+    data=st.data(), min_tokens=st.integers(0, 12), stop=st.lists(st.text("ab é", min_size=1, max_size=3), max_size=2)
+)
+def test_a_stop_string_that_ends_in_the_first_tokens_is_passed_over(
+    tokenizer: Any, data: st.DataObject, min_tokens: int, stop: list[str]
+) -> None:
+    ids = encode(tokenizer, "aab b é aab ab ba éb abba")
+    free = decode(tokenizer, ids[:min_tokens])
+    whole = decode(tokenizer, ids)
+    found = sorted(
+        (end, end - len(one))
+        for end in range(len(free) + 1, len(whole) + 1)
+        for one in stop
+        if whole[:end].endswith(one)
+    )
+    for shows_stop in (False, True):
+        detokenizer = Detokenizer(tokenizer, stop, min_tokens=min_tokens, shows_stop=shows_stop)
+        shown = "".join([*map(detokenizer.push, pieces(data, ids)), detokenizer.finish()])
+        cut = min(found)[0 if shows_stop else 1] if found else len(whole)
+        assert shown == whole[:cut]
+        assert detokenizer.stopped == bool(found)
+
+
+def test_special_tokens_are_text_where_that_is_wanted(tokenizer: Any) -> None:
+    ids = encode(tokenizer, "a<|im_end|>b")
+    assert Detokenizer(tokenizer).push(ids) == "ab"
+    assert Detokenizer(tokenizer, skip_special=False).push(ids) == "a<|im_end|>b"
+    assert Detokenizer(tokenizer, ["<|im_end|>"], skip_special=False).push(ids) == "a"
+
+
 def test_chat_is_rendered_by_the_models_template(tokenizer: Any) -> None:
     ids = render_chat(tokenizer, [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}])
     text = decode(tokenizer, ids, skip_special=False)
@@ -110,6 +150,46 @@ def test_a_wrong_message_is_refused_by_the_name_of_its_field(tokenizer: Any, mes
     with pytest.raises(InvalidRequest) as caught:
         render_chat(tokenizer, messages)
     assert caught.value.param == field
+
+
+TALK: list[Any] = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Well, "}]
+
+
+def test_a_chat_may_end_in_the_middle_of_its_last_message(tokenizer: Any) -> None:
+    text = chat_text(tokenizer, TALK, style=ChatStyle(begins_answer=False, continues_last=True))
+    assert text.endswith("<|im_start|>assistant\nWell, ")
+    assert chat_text(tokenizer, TALK, style=ChatStyle(begins_answer=False)).endswith("Well, <|im_end|>\n")
+    with pytest.raises(InvalidRequest) as caught:
+        chat_text(tokenizer, TALK[:1], style=ChatStyle(begins_answer=False, continues_last=True))
+    assert caught.value.param == "continue_final_message"
+
+
+def test_a_template_is_told_only_what_it_uses_and_the_caller_may_set(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thinks = "{% if thinking is defined and not thinking %}quick{% endif %}{{ messages[0].content }}{{ tokenize }}"
+    monkeypatch.setattr(tokenizer, "chat_template", thinks)
+    assert chat_text(tokenizer, TALK) == "Hi"
+    assert chat_text(tokenizer, TALK, style=ChatStyle(variables={"thinking": False})) == "quickHi"
+    for name in ("mood", "messages", "tokenize", "chat_template", "tools", "thinking.x", ""):
+        with pytest.raises(InvalidRequest) as caught:
+            chat_text(tokenizer, TALK, style=ChatStyle(variables={name: False}))
+        assert caught.value.param == f"chat_template_kwargs.{name}"
+
+
+def deep(levels: int) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for _ in range(levels):
+        made = {"a": made}
+    return made
+
+
+def test_what_is_nested_too_deeply_is_refused(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": deep(5000)}}
+    for template in (tokenizer.chat_template, "{{ tools | tojson }}"):
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+        with pytest.raises(InvalidRequest, match="nested"):
+            chat_text(tokenizer, TALK, [tool])
 
 
 def test_a_directory_without_tokenizer_is_a_setup_error(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import msgspec
 import pytest
 
 from stratakv.errors import InvalidRequest
-from workers.api import logprobs_body, parse_completion
+from stratakv.tenancy.values import OWNER_HEADER
+from workers.api import logprobs_body, owner_of, parse_completion
 from workers.engine.requests import TokenEvent, TokenLogprob
 
 
@@ -24,6 +25,7 @@ from workers.engine.requests import TokenEvent, TokenLogprob
         ("repetition_penalty", 0),
         ("logit_bias", {"x": 1}),
         ("logprobs", 1),
+        ("min_tokens", 17),
     ],
 )
 def test_a_wrong_field_is_refused_by_name(field: str, value: object) -> None:
@@ -47,3 +49,10 @@ def test_logprobs_are_told_by_token_ids_and_never_infinite() -> None:
 def test_biases_are_by_token_id() -> None:
     request = parse_completion(b'{"prompt": [1], "logit_bias": {"17": -3}}')
     assert request.sampling().logit_bias == ((17, -3.0),)
+
+
+@pytest.mark.parametrize(
+    ("said", "owner"), [("7", 7), ("0", 0), ("", 0), ("-1", 0), ("acme", 0), ("9" * 30, 0), (None, 0)]
+)
+def test_whose_a_requests_blocks_are_is_said_by_a_header(said: str | None, owner: int) -> None:
+    assert owner_of({} if said is None else {OWNER_HEADER: said}) == owner

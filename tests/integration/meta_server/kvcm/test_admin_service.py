@@ -225,6 +225,21 @@ async def test_policies_and_pins_say_which_blocks_go(client: Client, register: R
     await eventually_async(are_gone)
 
 
+async def test_a_write_that_fits_only_without_what_is_pinned_removes_nothing(
+    client: Client, register: Register
+) -> None:
+    group = await add_group(client, cache_config=limited(4))
+    instance = await register(instance_group=group["name"])
+    await write(client, instance, [1, 2, 3, 4])
+    await client.ok("PinCache", "operator", instance_id=instance, block_keys=[1, 2], pin_s=60)
+    for _ in range(2):
+        asked = {"instance_id": instance, "block_keys": [5, 6, 7]}
+        assert await client.code("StartWriteCache", **asked) == "REACH_MAX_ENTITY_CAPACITY"
+    assert await hits(client, instance, [1, 2, 3, 4]) == [2, 2, 2, 2]
+    await write(client, instance, [5, 6])
+    assert await hits(client, instance, [1, 2, 3, 4, 5, 6]) == [2, 2, 0, 0, 2, 2]
+
+
 async def test_a_group_keeps_below_its_level_of_bytes(client: Client, register: Register) -> None:
     strategy = {"reclaim_strategy": {"trigger_strategy": {"used_percentage": 0.5}}}
     group = await add_group(client, quota={"capacity": 128 * 10}, cache_config=strategy)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 from pathlib import Path
 
 import aiohttp
 import grpc
+import psycopg
 import pytest
 
 from meta_server.kvcm.protocol import meta_service_pb2 as meta
@@ -119,6 +121,24 @@ async def test_while_the_database_is_away_reads_go_on_and_writes_are_told_to_com
         await eventually_async(is_finished)
         assert await hits(client, "m", [1, 2]) == [1, 1]
         assert (await client.ok("CheckHealth", "admin"))["is_health"] is True
+
+
+async def test_a_write_whose_client_went_away_before_its_answer_holds_nobody_up(
+    migrated_url: str, tmp_path: Path
+) -> None:
+    with running(KvcmProcess(migrated_url, tmp_path)) as server:
+        client = GrpcClient(server.ports)
+        await client.ok("RegisterInstance", **INSTANCE)
+        with psycopg.connect(migrated_url) as connection:
+            connection.execute("LOCK TABLE stratakv.kvcm_writes IN ACCESS EXCLUSIVE MODE")
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(1):
+                    await start(client, "m", [1], write_timeout_seconds=3600)
+
+        async def is_given_back() -> bool:
+            return (await start(client, "m", [1]))["locations"] != []
+
+        await eventually_async(is_given_back)
 
 
 async def test_the_pools_own_blocks_are_visible(migrated_url: str, tmp_path: Path) -> None:

@@ -56,6 +56,34 @@ async def test_a_storage_that_fails_is_not_chosen_until_it_is_well(
     assert await root_of(3) == "first"
 
 
+async def test_what_is_held_needs_no_storage_that_is_well(client: Client, register: Register, tmp_path: Path) -> None:
+    storage = await add_storage(client, tmp_path)
+    instance = await register(instance_group=(await add_group(client, storage_candidates=[storage]))["name"])
+    await write(client, instance, [1, 2])
+    await client.ok("DisableStorage", "admin", storage_unique_name=storage)
+    held = await start(client, instance, [1, 2])
+    assert (held["block_mask"], held["locations"]) == ({"offset": 2}, [])
+    await client.ok("FinishWriteCache", instance_id=instance, write_session_id=held["write_session_id"])
+    assert await client.code("StartWriteCache", instance_id=instance, block_keys=[1, 2, 3]) == "IO_ERROR"
+
+
+async def test_a_storage_is_removed_while_blocks_are_written_into_it(
+    client: Client, register: Register, tmp_path: Path
+) -> None:
+    storage = await add_storage(client, tmp_path)
+    group = await add_group(client, storage_candidates=[storage])
+    instance = await register(instance_group=group["name"])
+    await write(client, instance, [1])
+    session = (await start(client, instance, [2]))["write_session_id"]
+    changed = group | {"storage_candidates": ["nfs_01"]}
+    await client.ok("UpdateInstanceGroup", "admin", instance_group=changed, current_version=1)
+    await client.ok("RemoveStorage", "admin", storage_unique_name=storage)
+    finish = {"instance_id": instance, "write_session_id": session, "success_blocks": {"offset": 1}}
+    assert await client.code("FinishWriteCache", **finish) == "INVALID_ARGUMENT"
+    assert await hits(client, instance, [1, 2]) == [0, 0]
+    assert paths((await write(client, instance, [1, 2]))["locations"])[0].parents[1] != tmp_path
+
+
 async def test_nothing_beyond_the_root_is_deleted(client: Client, register: Register, tmp_path: Path) -> None:
     storage = await add_storage(client, tmp_path / "root")
     group = await add_group(client, storage_candidates=[storage])

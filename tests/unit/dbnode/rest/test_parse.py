@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dbnode.generate import Sampling, StructuredOutputs
-from dbnode.rest.parse import Asked, Parsed, parse_chat, parse_completion
+from dbnode.rest.parse import CHAT, COMPLETION, Asked, Parsed, parse_chat, parse_completion
+from dbnode.rest.tokens import TOKENIZE
 from stratakv.errors import InvalidRequest
 
 ASKED = Asked("id", "trace")
@@ -90,7 +92,7 @@ def test_only_prompts_of_text_or_tokens_are_taken(prompt: Any) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("logprobs", 0), ("best_of", 2), ("n", True), ("tool_choice", "auto"), ("stream_options", {}), ("audio", None)],
+    [("logprobs", 0), ("best_of", 2), ("n", True), ("tool_choice", "auto"), ("stream_options", {}), ("audio", {})],
 )
 def test_what_looks_harmless_but_asks_for_something_is_refused(field: str, value: Any) -> None:
     with pytest.raises(InvalidRequest) as caught:
@@ -126,3 +128,26 @@ def test_response_format_becomes_a_form() -> None:
     parsed = chat(response_format={"type": "json_schema", "json_schema": json_schema})
     assert parsed.request.sampling.structured_outputs == StructuredOutputs(json=schema)
     assert chat(response_format={"type": "text"}).request.sampling.structured_outputs is None
+
+
+@pytest.mark.parametrize(
+    ("field", "hint"), [("max_token", "max_tokens"), ("Temperature", "temperature"), ("stopp", "stop"), ("xyz", None)]
+)
+def test_an_unknown_field_is_refused_with_the_one_that_may_be_meant(field: str, hint: str | None) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        chat(**{field: 1})
+    assert (caught.value.param, caught.value.hint) == (field, hint and f"Did you mean {hint}?")
+
+
+def test_every_field_is_documented() -> None:
+    page = (Path(__file__).parents[4] / "docs" / "reference" / "rest.md").read_text()
+    missing = [name for name in {**CHAT, **COMPLETION, **TOKENIZE} if f"`{name}`" not in page]
+    assert not missing
+
+
+def test_what_is_nested_too_deeply_is_refused_by_name() -> None:
+    fits, deep = "[" * 99 + "]" * 99, "[" * 101 + "]" * 101
+    for nested, says in ((fits, "expected an object"), (deep, "nested deeper than 100")):
+        with pytest.raises(InvalidRequest, match=says) as caught:
+            parse_chat(b'{"chat_template_kwargs": %s}' % nested.encode(), ASKED)
+        assert caught.value.param == "chat_template_kwargs"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from dbnode.scheduler.cost import Candidate, Work, whole_cost
 from dbnode.scheduler.policies.cost import CostPolicy
@@ -151,6 +151,29 @@ def test_a_long_uncached_prompt_is_split_and_a_short_one_is_not() -> None:
     assert short is not None
     assert (long.prefill, long.worker) == (fleet[0], fleet[1])
     assert (short.prefill, short.worker) == (None, fleet[1])
+
+
+def test_a_long_prompt_is_not_split_while_it_would_wait_longer_for_a_prefill_worker_than_it_holds_up_elsewhere() -> (
+    None
+):
+    """Each prompt takes 2 s to compute; 0.2 s of waiting are what the other role is worth."""
+
+    def is_split(queued: int, decoding: int, also_queued: int = 0) -> bool:
+        pending = queued // 2000
+        fleet = [
+            candidate("p", WorkerRole.PREFILL, queued_tokens=queued, running=pending),
+            candidate("d", WorkerRole.DECODE, queued_tokens=also_queued, running=pending + decoding),
+        ]
+        decision = route(fleet, work(2000), CostPolicy(), SPLIT_MIN, random.Random(0))
+        assert decision is not None
+        return decision.prefill is not None
+
+    assert is_split(queued=150, decoding=0)
+    assert not is_split(queued=2000, decoding=0)
+    assert is_split(queued=2000, decoding=1)
+    assert not is_split(queued=6000, decoding=2)
+    assert is_split(queued=6000, decoding=3)
+    assert is_split(queued=2000, decoding=0, also_queued=2000)
 
 
 def test_a_worker_without_room_for_the_prompt_is_passed_over_for_one_that_has_it() -> None:

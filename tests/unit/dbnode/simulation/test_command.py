@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
+
+from tests.unit.dbnode.simulation.test_profiles import PROFILE, stored
+
 TIMEOUT_S = 60
 
 
@@ -41,3 +45,18 @@ def test_a_wrong_trace_is_told_by_its_line_and_ends_with_status_2(tmp_path: Path
     assert done.returncode == 2
     assert "line 21" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_rates_are_taken_from_a_profile_and_not_given_twice(tmp_path: Path) -> None:
+    trace = write_trace(tmp_path / "trace.jsonl")
+    profile = tmp_path / "profile.json"
+    profile.write_bytes(msgspec.json.encode([stored()]))
+    done = sim("--trace", str(trace), "--profile", str(profile), "--pool-gb-per-s", "0", "--json")
+    assert done.returncode == 0, done.stderr
+    settings = json.loads(done.stdout)["settings"]
+    assert settings["profile"]["model"] == stored().key.model
+    assert settings["pool_bytes_per_s"] == 0
+    assert settings["prefill_tokens_per_s"] == PROFILE.prefill[2].num_tokens / PROFILE.prefill[2].seconds
+    both = sim("--trace", str(trace), "--profile", str(profile), "--prefill-tokens-per-s", "9")
+    assert both.returncode == 2
+    assert "--profile" in both.stderr

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -14,8 +14,6 @@ from dbnode.sql.errors import BackendUnreachable
 from dbnode.sql.startup import TLS_REQUEST
 from stratakv.errors import SetupError
 from tests.certificates import write_certificate
-
-Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[None, None, None]]
 
 
 class _Hearing(asyncio.Protocol):

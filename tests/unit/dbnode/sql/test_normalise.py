@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from dbnode.sql.lexer import TokenKind, tokenize
 from dbnode.sql.normalise import SHOWN_CHARS_MAX, TEXT_CHARS_MAX, normalised
+from dbnode.sql.statements import collectable
 
 
 @pytest.mark.parametrize(
@@ -73,3 +74,14 @@ def test_tokens_cover_the_text_in_order(text: str) -> None:
             assert token.kind in TokenKind
     except ValueError:
         pass
+
+
+def test_what_is_remembered_of_a_text_is_each_roles_own() -> None:
+    """Else the time that a statement takes would tell whether another role has sent the same one, literals and all."""
+    text = "SELECT infer('known to ada')"
+    for owner, num_misses in (("ada", 1), ("ada", 0), ("bob", 1)):
+        before = normalised.cache_info().misses, collectable.cache_info().misses
+        normalised(text, owner)
+        collectable(text, frozenset(), owner)
+        after = normalised.cache_info().misses, collectable.cache_info().misses
+        assert (after[0] - before[0], after[1] - before[1]) == (num_misses, num_misses)

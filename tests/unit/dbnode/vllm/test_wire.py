@@ -65,6 +65,20 @@ def test_only_a_token_that_ends_the_answer_is_left_out(said: bytes, token_ids: l
     assert Reader("u", REQUEST, Part.ALL).read(said).token_ids == token_ids
 
 
+def test_when_an_answer_may_end_is_told_in_vllms_words() -> None:
+    how: dict[str, Any] = {"min_tokens": 4, "stop_token_ids": [2], "skip_special_tokens": False}
+    sent = body(request(**how, kv_transfer_params=RESUMED), "m", Part.ALL)
+    assert (sent["min_tokens"], sent["stop_token_ids"], sent["skip_special_tokens"]) == (2, [2], False)
+    assert body(request(**how), "m", Part.PREFILL)["min_tokens"] == 1
+    assert not body(REQUEST, "m", Part.ALL).keys() & how.keys()
+
+
+@pytest.mark.parametrize(("token", "shown"), [(2, [1, 2]), (3, [1])])
+def test_a_stop_token_that_is_asked_for_is_told(token: int, shown: list[int]) -> None:
+    reader = Reader("u", request(stop_token_ids=[2], include_stop_str_in_output=True), Part.ALL)
+    assert reader.read(event([1, token], "stop", token)).token_ids == shown
+
+
 def test_an_answer_begun_again_continues_where_the_other_ended() -> None:
     reader = Reader("u", request(kv_transfer_params=RESUMED, seed=1, temperature=1.0), Part.ALL)
     assert reader.read(event([8])).token_ids == []

@@ -75,7 +75,6 @@ async def test_more_deletions_than_may_wait_are_done_in_the_end(
         Changes(journal),
         time.monotonic,
         Loaded([storage], [group], [instance], [], []),
-        file_root=str(tmp_path),
         open_writes_max=10,
         probe_s=60.0,
     )

@@ -64,3 +64,27 @@ def test_messages_are_printed_as_protobuf_prints_them(message: Message) -> None:
 def test_other_bodies_are_refused(body: bytes) -> None:
     with pytest.raises(InvalidRequest):
         parse(body, meta.GetCacheLocationRequest)
+
+
+@pytest.mark.parametrize(
+    ("body", "message_type", "expected"),
+    [
+        (b'{"query_type":"QT_NEAREST"}', meta.GetCacheLocationRequest, "QT_PREFIX_MATCH"),
+        (b'{"role":"ROLE_ADMN"}', admin.AddAccountRequest, "ROLE_ADMIN"),
+        (
+            b'{"instance_group":{"cache_config":{"reclaim_strategy":{"reclaim_policy":"POLICY_MRU"}}}}',
+            admin.CreateInstanceGroupRequest,
+            "POLICY_LFU",
+        ),
+    ],
+)
+def test_a_name_that_no_enum_has_is_refused_with_those_it_has(
+    body: bytes, message_type: type[Message], expected: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=expected):
+        parse(body, message_type)
+
+
+def test_enums_may_be_numbers_also_as_strings() -> None:
+    assert parse(b'{"query_type":"2"}', meta.GetCacheLocationRequest).query_type == meta.QT_PREFIX_MATCH
+    assert parse(b'{"query_type":2}', meta.GetCacheLocationRequest).query_type == meta.QT_PREFIX_MATCH

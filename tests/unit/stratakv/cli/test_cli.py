@@ -102,6 +102,12 @@ def test_a_wrong_option_is_named(arguments: list[str], part: str) -> None:
     assert_setup_error(stratakv(*arguments), part)
 
 
+def test_benchmarks_are_listed_with_what_they_measure_and_without_their_parts() -> None:
+    listed = stratakv("bench").stdout.splitlines()
+    assert any(line.startswith("chat_warm  ") and "time to first token" in line for line in listed)
+    assert [line for line in listed if line.startswith(("harness", "vllm_driver", "rest_worker"))] == []
+
+
 def test_settings_are_shown_with_secrets_masked() -> None:
     done = stratakv("config", "show", "--json", STRATAKV_REST_API_KEY="geheim", STRATAKV_WORKER_DTYPE="fp32")
     shown = json.loads(done.stdout)

@@ -167,12 +167,16 @@ class MemoryTier:
     """Of what is found for preempted requests."""
     hits: list[MemoryHit] = field(default_factory=list)
     """Found for preempted requests."""
+    owners: dict[BlockKey, int] = field(default_factory=dict)
 
     def find(self, keys: Sequence[BlockKey], num_l1_blocks: int, on_found: OnFound) -> None:
         self.hits.append(self.hit(keys, num_l1_blocks, **self.fault))
         on_found(self.hits[-1])
 
-    def save(self, keys: Sequence[BlockKey], l1_blocks: Sequence[int], on_finished: Callable[[], None]) -> MemorySave:
+    def save(
+        self, keys: Sequence[BlockKey], l1_blocks: Sequence[int], owner: int, on_finished: Callable[[], None]
+    ) -> MemorySave:
+        self.owners.update(dict.fromkeys(keys, owner))
         return MemorySave(self, list(keys), list(l1_blocks), on_finished)
 
     def hit(self, keys: Sequence[BlockKey], start_block: int, **fault: int) -> MemoryHit:
@@ -216,11 +220,17 @@ class MemoryHit:
     fail_layer: int = -1
     num_good_blocks: int = 0
     num_released: int = 0
+    num_ahead: int = 0
+    """Of the loads, those begun before the request's turn."""
     loads: list[MemoryLoad] = field(default_factory=list)
 
     @property
     def tiers(self) -> list[Tier]:
         return [Tier.POOL] * len(self.keys)
+
+    def load_ahead(self, first_block: int, l1_blocks: Sequence[int]) -> MemoryLoad:
+        self.num_ahead += 1
+        return self.load(first_block, l1_blocks)
 
     def load(self, first_block: int, l1_blocks: Sequence[int]) -> MemoryLoad:
         assert self.num_released == 0, "a released hit is not loaded"
@@ -257,6 +267,10 @@ class MemoryLoad:
         if layer == self.hit.fail_layer:
             raise KVLoadError("damaged on the way", self.hit.num_good_blocks)
 
-    def cancel(self) -> None:
+    def join(self) -> None:
+        """Until all of it is there."""
         self._thread.join(TIMEOUT_S)
+
+    def cancel(self) -> None:
+        self.join()
         self.cancelled = True

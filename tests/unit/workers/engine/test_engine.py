@@ -37,6 +37,30 @@ def test_stop_tokens_end_a_request_and_are_not_emitted(tiny: Path) -> None:
     assert finished.usage.generated_tokens == len(stopped) + 1
 
 
+@pytest.mark.parametrize("ignore_eos", [True, False])
+def test_a_stop_token_is_emitted_where_that_is_wanted(tiny: Path, ignore_eos: bool) -> None:
+    with running(fp32(tiny)) as engine:
+        tokens, _ = generate(engine, PROMPT, 12)
+        how: dict[str, Any] = {"stop_token_ids": (tokens[5],), "tells_stop_token": True, "ignore_eos": ignore_eos}
+        stopped, finished = generate(engine, PROMPT, 12, **how)
+    assert stopped == tokens[: tokens.index(tokens[5]) + 1]
+    assert finished.reason is FinishReason.STOP
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nothing_ends_an_answer_before_its_least_length(tiny: Path, temperature: float) -> None:
+    """Also where another engine has generated the beginning."""
+    with running(fp32(tiny)) as engine:
+        plain, _ = generate(engine, PROMPT, 12, temperature=temperature, seed=3)
+        stops = tuple(set(plain[:6]))
+        how: dict[str, Any] = {"min_tokens": 8, "stop_token_ids": stops, "temperature": temperature, "seed": 3}
+        tokens, finished = generate(engine, PROMPT, 12, **how)
+        rest, _ = generate(engine, PROMPT, 12, resume=tokens[:5], **how)
+    assert not set(tokens[:8]) & set(stops)
+    assert 8 <= len(tokens) < 12 or finished.reason is FinishReason.LENGTH
+    assert rest == tokens[5:]
+
+
 def test_cancel_ends_a_running_and_a_waiting_request_and_frees_their_blocks(tiny: Path) -> None:
     with running(fp32(tiny, max_running=1)) as engine:
         first = submit(engine, request(PROMPT, 400, request_id="first"))
@@ -141,7 +165,7 @@ def test_a_dying_engine_answers_everybody_and_reports_it(tiny: Path) -> None:
         def find(self, keys: object, num_l1_blocks: object, on_found: object) -> None:
             raise ZeroDivisionError
 
-        def save(self, keys: object, l1_blocks: object, on_finished: object) -> None:
+        def save(self, keys: object, l1_blocks: object, owner: int, on_finished: object) -> None:
             assert all_are_in.wait(20.0)
             raise ZeroDivisionError
 

@@ -25,6 +25,7 @@ from workers.engine.sequence import Sequence
 
 BLOCK = 4
 FACTS = ModelFacts(1, 1, 2, 1000, 512, frozenset(), EngineDtype.FP32)
+BLOCK_BYTES = 2 * BLOCK * 2 * 4
 WAITING_MAX = 24
 PROMPT_MAX, OUTPUT_MAX = 24, 12
 
@@ -37,6 +38,8 @@ class Shape:
     shared_tokens: int
     own_tokens: int
     output_tokens: int
+    is_below: bool
+    """All of its prompt can be loaded."""
 
     def token_ids(self, number: int) -> list[int]:
         shared = [self.family] * self.shared_tokens
@@ -49,6 +52,7 @@ SHAPES = st.builds(
     shared_tokens=st.integers(0, PROMPT_MAX - 9),
     own_tokens=st.integers(0, 8),
     output_tokens=st.integers(1, OUTPUT_MAX),
+    is_below=st.booleans(),
 )
 LIMITS = st.fixed_dictionaries(
     {
@@ -57,22 +61,42 @@ LIMITS = st.fixed_dictionaries(
         "max_batched_tokens": st.integers(1, 16),
         "max_prefill_tokens_beside_decode": st.integers(1, 8),
         "prefix_caching": st.booleans(),
+        "load_ahead_requests": st.integers(0, 4),
+        "load_ahead_bytes": st.sampled_from([0, 5 * BLOCK_BYTES, 2**30]),
     }
 )
 
 
+class Loading:
+    """A load that is stopped, at the latest by the time its blocks are given back."""
+
+    def __init__(self) -> None:
+        self.is_over = False
+
+    def wait_layer(self, layer: int) -> None:
+        raise NotImplementedError
+
+    def cancel(self) -> None:
+        self.is_over = True
+
+
 class Found:
-    """What lies below of a preempted request: all of it."""
+    """What lies below of a request: all of it."""
 
     def __init__(self, start_block: int, num_blocks: int) -> None:
         self.start_block = start_block
         self.tiers = [Tier.POOL] * num_blocks
+        self.ahead: list[Loading] = []
 
     def load(self, first_block: int, l1_blocks: Blocks[int]) -> LoadJob:
         raise NotImplementedError
 
+    def load_ahead(self, first_block: int, l1_blocks: Blocks[int]) -> LoadJob:
+        self.ahead.append(Loading())
+        return self.ahead[-1]
+
     def release(self) -> None:
-        """Nothing is leased."""
+        assert all(loading.is_over for loading in self.ahead), "nothing reads what is given back"
 
 
 class World:
@@ -92,7 +116,9 @@ class World:
         number = next(self._numbers)
         token_ids = shape.token_ids(number)
         sampling = SamplingParams(max_tokens=shape.output_tokens)
-        request = EngineRequest(str(number), token_ids, sampling, block_keys(token_ids, BLOCK))
+        keys = block_keys(token_ids, BLOCK)
+        below = Found(0, len(keys)) if shape.is_below else None
+        request = EngineRequest(str(number), token_ids, sampling, keys, external=below)
         sequence = Sequence(request, lambda event: None, BLOCK, seed=0, arrived_at=0.0)
         self.scheduler.waiting.append(sequence)
         return sequence
@@ -120,6 +146,7 @@ class World:
         promised = {key for s in self.scheduler.running for key in s.keys[s.num_registered :]}
         for waiting in self.scheduler.waiting:
             if _rank(waiting) < _rank(admitted):
+                assert self.scheduler.ahead.of(waiting) is None
                 keys = waiting.keys[: waiting.num_reusable_blocks]
                 assert self.config.prefix_caching
                 assert keys[self.cache.num_cached(keys)] in promised
@@ -127,6 +154,8 @@ class World:
     def _compute(self, part: StepPart) -> None:
         sequence = part.sequence
         if part.load_first_block is not None:
+            if part.load_job is not None:
+                part.load_job.cancel()
             sequence.release_external()
             if self._loads_fail:
                 self.scheduler.load_failed(part, 0)

@@ -74,10 +74,11 @@ def test_logits_equal_those_of_transformers(tmp_path: Path, name: str) -> None:
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-3)
 
 
-def test_bf16_logits_stay_near(tiny: Path) -> None:
+@pytest.mark.parametrize("dtype", [EngineDtype.BF16, EngineDtype.FP16])
+def test_logits_of_half_the_bits_stay_near(tiny: Path, dtype: EngineDtype) -> None:
     token_ids = prompt(7, 60)
     exact = logits(Model(tiny, EngineDtype.FP32, CPU), token_ids)
-    rounded = logits(Model(tiny, EngineDtype.BF16, CPU), token_ids)
+    rounded = logits(Model(tiny, dtype, CPU), token_ids)
     assert rounded.dtype == torch.float32
     assert (rounded - exact).abs().max() < 0.05 * exact.abs().max()
 

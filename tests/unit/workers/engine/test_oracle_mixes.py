@@ -79,6 +79,7 @@ LIMITS = st.fixed_dictionaries(
         "max_batched_tokens": st.sampled_from([7, 19, 64, 4096]),
         "max_prefill_tokens_beside_decode": st.sampled_from([3, 16, 1024]),
         "prefix_caching": st.booleans(),
+        "load_ahead_requests": st.sampled_from([0, 4]),
     }
 )
 

@@ -80,6 +80,17 @@ def test_a_bias_can_force_and_forbid_a_token(temperature: float) -> None:
     assert {drawn.token_id for drawn in sample(LOGITS.expand(50, -1), rows) if drawn} == {3}
 
 
+@given(tokens, st.integers(0, 3), st.booleans())
+def test_what_ends_an_answer_waits_for_its_least_length(output: list[int], eos: int, ignore_eos: bool) -> None:
+    how = SamplingParams(
+        max_tokens=9, min_tokens=9, stop_token_ids=(7,), ignore_eos=ignore_eos, logit_bias=((7, 100.0),)
+    )
+    penalties = Penalties.of(how, [], output, [eos])
+    assert penalties is not None
+    banned = {token for token, logit in enumerate(penalties.apply(LOGITS).tolist()) if logit == float("-inf")}
+    assert banned == (({7} if ignore_eos else {7, eos}) if len(output) < 9 else set())
+
+
 def test_a_form_is_kept_under_any_bias() -> None:
     how = params(logit_bias=((0, 100.0),))
     row = SampleRow(how, 0, 0, torch.tensor([4, 5]), Penalties.of(how, [], []))
@@ -97,6 +108,8 @@ def test_a_form_is_kept_under_any_bias() -> None:
         ("logit_bias", ((1, 101.0),)),
         ("logit_bias", tuple((token, 1.0) for token in range(2000))),
         ("logprobs", 21),
+        ("min_tokens", 2),
+        ("stop_token_ids", tuple(range(129))),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(field: str, value: Any) -> None:

@@ -201,6 +201,16 @@ def test_form_that_cannot_be_used_is_refused_and_says_why(tiny_model: Model, for
     assert caught.value.sqlstate == "22023"
 
 
+def test_compiled_forms_are_found_by_requests_with_the_same_salt_only(tiny_model: Model) -> None:
+    structures = tiny_model.structures
+    structures._compiled.clear()
+    compiled = []
+    for salt in ("ada", "ada", "bob", None):
+        structures.structure(choice("yes", "no"), salt=salt)
+        compiled.append(len(structures._compiled))
+    assert compiled == [1, 1, 2, 3]
+
+
 def test_form_that_grows_too_large_on_the_way_fails_its_own_request_only(tiny_model: Model) -> None:
     explosive = schema({"type": "object", "properties": {f"key{i}": {} for i in range(2000)}})
     plain = tiny_model.answer(None, "plain", max_tokens=20)[0]

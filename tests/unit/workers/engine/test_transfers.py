@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,15 @@ def test_a_failed_load_is_computed_instead_and_harms_nobody(
     assert cached.usage.tokens_by_tier[Tier.L1] == 80
 
 
+def test_what_is_written_down_is_its_requests_owners(tiny: Path, tiers: Tiers) -> None:
+    with running(fp32(tiny), tiers) as engine:
+        mine = replace(request(PROMPT[:40], 1, request_id="mine"), owner=7)
+        others = replace(request(PROMPT, 1, request_id="others"), owner=8)
+        for asked in (mine, others):
+            submit(engine, asked).result()
+        assert [tiers.now.owners[key] for key in KEYS] == [7] * 2 + [8] * 3
+
+
 def test_blocks_being_written_down_are_not_given_away(tiny: Path) -> None:
     class Stalled(MemoryTier):
         """Never finishes until told to."""
@@ -139,10 +149,10 @@ def test_blocks_being_written_down_are_not_given_away(tiny: Path) -> None:
             self.held: list[Callable[[], None]] = []
 
         def save(
-            self, keys: Sequence[BlockKey], l1_blocks: Sequence[int], on_finished: Callable[[], None]
+            self, keys: Sequence[BlockKey], l1_blocks: Sequence[int], owner: int, on_finished: Callable[[], None]
         ) -> MemorySave:
             self.held.append(on_finished)
-            return super().save(keys, l1_blocks, lambda: None)
+            return super().save(keys, l1_blocks, owner, lambda: None)
 
     made: list[Stalled] = []
 
@@ -180,7 +190,7 @@ def test_a_load_that_cannot_start_and_a_save_that_is_refused_are_only_misses(
 ) -> None:
     class Refusing(MemoryTier):
         def save(
-            self, keys: Sequence[BlockKey], l1_blocks: Sequence[int], on_finished: Callable[[], None]
+            self, keys: Sequence[BlockKey], l1_blocks: Sequence[int], owner: int, on_finished: Callable[[], None]
         ) -> MemorySave:
             raise Unavailable("no room")
 
