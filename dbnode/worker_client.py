@@ -6,7 +6,6 @@ The form is OpenAI's completions with token ids and `kv_transfer_params`.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -46,13 +45,12 @@ class OwnStream(EventStream):
 
         Tokens that came together are one event: who cannot keep up has less to do for each of them.
         """
-        async with aclosing(self.batches()) as batches:
-            async for batch in batches:
-                if len(batch) == 1:
-                    yield _checked(self.url, batch[0])
-                else:
-                    for chunk in _gathered(self.url, batch):
-                        yield chunk
+        while payloads := await self.payloads():
+            if len(payloads) == 1:
+                yield _checked(self.url, payloads[0])
+            else:
+                for chunk in _gathered(self.url, payloads):
+                    yield chunk
 
 
 class WorkerClient(HttpDoor):

@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing, closing
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -37,6 +37,9 @@ class EventStream:
         self._answer = answer
         self._deadline_s = deadline_s
         self._is_late = False
+        self._is_done = False
+        self._rest = b""
+        """A line whose end is still to come."""
         # One timer for the answer: a timeout around each read would cost more than the read.
         self._timer = asyncio.get_running_loop().call_at(deadline_s, self._expire)
 
@@ -57,38 +60,30 @@ class EventStream:
         self._timer.cancel()
         self._answer.close()
 
-    async def payloads(self) -> AsyncGenerator[bytes, None]:
-        """Data of the events, one by one; otherwise as `batches`."""
-        async with aclosing(self.batches()) as batches:
-            async for batch in batches:
-                for payload in batch:
-                    yield payload
-
-    async def batches(self) -> AsyncGenerator[list[bytes], None]:
-        """Data of the events that came together, up to the one that says [DONE].
+    async def payloads(self) -> list[bytes]:
+        """Data of the events that have come since, at least one; none once the one has come that says [DONE].
 
         Raises WorkerLost, WorkerRefused, DeadlineExceeded.
         """
-        rest = b""
-        while True:
+        payloads: list[bytes] = []
+        while not payloads and not self._is_done:
             try:
                 data = await self._answer.read()
             except AnswerLost as error:
                 raise self._failure(f"went away: {error}") from error
             if not data:
                 raise self._failure("ended its answer too early")
-            lines = (rest + data if rest else data).split(b"\n")
-            rest = lines.pop()
+            lines = (self._rest + data if self._rest else data).split(b"\n")
+            self._rest = rest = lines.pop()
             if len(rest) > ANSWER_BYTES_MAX:
                 raise WorkerRefused(f"{self.url} sent a line of more than {ANSWER_BYTES_MAX} bytes")
             payloads = [line[5:].strip() for line in lines if line.startswith(b"data:")]
             if _DONE in payloads:
-                if before := payloads[: payloads.index(_DONE)]:
-                    yield before
-                await self._end()
-                return
-            if payloads:
-                yield payloads
+                self._is_done = True
+                del payloads[payloads.index(_DONE) :]
+        if not payloads:
+            await self._end()
+        return payloads
 
     async def _end(self) -> None:
         """Read the end of the body, so that the connection can serve the next request."""

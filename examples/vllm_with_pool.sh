@@ -2,10 +2,10 @@
 # A vLLM server whose prefix cache goes on in the pool of a running `stratakv up`. Start it twice, with different ports: what
 # one has computed, the other one loads. Needs vLLM and StrataKV in one environment (docs/how-to/use-with-vllm.md).
 #
-#   examples/vllm_with_pool.sh MODEL PORT [FLAGS OF vllm serve]
+#   [META=tcp://HOST:6383] examples/vllm_with_pool.sh MODEL PORT [FLAGS OF vllm serve]
 set -eu
-model=${1:?which model?}
-port=${2:?which port?}
+[ $# -ge 2 ] || { echo "usage: $0 MODEL PORT [FLAGS OF vllm serve]" >&2; exit 2; }
+model=$1 port=$2
 shift 2
 
 exec vllm serve "$model" --port "$port" --prefix-caching-hash-algo sha256_cbor --kv-transfer-config '{

@@ -26,8 +26,8 @@ from stratakv.settings import MetaSettings
 from stratakv.wire import Done, ListOwners, OwnerState, OwnerStates, SetOwnerLimits
 
 APPLY_S = 1.0
-OWNERS_MAX = 16
-"""Whose pages are looked through in one go, in each tier: those that are furthest beyond their limits."""
+OWNERS_MAX = 8
+"""Whose pages are looked through in one go, in each tier; then it is the turn of others."""
 REASON = "tenant_quota"
 _log = EventLogger("meta_server.owner_reclaim")
 
@@ -53,6 +53,8 @@ class OwnerReclaimer:
         self._clock = clock
         self._settings = settings
         self._apply_at = clock()
+        self._last = dict.fromkeys(Tier, 0)
+        """Whose turn it was last."""
 
     def set_limits(self, request: SetOwnerLimits) -> Done:
         check_owner_limits(request.limits)
@@ -74,9 +76,10 @@ class OwnerReclaimer:
         for tier in Tier:
             for excess in self._beyond(tier)[:OWNERS_MAX]:
                 self._shrink(tier, excess)
+                self._last[tier] = excess.owner
 
     def _beyond(self, tier: Tier) -> list[_Excess]:
-        """Those with too much, by how much that is."""
+        """Those with too much, from the one on whose turn is next."""
         high = self._settings.reclaim_high
         if tier is Tier.MEMORY and any(self._moves.disk_of(node) for node in self._nodes(tier)):
             high = min(high, self._settings.demote_high)
@@ -85,7 +88,7 @@ class OwnerReclaimer:
             for owner, size_bytes in self._sizes(tier).items()
             if (limit := self._limits.of(owner, tier)) is not None and size_bytes > high * limit
         ]
-        return sorted(found, key=lambda excess: excess.limit_bytes - excess.size_bytes)
+        return sorted(found, key=lambda excess: (excess.owner <= self._last[tier], excess.owner))
 
     def _shrink(self, tier: Tier, excess: _Excess) -> None:
         index, limit = self._catalog.index, excess.limit_bytes

@@ -26,7 +26,7 @@ from meta_server.records import StartedPut, extent_array, extent_list, pack_exte
 from meta_server.replicas import Replicas
 from meta_server.store import DECIDED_MAX, STATEMENT_TIMEOUT_S, Store
 from stratakv.errors import InvalidRequest, Overloaded, Unavailable
-from stratakv.keys import BlockKey, unpack_keys
+from stratakv.keys import KEY_BYTES, BlockKey, unpack_keys
 from stratakv.log import EventLogger
 from stratakv.pool.meta_errors import PutFinished, PutUnknown, StaleEpoch
 from stratakv.settings import MetaSettings
@@ -219,8 +219,10 @@ class PutTable:
         if source.is_draining:
             node = self._placement.for_copies(source, request.page_bytes)
             return node, wanted[: self._placement.room_for_copies(node) // request.page_bytes]
-        target, granted = self._replicas.grant(source, request.namespace, request.keys, request.page_bytes)
-        return target, [at for at in wanted if at in granted]
+        # Each page once: a daemon may have been ordered to copy one twice.
+        keys = b"".join(request.keys[i * KEY_BYTES : (i + 1) * KEY_BYTES] for i in wanted)
+        target, granted = self._replicas.grant(source, request.namespace, keys, request.page_bytes)
+        return target, [wanted[at] for at in granted]
 
     def _candidates(self, request: PutStart, source: Node | None) -> tuple[list[int], int]:
         index = self._catalog.index

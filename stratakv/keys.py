@@ -7,9 +7,10 @@ and router indexes need no translation. Called by workers, the DB node and the e
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import NewType
 
@@ -25,17 +26,48 @@ KEY_BYTES = 32
 NAMESPACE_BYTES = 16
 
 
-def _sha256_cbor(value: object) -> BlockKey:
-    return BlockKey(hashlib.sha256(cbor2.dumps(value, canonical=True)).digest())
+NUMBERS_MAX = 65_536
+"""Token ids whose encoding is remembered."""
 
 
-NONE_HASH = _sha256_cbor("vllm-none-hash")
+def _cbor(value: object) -> bytes:
+    return cbor2.dumps(value, canonical=True)
+
+
+class _Numbers(dict[int, bytes]):
+    """Token ids as they are encoded: a block has many, and most come again."""
+
+    def __missing__(self, token_id: int) -> bytes:
+        encoded = _cbor(token_id)
+        if len(self) < NUMBERS_MAX:
+            self[token_id] = encoded
+        return encoded
+
+
+_numbers = _Numbers()
+_KEY_HEAD = _cbor((bytes(KEY_BYTES), 0, 0))[: -KEY_BYTES - 2]
+"""What a parent, tokens and extra keys begin with."""
+_NO_EXTRA = _cbor(None)
+NONE_HASH = BlockKey(hashlib.sha256(_cbor("vllm-none-hash")).digest())
 """The parent of the first block (vLLM with PYTHONHASHSEED unset and `sha256_cbor`)."""
 
 
 def chained_key(parent: BlockKey, token_ids: Sequence[int], extra: tuple[object, ...] | None) -> BlockKey:
     """The key of one full block behind `parent`; `extra` are vLLM's tagged tuples that concern it."""
-    return _sha256_cbor((parent, tuple(token_ids), extra))
+    return _key(parent, _tokens_head(len(token_ids)), token_ids, _cbor(extra))
+
+
+@functools.lru_cache(maxsize=16)
+def _tokens_head(num_tokens: int) -> bytes:
+    """What so many tokens begin with."""
+    encoded = _cbor((0,) * num_tokens)
+    return encoded[: len(encoded) - num_tokens]
+
+
+def _key(parent: BlockKey, head: bytes, token_ids: Iterable[int], tail: bytes) -> BlockKey:
+    """Of a block whose tokens begin with `head` and are followed by `tail`, as canonical CBOR has it."""
+    encoded = b"".join((_KEY_HEAD, parent, head, *map(_numbers.__getitem__, token_ids), tail))
+    return BlockKey(hashlib.sha256(encoded).digest())
 
 
 def block_keys(
@@ -50,11 +82,12 @@ def block_keys(
     `first_block_extra` are vLLM's tagged tuples, e.g. `(("cache_salt", "t1"),)`; they enter the first block only.
     """
     keys: list[BlockKey] = []
-    extra = first_block_extra
+    head = _tokens_head(block_size)
+    tail = _NO_EXTRA if first_block_extra is None else _cbor(first_block_extra)
     for start in range(0, len(token_ids) - block_size + 1, block_size):
-        parent = chained_key(parent, token_ids[start : start + block_size], extra)
+        parent = _key(parent, head, token_ids[start : start + block_size], tail)
         keys.append(parent)
-        extra = None
+        tail = _NO_EXTRA
     return keys
 
 

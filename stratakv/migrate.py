@@ -93,22 +93,26 @@ def upgrade(url: str, revision: str = "head") -> None:
     if revision == "head" and found.is_newer:
         return
     _require_known(url, found)
+    _require_named(revision)
     _run(url, lambda config: command.upgrade(config, revision))
 
 
 def downgrade(url: str, revision: str) -> None:
     """Take the database back to `revision` (`base`: before the first). Raises SetupError."""
     _require_known(url, state(url))
+    _require_named(revision)
     _run(url, lambda config: command.downgrade(config, revision))
 
 
 def upgrade_sql(revision: str = "head") -> str:
     """The SQL of an upgrade of an empty database, or of `from:to`, for review or for another tool to run."""
+    _require_named(revision)
     return _offline(lambda config: command.upgrade(config, revision, sql=True))
 
 
 def downgrade_sql(revisions: str) -> str:
     """The SQL of a downgrade `from:to`."""
+    _require_named(revisions)
     return _offline(lambda config: command.downgrade(config, revisions, sql=True))
 
 
@@ -181,6 +185,12 @@ def _require_known(url: str, found: SchemaState) -> None:
             f"database {masked_url(url)} is at revision {found.current}, which this release does not know",
             hint="use the release that made it: a newer one than this",
         )
+
+
+def _require_named(revision: str) -> None:
+    """alembic ends in an assertion on an empty one, such as a script's variable that is not set."""
+    if not revision.strip():
+        raise SetupError("no revision is named", hint="`stratakv migrate history` lists them.")
 
 
 def _run(url: str, step: Callable[[Config], None]) -> None:

@@ -20,6 +20,8 @@ from stratakv.log import configure_logging
 from stratakv.settings import Settings
 
 _ALL_ADDRESSES = ("", "0.0.0.0", "::")
+GC_OBJECTS = 10_000
+"""Made and not freed since the last time garbage was looked for."""
 EXIT_SETUP = 2
 """Exit status after a SetupError."""
 
@@ -116,7 +118,9 @@ def port_taken(host: str, port: int, setting: str) -> SetupError:
 def started() -> None:
     """Call when start-up is over: what lives by now stays, and need not be searched for garbage again.
 
-    A full collection over the objects of torch and transformers takes 130 ms, in the middle of some request.
+    A full collection over the objects of torch and transformers takes 130 ms, in the middle of some request. What comes later is
+    looked through less often than Python would: a request makes a thousand objects, hardly any of which need it.
     """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(GC_OBJECTS)

@@ -62,6 +62,8 @@ class StandInWorker:
     hands_over: bool = False
     handover_fails: bool = False
     """Say so of prompts that it is to take over."""
+    max_running: int = 0
+    """Sequences it says that it decodes at once; 0: it does not tell."""
     prefill_delay_s: float = 0.0
     """Before the first token of a prompt that is handed over."""
     epoch: bytes = field(default_factory=lambda: os.urandom(16))
@@ -107,6 +109,7 @@ class StandInWorker:
         facts = {"worker": self.name, "epoch": self.epoch.hex(), "role": self.role, "model": MODEL, "url": self.url}
         sizes = {"block_size": BLOCK_SIZE, "max_model_len": MAX_MODEL_LEN}
         more = {"namespace": "00" * 16, "node": None, "dtype": "bf16", "hands_over": self.hands_over}
+        more["max_running"] = self.max_running
         return web.json_response(facts | sizes | more)
 
     async def _load(self, request: web.Request) -> web.Response:

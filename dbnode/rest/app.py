@@ -105,6 +105,7 @@ class RestFace:
         app.add_api_route("/admin/workers", self._workers, methods=["GET"])
         app.add_exception_handler(StrataError, _on_error)
         app.add_exception_handler(HTTPException, _on_error)
+        app.add_exception_handler(Exception, _on_error)
         app.openapi = document_of(app)  # type: ignore[method-assign]
         return Guard(Shortcut(app, direct), self._door)
 
@@ -189,4 +190,4 @@ async def _on_error(request: Request, error: Exception) -> Response:
         place = request.url.path[:PATH_CHARS_MAX]
         what = f"there is no {place}" if error.status_code == 404 else f"{request.method} is not offered at {place}"
         error = HTTPException(error.status_code, what, error.headers)
-    return error_response(error)
+    return error_response(error, request.scope["state"]["trace_id"])

@@ -20,7 +20,7 @@ from dbnode.rest.bodies import DONE, EventWriter, error_event, metrics_object, t
 from dbnode.rest.choices import Generate, answers
 from dbnode.rest.door import caller_in
 from dbnode.rest.form import Form
-from dbnode.rest.http import cancelled_by_disconnect, error_response
+from dbnode.rest.http import DisconnectWatch, error_response
 from dbnode.rest.parse import Asked, Parsed, parse_chat, parse_completion
 from dbnode.rest.sending import PartSender
 from stratakv.errors import Cancelled, Overloaded, StrataError
@@ -70,7 +70,7 @@ class Completions:
             body = await receive_body(scope, receive, self._settings.body_bytes_max)
             parsed = parse(body, _asked(form, scope))
             async with (
-                cancelled_by_disconnect(receive),
+                DisconnectWatch(receive),
                 aclosing(answers(generate or self._service.generate, parsed)) as chunks,
             ):
                 await (self._stream if parsed.stream else self._whole)(form, parsed, chunks, send)

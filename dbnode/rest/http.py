@@ -6,8 +6,8 @@ import asyncio
 import math
 import re
 import uuid
-from collections.abc import AsyncIterator, Awaitable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable
+from types import TracebackType
 
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -62,16 +62,16 @@ class Guard:
         except Exception as error:
             if started:
                 raise
-            await error_response(error)(scope, receive, send_with_id)
+            await error_response(error, trace_id)(scope, receive, send_with_id)
 
 
-def error_response(error: Exception) -> Response:
+def error_response(error: Exception, trace_id: str = "") -> Response:
     """The OpenAI error body of any error; what is not ours is logged and told as an internal error."""
     if isinstance(error, HTTPException):
         body = {"message": error.detail, "type": "invalid_request_error", "param": None, "code": None}
         return _json({"error": body}, error.status_code, dict(error.headers or {}))
     if not isinstance(error, StrataError):
-        log.exception("request_failed_unexpectedly")
+        log.exception("request_failed_unexpectedly", trace_id=trace_id)
         error = StrataError("internal error")
     headers = {}
     if error.http_status in (429, 503):
@@ -85,27 +85,29 @@ def _json(content: object, status: int, headers: dict[str, str]) -> Response:
     return Response(json_bytes(content), status, headers, media_type="application/json")
 
 
-@asynccontextmanager
-async def cancelled_by_disconnect(receive: Receive) -> AsyncIterator[None]:
-    """Cancel what runs inside when the client goes away; raises Cancelled then."""
-    task = asyncio.current_task()
-    assert task is not None
-    gone = False
+class DisconnectWatch:
+    """Cancels what runs inside when the client goes away; raises Cancelled then."""
 
-    async def watch() -> None:
-        nonlocal gone
-        while (await receive())["type"] != "http.disconnect":
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._is_gone = False
+
+    async def __aenter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._watched = task
+        self._watcher = asyncio.create_task(self._watch(), name="disconnect-watcher")
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._watcher.cancel()
+        if self._is_gone and isinstance(error, asyncio.CancelledError):
+            self._watched.uncancel()
+            raise Cancelled("the client went away") from None
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
             pass
-        gone = True
-        task.cancel()
-
-    watcher = asyncio.create_task(watch(), name="disconnect-watcher")
-    try:
-        yield
-    except asyncio.CancelledError:
-        if not gone:
-            raise
-        task.uncancel()
-        raise Cancelled("the client went away") from None
-    finally:
-        watcher.cancel()
+        self._is_gone = True
+        self._watched.cancel()

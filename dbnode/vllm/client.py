@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,8 +70,8 @@ class VllmStream(EventStream):
     async def chunks(self) -> AsyncGenerator[WorkerChunk, None]:
         """Events until the server says that it is done. Raises WorkerLost, or the error it reports."""
         end: WorkerChunk | None = None
-        async with aclosing(self.payloads()) as payloads:
-            async for payload in payloads:
+        while payloads := await self.payloads():
+            for payload in payloads:
                 chunk = self._reader.read(payload)
                 self._answered()
                 if self._reader.part is Part.PREFILL and chunk.finish_reason is not None:

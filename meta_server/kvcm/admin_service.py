@@ -9,9 +9,18 @@ from typing import TypeVar
 from google.protobuf.message import Message
 
 from meta_server.call_times import CallSummary
+from meta_server.kvcm import snapshots
 from meta_server.kvcm.accounts import Account, Accounts
 from meta_server.kvcm.doorman import Doorman
-from meta_server.kvcm.entities import Group, Storage, check_group, check_name, check_storage
+from meta_server.kvcm.entities import (
+    GROUPS_MAX,
+    STORAGES_MAX,
+    Group,
+    Storage,
+    check_candidates,
+    check_group,
+    check_storage,
+)
 from meta_server.kvcm.errors import Duplicate, NoSuchInstance
 from meta_server.kvcm.meta_service import MetaService
 from meta_server.kvcm.metrics import Metrics
@@ -20,8 +29,6 @@ from meta_server.kvcm.protocol import meta_service_pb2 as meta
 from meta_server.kvcm.state import KvcmState
 from stratakv.errors import InvalidRequest, Overloaded
 
-STORAGES_MAX = 1000
-GROUPS_MAX = 1000
 MessageT = TypeVar("MessageT", bound=Message)
 
 
@@ -191,6 +198,16 @@ class AdminService:
         ]
         return admin.ListAccountResponse(accounts=accounts)
 
+    async def gen_config_snapshot(self, _: admin.GenConfigSnapshotRequest) -> admin.ConfigSnapShotResponse:
+        """Storages, groups and instances."""
+        return admin.ConfigSnapShotResponse(config_snapshot=snapshots.taken(self._state))
+
+    async def load_config_snapshot(self, request: admin.LoadConfigSnapshotRequest) -> admin.CommonResponse:
+        """Add what is missing of it; loading the same again does nothing."""
+        self._state.changes.check_room()
+        snapshots.load(self._state, request.config_snapshot)
+        return await self._done()
+
     async def get_metrics(self, _: admin.GetMetricsRequest) -> admin.GetMetricsResponse:
         metrics = []
         for prefix, label, times in (
@@ -228,10 +245,7 @@ class AdminService:
 
     def _check_group(self, config: admin.InstanceGroup) -> None:
         check_group(config)
-        for name in config.storage_candidates:
-            check_name("storage_candidates", name)
-            if name not in self._state.storages:
-                raise InvalidRequest(f"there is no storage {name!r}", param="storage_candidates")
+        check_candidates(config, self._state.storages)
 
 
 def _call_metrics(prefix: str, label: str, call: CallSummary) -> list[admin.MetricsData]:

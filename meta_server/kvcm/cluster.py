@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
 
 from meta_server.elector import Elector
@@ -9,6 +10,7 @@ from meta_server.kvcm.protocol import admin_service_pb2 as admin
 from meta_server.kvcm.protocol import meta_service_pb2 as meta
 from stratakv.errors import InvalidRequest
 from stratakv.pool.meta_errors import NotLeader
+from stratakv.settings import LogLevel
 
 CAMPAIGN_DELAY_MS_MAX = 3_600_000
 
@@ -75,6 +77,17 @@ class Cluster:
         self, _: admin.GetLeaderElectorConfigRequest
     ) -> admin.GetLeaderElectorConfigResponse:
         return admin.GetLeaderElectorConfigResponse(campaign_delay_time_ms=int(self._elector.campaign_delay_s * 1000))
+
+    async def update_logger(self, request: admin.UpdateLoggerRequest) -> admin.CommonResponse:
+        """What this process logs of a module, or without a name of all that have no level of their own; until its next start."""
+        level = request.log_level.lower()
+        if level not in set(LogLevel):
+            raise InvalidRequest(f"expected one of {', '.join(LogLevel)}, got {level[:64]!r}", param="log_level")
+        module = request.module_name
+        if module and module not in logging.root.manager.loggerDict:
+            raise InvalidRequest(f"there is no logger {module[:64]!r}, such as meta_server.kvcm", param="module_name")
+        logging.getLogger(module).setLevel(level.upper())
+        return admin.CommonResponse()
 
     async def update_leader_elector_config(
         self, request: admin.UpdateLeaderElectorConfigRequest

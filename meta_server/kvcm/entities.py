@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import importlib.util
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
@@ -23,6 +24,8 @@ SPECS_MAX = 1024
 GROUPS_OF_SPECS_MAX = 255
 KEYS_PER_FILE_MAX = 65_536
 INSTANCES_MAX = 100_000
+STORAGES_MAX = 1000
+GROUPS_MAX = 1000
 _MOONCAKE_OPTIONS = ("local_hostname", "metadata_connstring", "protocol", "rdma_device")
 DEFAULT_STORAGE = "nfs_01"
 DEFAULT_GROUP = "default"
@@ -283,6 +286,14 @@ def check_group(config: admin.InstanceGroup) -> None:
     numbers += [strategy.trigger_strategy.used_size, strategy.reclaim_step_size, strategy.trigger_period_seconds]
     if not all(0 <= number <= SIZE_BYTES_MAX for number in numbers):
         raise InvalidRequest("a limit of the group is negative or too large", param="instance_group")
+
+
+def check_candidates(config: admin.InstanceGroup, storages: Collection[str]) -> None:
+    """Raises InvalidRequest unless all of the group's are there."""
+    for name in config.storage_candidates:
+        check_name("storage_candidates", name)
+        if name not in storages:
+            raise InvalidRequest(f"there is no storage {name!r}", param="storage_candidates")
 
 
 def default_storage(root: str) -> Storage:

@@ -103,6 +103,21 @@ async def test_a_row_that_cannot_come_in_time_says_so_at_once_or_is_null(node: R
         await sql.infer_text(call(slo_class="interactive"))
 
 
+@pytest.mark.parametrize(("max_running", "given"), [(0, 3), (1, 2), (2, 4)])
+async def test_a_worker_is_given_twice_what_it_runs_at_once_and_the_rest_wait(max_running: int, given: int) -> None:
+    worker = await StandInWorker("w", max_running=max_running, hang=True).start()
+    async with running_node(worker, worker_requests_max=3) as node:
+        asked = [asyncio.create_task(complete(node)) for _ in range(6)]
+        admission = node.node.inference.admission
+        await eventually_async(lambda: (admission.running, admission.waiting) == (given, 6 - given))
+        await eventually_async(lambda: len(worker.requests) == given)
+        for task in asked:
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+        await eventually_async(lambda: (admission.running, admission.waiting) == (0, 0))
+    await worker.stop()
+
+
 async def test_decisions_are_shown_with_scores_and_reasons(node: RunningNode) -> None:
     await complete(node, slo_class="batch")
     process = await asyncio.create_subprocess_exec(

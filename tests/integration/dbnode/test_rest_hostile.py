@@ -186,3 +186,21 @@ async def test_a_client_that_closes_its_side_is_gone(node: RunningNode, worker: 
     await raw(node, posted(BODY | {"max_tokens": 3000, "stream": stream}), half_closes=True)
     await eventually_async(lambda: node.node.inference.in_flight == 0)
     assert node.node.inference.admission.running == 0
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/v1/models"), ("POST", CHAT)])
+async def test_a_fault_of_ours_is_told_as_one_and_named_in_the_log(
+    node: RunningNode, method: str, path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> int:
+        raise RuntimeError("as never before")
+
+    monkeypatch.setattr(node.node.inference, "max_model_len", fail)
+    body = BODY if method == "POST" else None
+    async with node.http.request(method, path, json=body, headers={"X-Request-Id": "mine-9"}) as response:
+        error = (await response.json())["error"]
+    assert (response.status, error["code"], error["message"]) == (500, "internal_error", "internal error")
+    assert response.headers["X-Request-Id"] == "mine-9"
+    told = [record for record in caplog.records if record.message == "request_failed_unexpectedly"]
+    assert [vars(record)["stratakv_fields"]["trace_id"] for record in told] == ["mine-9"]
+    assert node.node.inference.in_flight == 0

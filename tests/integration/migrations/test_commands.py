@@ -169,6 +169,17 @@ def test_going_back_restores_what_the_release_before_may_work_on(url: str) -> No
     assert migrate.state(url).compatible is None
 
 
+def test_an_empty_revision_is_refused_and_changes_nothing(url: str) -> None:
+    migrate.upgrade(url, "0003")
+    for work in (migrate.upgrade, migrate.downgrade):
+        with pytest.raises(SetupError, match="no revision is named"):
+            work(url, " ")
+    for printed in (migrate.upgrade_sql, migrate.downgrade_sql):
+        with pytest.raises(SetupError, match="no revision is named"):
+            printed("")
+    assert migrate.current(url) == "0003"
+
+
 def test_every_spelling_of_the_url_works(url: str) -> None:
     migrate.upgrade(url.replace("postgresql://", "postgres://"))
     migrate.check(url.replace("postgresql://", "postgresql+psycopg://"))

@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 
 from dbnode.tenants.cache_quotas import CacheQuotas
+from stratakv.errors import StrataError
 from stratakv.keys import pack_keys
 from stratakv.pool.meta_client import MetaClient
 from stratakv.settings import DatabaseSettings, Secret
@@ -126,6 +127,32 @@ async def test_a_tenant_over_its_limits_loses_its_own_coldest_pages_and_no_one_e
         if row["name"] == "acme"
     ]
     assert (listed_acme["id"], listed_acme["memory_bytes_max"]) == (acme, ACME_MEMORY * LAYOUT.page_bytes)
+
+
+async def test_a_meta_server_that_was_started_anew_is_told_the_limits_again(
+    client: MetaClient,
+    meta_server: ServiceProcess,
+    admin: Administration,
+    quotas: CacheQuotas,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dbnode.tenants.cache_quotas.SYNC_S", 0.1)
+    admin.set_limits("acme", {"cache_memory_bytes": 5})
+    syncing = asyncio.create_task(quotas.run())
+
+    async def is_told() -> bool:
+        try:
+            owners = (await client.call(ListOwners(), OwnerStates)).owners
+        except StrataError:
+            return False
+        return [(o.limit.name, o.limit.memory_bytes_max) for o in owners] == [("acme", 5)]
+
+    await eventually_async(is_told, timeout_s=20, what="the limit to be told")
+    await asyncio.to_thread(meta_server.kill)
+    meta_server.start()
+    await eventually_async(is_told, timeout_s=20, what="the limit to be told again")
+    syncing.cancel()
+    await asyncio.gather(syncing, return_exceptions=True)
 
 
 async def test_what_a_tenant_no_longer_has_is_forgotten(

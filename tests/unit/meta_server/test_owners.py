@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import invariant, rule
 
 from meta_server.counts import Tier
-from meta_server.owner_reclaim import REASON
+from meta_server.owner_reclaim import OWNERS_MAX, REASON
 from meta_server.owners import NUMBERS_MAX, Owners
 from meta_server.slots import SlotTable
 from stratakv import wire
@@ -273,6 +273,16 @@ def test_no_copies_are_made_that_would_have_to_leave_again(world: World) -> None
     read(world, put(world, 8, ACME), "b")
     assert copy(world, "a") == 6
     assert states(world) == {ACME: (14, 0)}
+
+
+def test_everybody_has_a_turn(world: World) -> None:
+    owners = range(1, 2 * OWNERS_MAX + 2)
+    pinned = [put(world, 1, owner) for owner in owners]
+    for keys in pinned[:OWNERS_MAX]:
+        world.call(wire.PinPrefix(NAMESPACE, b"".join(keys), 600.0), wire.Pinned)
+    world.call(wire.SetOwnerLimits([wire.OwnerLimit(owner, "x", 0) for owner in owners]), wire.Done)
+    look(world)
+    assert list(states(world)) == list(owners)[:OWNERS_MAX]
 
 
 def test_limits_are_those_that_were_told_last(world: World) -> None:

@@ -145,6 +145,18 @@ def replicated(world: World, count: int = 4) -> list[bytes]:
     return keys
 
 
+def test_a_page_that_was_ordered_twice_is_copied_once(world: World) -> None:
+    keys = put(world, 2, "a")
+    read(world, keys, "b", READS)
+    source = world.daemons["a"]
+    world.heartbeat(source)
+    source.moves_away *= 2
+    asked, grant = world.start_copies(source, put_id := os.urandom(16))
+    assert (len(asked), grant.wanted) == (4, [0, 1])
+    finish(world, put_id, asked, grant)
+    assert world.stats().replicas == 2
+
+
 def test_a_page_that_another_host_reads_often_lies_there_too(world: World) -> None:
     keys = put(world, 4, "a")
     read(world, keys, "b", READS - 1)

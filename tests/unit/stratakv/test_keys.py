@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+
+import cbor2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stratakv.keys import NONE_HASH, NamespaceScope, block_keys, pack_keys, salt_extra, unpack_keys
+from stratakv.keys import (
+    NONE_HASH,
+    BlockKey,
+    ExtraKey,
+    NamespaceScope,
+    block_keys,
+    chained_key,
+    pack_keys,
+    salt_extra,
+    unpack_keys,
+)
 
 FIRST_16 = "dc918a88b139e5afe60b88eda27508d4aee16c10fdc354791efea06206ac0749"
 SECOND_16 = "c300ec275d7bf08af8fc63e76cdc0086911bbc7091e03c5cf892553bef84ef0c"
@@ -24,6 +37,21 @@ def test_a_salt_enters_the_first_block_as_in_vllm() -> None:
     salted = block_keys(range(32), 16, first_block_extra=salt_extra("t1"))
     assert salted[0].hex() == FIRST_16_SALTED
     assert salted[1:] == block_keys(range(16, 32), 16, parent=salted[0])
+
+
+@given(
+    st.lists(st.integers(0, 2**63), max_size=300),
+    st.none() | st.text(min_size=1).map(salt_extra),
+    st.binary(min_size=32, max_size=32).map(BlockKey),
+)
+def test_a_key_is_the_digest_of_canonical_cbor(
+    token_ids: list[int], extra: tuple[ExtraKey, ...] | None, parent: BlockKey
+) -> None:
+    encoded = cbor2.dumps((parent, tuple(token_ids), extra), canonical=True)
+    assert chained_key(parent, token_ids, extra) == hashlib.sha256(encoded).digest()
+    if token_ids:
+        (key,) = block_keys(token_ids, len(token_ids), first_block_extra=extra, parent=parent)
+        assert key == chained_key(parent, token_ids, extra)
 
 
 @given(tokens, st.integers(1, 20))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from pathlib import Path
 from typing import Any
@@ -314,6 +315,59 @@ async def test_calls_are_counted_and_timed(client: Client, server: KvcmProcess) 
     assert 'stratakv_meta_call_seconds_bucket{call="Hello"' in text
 
 
-@pytest.mark.parametrize("call", ["GenConfigSnapshot", "LoadConfigSnapshot", "UpdateLogger"])
-async def test_calls_that_are_not_there_say_so(client: Client, call: str) -> None:
-    assert await client.code(call, "admin") == "UNSUPPORTED"
+async def test_a_snapshot_brings_back_what_was_removed_and_changes_nothing_else(
+    client: Client, register: Register, tmp_path: Path
+) -> None:
+    storage = await add_storage(client, tmp_path)
+    await client.ok("DisableStorage", "admin", storage_unique_name=storage)
+    group = await add_group(client, storage_candidates=[storage], quota={"capacity": "12345"})
+    instance = await register(instance_group=group["name"])
+    text = (await client.ok("GenConfigSnapshot", "admin"))["config_snapshot"]
+    before = await _registered(client, group["name"], storage, instance)
+    await client.ok("LoadConfigSnapshot", "admin", config_snapshot=text)
+    await client.ok("RemoveInstance", "admin", instance_id=instance)
+    await client.ok("RemoveInstanceGroup", "admin", name=group["name"])
+    await client.ok("RemoveStorage", "admin", storage_unique_name=storage)
+    await client.ok("LoadConfigSnapshot", "admin", config_snapshot=text)
+    assert await _registered(client, group["name"], storage, instance) == before
+
+    parts = json.loads(text)
+    (kept,) = [one for one in parts["instance_groups"] if one["name"] == group["name"]]
+    other = {"instance_groups": [{"name": name()}, kept | {"max_instance_count": "7"}]}
+    load = {"config_snapshot": json.dumps(other)}
+    assert await client.code("LoadConfigSnapshot", "admin", **load) == "DUPLICATE_ENTITY"
+    assert (
+        await client.code("GetInstanceGroup", "admin", name=other["instance_groups"][0]["name"]) == "INVALID_ARGUMENT"
+    )
+    for wrong in ("", "[]", '{"instance_groups": [{"name": "g", "storage_candidates": ["nosuch"]}]}'):
+        assert await client.code("LoadConfigSnapshot", "admin", config_snapshot=wrong) == "INVALID_ARGUMENT"
+
+
+async def _registered(client: Client, group: str, storage: str, instance: str) -> list[Any]:
+    states = (await client.ok("ListStorageStates", "operator"))["storages"]
+    return [
+        await client.ok("GetInstanceGroup", "admin", name=group),
+        await client.ok("GetInstanceInfo", "admin", instance_id=instance),
+        *((one["storage"], one["is_enabled"]) for one in states if one["storage"]["global_unique_name"] == storage),
+    ]
+
+
+async def test_what_is_logged_can_be_changed_while_it_runs(client: Client, server: KvcmProcess) -> None:
+    async def set_level(level: str, module: str = "meta_server.kvcm") -> str:
+        return await client.code("UpdateLogger", "admin", module_name=module, log_level=level)
+
+    assert await set_level("warning") == "OK"
+    root = server.root.parent / name()
+    await add_storage(client, root.parent, global_unique_name=(silent := name()))
+    await eventually_async(lambda: _is_healthy(client, silent))
+    assert silent not in server.log()
+    assert await set_level("INFO") == "OK"
+    await add_storage(client, root.parent, global_unique_name=(told := name()))
+    await eventually_async(lambda: told in server.log())
+    assert await set_level("chatty") == "INVALID_ARGUMENT"
+    assert await set_level("info", "no.such.module") == "INVALID_ARGUMENT"
+
+
+async def _is_healthy(client: Client, storage: str) -> bool:
+    states = (await client.ok("ListStorageStates", "operator"))["storages"]
+    return any(one["health"] == "HEALTHY" and one["storage"]["global_unique_name"] == storage for one in states)

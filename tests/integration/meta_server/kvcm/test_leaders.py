@@ -16,7 +16,7 @@ from tests.support import eventually, eventually_async
 
 EVERYWHERE = {
     *("GetClusterInfo", "CheckHealth", "GetManagerClusterInfo"),
-    *("LeaderDemote", "GetLeaderElectorConfig", "UpdateLeaderElectorConfig"),
+    *("LeaderDemote", "GetLeaderElectorConfig", "UpdateLeaderElectorConfig", "UpdateLogger"),
 }
 
 
