@@ -4,6 +4,7 @@ The worker is a stand-in without a model (`benchmarks.rest_worker`), which sends
 when. Streamed chats go through a DB node (without PostgreSQL); the baseline is the same worker asked alone for the same, in
 turn, in the same run. Worker, DB node and clients are a process each. `added_per_token_ms` compares the time between the
 worker's sending of a token and the client's receiving it, and `requests_per_s` counts answers of 8 tokens that are not paced.
+`cpu_us_per_request` and `cpu_us_per_token` are processor time of the face: of such an answer, and of each token that is paced.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
 
 import uvloop
 
 from benchmarks.harness import Spread, parse_options, report, words
+from benchmarks.rest_client import Answer, Client, Face
 from benchmarks.rest_worker import NO_BEAT_SEED, STEP_S
 from dbnode.node import Node
 from stratakv.http_server import HttpServer
@@ -43,81 +46,6 @@ PROMPT_WORDS = 64
 TOKEN_TEXT = " the"
 THINK_S_MAX = 0.5
 """A client waits up to so long before its next paced request, so that requests do not come all at once."""
-_NAME_MARK = b'"id":"'
-
-
-@dataclass(slots=True)
-class Answer:
-    """What a client saw of one answer."""
-
-    asked_s: float
-    name: str = ""
-    """The worker's name of the request begins with it."""
-    received_s: list[float] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class Face:
-    """Something that answers: the DB node, or the worker alone."""
-
-    name: str
-    port: int
-    path: str
-    token_mark: bytes
-    """What each token adds to the answer; several may come in one event."""
-
-    def body(self, text: str, token_ids: list[int], name: str, num_tokens: int, seed: int | None) -> bytes:
-        shared: dict[str, Any] = {"max_tokens": num_tokens, "stream": True, "seed": seed}
-        if self.name == "alone":
-            shared |= {"prompt": token_ids, "request_id": name}
-        else:
-            shared |= {"messages": [{"role": "user", "content": text}]}
-        return json.dumps({key: value for key, value in shared.items() if value is not None}).encode()
-
-
-class Client(asyncio.Protocol):
-    """One stream's connection: a request, its events as they come, the next request."""
-
-    def __init__(self) -> None:
-        self._transport: asyncio.Transport | None = None
-        self._rest = b""
-        self._mark = b""
-        self._answer = Answer(0.0)
-        self._done: asyncio.Future[None] | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._done is not None and not self._done.done():
-            self._done.set_exception(ConnectionError(f"the connection ended: {self._rest[-300:]!r}"))
-
-    def data_received(self, data: bytes) -> None:
-        now_s, answer = time.monotonic(), self._answer
-        data = self._rest + data
-        cut = data.rfind(b"\n") + 1
-        for _ in range(data.count(self._mark, 0, cut)):
-            answer.received_s.append(now_s)
-        if not answer.name and _NAME_MARK in data:
-            answer.name = data.partition(_NAME_MARK)[2].partition(b'"')[0].decode()
-        self._rest = data[cut:]
-        # the last chunk of the body, after all events
-        if data.endswith(b"0\r\n\r\n") and self._done is not None and not self._done.done():
-            self._rest = b""
-            self._done.set_result(None)
-
-    async def ask(self, face: Face, body: bytes, name: str) -> Answer:
-        assert self._transport is not None
-        self._mark = face.token_mark
-        self._answer, self._done = Answer(time.monotonic(), name), asyncio.get_running_loop().create_future()
-        head = f"POST {face.path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        self._transport.write(head.encode() + body)
-        await self._done
-        return self._answer
-
-    def close(self) -> None:
-        if self._transport is not None:
-            self._transport.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +57,8 @@ class Cell:
     token_p50: float
     token_p99: float
     requests_per_s: float
+    cpu_us_per_request: float
+    cpu_us_per_token: float
 
 
 Cells = dict[str, dict[int, list[Cell]]]
@@ -146,14 +76,19 @@ class Bench:
 
     async def cell(self, face: Face, streams: int, seconds: float) -> Cell:
         await self._sent()
+        began_cpu_s = _cpu_s(face.pid)
         paced = await self._run(face, streams, seconds, TOKENS, None)
+        paced_cpu_us = 1e6 * (_cpu_s(face.pid) - began_cpu_s) / len(paced)
         sent = await self._sent()
         delays = sorted(delay for answer in paced for delay in _delays(answer, sent))
         ttfts = sorted(answer.received_s[0] - answer.asked_s for answer in paced)
-        began_s = time.monotonic()
+        began_s, began_cpu_s = time.monotonic(), _cpu_s(face.pid)
         unpaced = await self._run(face, streams, seconds / 2, TOKENS_UNPACED, NO_BEAT_SEED)
         rate = len(unpaced) / (time.monotonic() - began_s)
-        return Cell(_rank(ttfts, 0.5), _rank(ttfts, 0.99), _rank(delays, 0.5), _rank(delays, 0.99), rate)
+        request_cpu_us = 1e6 * (_cpu_s(face.pid) - began_cpu_s) / len(unpaced)
+        token_cpu_us = (paced_cpu_us - request_cpu_us) / (TOKENS - 1)
+        ranks = _rank(ttfts, 0.5), _rank(ttfts, 0.99), _rank(delays, 0.5), _rank(delays, 0.99)
+        return Cell(*ranks, rate, request_cpu_us, token_cpu_us)
 
     async def _run(self, face: Face, streams: int, seconds: float, num_tokens: int, seed: int | None) -> list[Answer]:
         loop, answers = asyncio.get_running_loop(), list[Answer]()
@@ -196,21 +131,26 @@ def _delays(answer: Answer, sent: dict[str, list[float]]) -> Iterator[float]:
         yield received_s - sent_s
 
 
+def _cpu_s(pid: int) -> float:
+    """Processor time of a process so far."""
+    threads = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
+
+
 def _rank(ordered: list[float], share: float) -> float:
     """In milliseconds."""
     return 1e3 * ordered[min(len(ordered) - 1, int(len(ordered) * share))]
 
 
-async def measured(options: argparse.Namespace, token_ids: list[int], ports: tuple[int, int]) -> Cells:
+async def measured(options: argparse.Namespace, token_ids: list[int], worker: Child, node: Child) -> Cells:
     """Cells of each run."""
     seconds = SECONDS_QUICK if options.quick else SECONDS
     runs = options.runs or (RUNS_QUICK if options.quick else RUNS)
-    worker_port, node_port = ports
     faces = [
-        Face("ours", node_port, "/v1/chat/completions", TOKEN_TEXT.encode()),
-        Face("alone", worker_port, "/v1/completions", b'"finish_reason":null'),
+        Face("ours", node.port, node.pid, "/v1/chat/completions", TOKEN_TEXT.encode()),
+        Face("alone", worker.port, worker.pid, "/v1/completions", b'"finish_reason":null'),
     ]
-    bench = Bench(token_ids, options.seed, worker_port)
+    bench = Bench(token_ids, options.seed, worker.port)
     found: Cells = {face.name: {} for face in faces}
     for face in faces:
         await bench.cell(face, 1, 0.5)  # first requests open connections and fill caches
@@ -224,22 +164,30 @@ async def measured(options: argparse.Namespace, token_ids: list[int], ports: tup
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Child:
+    """A process of ours that listens."""
+
+    port: int
+    pid: int
+
+
 @contextmanager
-def running() -> Iterator[tuple[list[int], tuple[int, int]]]:
-    """A worker and a DB node in front of it: a prompt for the worker, and the ports of both."""
+def running() -> Iterator[tuple[list[int], Child, Child]]:
+    """A worker and a DB node in front of it, and a prompt for the worker."""
     cache_dir = ModelSettings().cache_dir.expanduser()
     pull(DEFAULT_MODEL, cache_dir)
     token_ids = encode(load_tokenizer(resolve(DEFAULT_MODEL, cache_dir)), TOKEN_TEXT * PROMPT_WORDS, special=False)
     with (
-        child("benchmarks.rest_worker", str(token_ids[-1]), DEFAULT_MODEL) as worker_port,
-        child("benchmarks.rest", "--serve-node", str(worker_port)) as node_port,
+        child("benchmarks.rest_worker", str(token_ids[-1]), DEFAULT_MODEL) as worker,
+        child("benchmarks.rest", "--serve-node", str(worker.port)) as node,
     ):
-        yield token_ids, (worker_port, node_port)
+        yield token_ids, worker, node
 
 
 @contextmanager
-def child(module: str, *args: str) -> Iterator[int]:
-    """A process of ours; the port it prints when it is ready."""
+def child(module: str, *args: str) -> Iterator[Child]:
+    """Runs a module that prints its port when it is ready."""
     command = [sys.executable, "-m", module, *args]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"}
@@ -249,7 +197,7 @@ def child(module: str, *args: str) -> Iterator[int]:
             line = process.stdout.readline()
             if not line.strip().isdigit():
                 raise SystemExit(f"{module} did not start")
-            yield int(line)
+            yield Child(int(line), process.pid)
         finally:
             process.terminate()
 
@@ -286,8 +234,8 @@ def main() -> int:
     if options.serve_node:
         uvloop.run(serve_node(options.serve_node))
         return 0
-    with running() as (token_ids, ports):
-        found = uvloop.run(measured(options, token_ids, ports))
+    with running() as (token_ids, worker, node):
+        found = uvloop.run(measured(options, token_ids, worker, node))
     ours = {streams: _added(found["ours"][streams], found["alone"][streams]) for streams in found["ours"]}
     alone = {streams: _medians(cells) for streams, cells in found["alone"].items()}
     headline = ours.get(HEADLINE_STREAMS) or next(iter(ours.values()))
@@ -327,11 +275,13 @@ def _added(ours: list[Cell], alone: list[Cell]) -> dict[str, Any]:
     return {name: round(statistics.median(values), 3) for name, values in added.items()} | {
         "requests_per_s": round(rates.median, 1),
         "requests_per_s_spread": rates.as_json(1),
+        "cpu_us_per_request": round(statistics.median(cell.cpu_us_per_request for cell in ours), 1),
+        "cpu_us_per_token": round(statistics.median(cell.cpu_us_per_token for cell in ours), 1),
     }
 
 
 def _medians(cells: list[Cell]) -> dict[str, Any]:
-    names = ("ttft_p50", "ttft_p99", "token_p50", "token_p99", "requests_per_s")
+    names = [column.name for column in fields(Cell)]
     return {name: round(statistics.median(getattr(cell, name) for cell in cells), 3) for name in names}
 
 

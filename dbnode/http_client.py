@@ -141,6 +141,7 @@ class _Connection(asyncio.Protocol):
         assert self._transport is not None
         assert self._answer is None
         self._answer = answer = Answer(self)
+        self._headers, self._num_head_bytes = {}, 0  # what came behind the last body is of no interest
         self._transport.write(request)
         return answer
 
@@ -150,7 +151,7 @@ class _Connection(asyncio.Protocol):
 
     def resume(self, answer: Answer | None) -> None:
         """There is room again for what arrives of it."""
-        if self._is_paused and answer is self._answer and self._transport is not None:
+        if self._is_paused and answer is self._answer and self._transport is not None and self.is_open:
             self._is_paused = False
             self._transport.resume_reading()
 
@@ -247,7 +248,7 @@ class _Endpoint:
             lines.append(f"{name}: {value}")
         if body or method == "POST":
             lines.append(f"Content-Length: {len(body)}")
-        answer = connection.ask("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
+        answer = connection.ask("\r\n".join([*lines, "", ""]).encode() + body)
         try:
             await answer.begins()
         except BaseException:
@@ -295,6 +296,8 @@ class _Endpoint:
             raise EndpointSilent(f"no connection within {CONNECT_TIMEOUT_S:g} s") from None
         except OSError as error:
             raise EndpointGone(str(error)) from error
+        if not connection.is_open:
+            raise EndpointGone("the connection was closed at once")
         return connection
 
 

@@ -87,6 +87,16 @@ async def test_an_answer_in_pieces_is_read_as_it_comes() -> None:
         assert server.connections == 1
 
 
+async def test_what_stands_behind_a_body_is_not_taken_for_the_next_head() -> None:
+    trailed = CHUNKED + b"1\r\na\r\n0\r\nX-Checksum: 1\r\n\r\n"
+    async with serving(sends(trailed)) as (server, client):
+        for _ in range(2):
+            answer = await client.ask("GET", server.url, "/")
+            assert await body_of(answer) == b"a"
+            assert answer.headers == {b"transfer-encoding": b"chunked"}
+        assert server.connections == 1
+
+
 async def test_an_answer_whose_end_is_the_connections_is_whole() -> None:
     async def behave(writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nall of it")
