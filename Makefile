@@ -1,7 +1,7 @@
 # Everything a checkout needs. The first run builds .venv; later ones start at once and need no network.
 #
 #   make demo [KEEP=1]    the whole system on this machine, shown at work; KEEP=1 leaves it running
-#   make test             lint, then all tests
+#   make test [JOBS=2]    lint, then all tests, those of so many files at a time
 #   make test-debian      tests against the distribution's PostgreSQL server
 #   make test-sql-compat  suites of others, directly and through the DB node (SUITES="asyncpg pgbench" for some of them)
 #   make chaos            kills meta servers and PostgreSQL in every step of a write (MINUTES=10, SEED=7)
@@ -27,6 +27,9 @@ SGLANG_PY := $(SGLANG_VENV)/bin/python
 # What SGLang's storage interface and host memory pools import; torchvision and SGLang themselves come without requirements.
 SGLANG_NEEDS := apache-tvm-ffi compressed-tensors dill ipython orjson pillow pybase64 requests sentencepiece triton
 BENCHMARKS ?= chat_warm sql zero_hit
+JOBS ?= 2
+# The order of the files is kept: what takes longest comes first.
+PYTEST := $(PY) -m pytest --numprocesses $(JOBS) --no-loadscope-reorder
 
 .PHONY: install demo test lint format test-debian test-sql-compat test-vllm vllm-venv test-sglang chaos bench mooncake protocol clean
 .DEFAULT_GOAL := install
@@ -54,13 +57,13 @@ format: install
 
 test: lint
 	$(PY) -m stratakv.cli model pull smollm2-135m
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-debian: install
 	@ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || \
 		{ echo "make test-debian needs a PostgreSQL server: apt-get install postgresql" >&2; exit 2; }
 	$(PY) -m stratakv.cli model pull smollm2-135m
-	$(PY) -m pytest -m debian $(PYTEST_ARGS)
+	$(PYTEST) -m debian $(PYTEST_ARGS)
 
 test-sql-compat: install
 	$(PY) -m tests.compat $(SUITES)

@@ -186,10 +186,13 @@ class Moves:
         is_there = self._catalog.nodes.at(target.index) is target
         self._catalog.remove(old, "moved", is_told=not is_there)
         if is_there:
+            before = target.committed_bytes
             for run, was in zip(runs, ticks, strict=True):
                 extents, kind = unpack_extents(run.extents), EventKind.BLOCKS_MOVED
                 self._catalog.insert(target, run.namespace, run.keys, extents, run.page_bytes, kind, owner=run.owner)
                 index.set_ticks(run.namespace, run.keys, was)
+            # Its daemon may have told of their bytes before it told of the pages: counted twice, they would have others removed.
+            target.foreign_bytes = max(0, target.foreign_bytes - (target.committed_bytes - before))
             self._keep_pinned(target, pages, left)
         if source.is_draining:
             source.moved_away += len(old)

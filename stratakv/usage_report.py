@@ -1,4 +1,7 @@
-"""What was used, in sums of days, months, tenants and models: what `stratakv usage` shows. Reads the metadata database."""
+"""What was used, in sums of days, months, tenants and models: what `stratakv usage` shows. Reads the metadata database.
+
+Every command of the command line imports this module, so what it takes long to import is imported where it is used.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,12 @@ import datetime
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, LiteralString
-
-import psycopg
-from psycopg.rows import dict_row
+from typing import TYPE_CHECKING, Any, LiteralString
 
 from stratakv.errors import InvalidRequest, SetupError
-from stratakv.migrate import driver_url, masked_url
+
+if TYPE_CHECKING:
+    import psycopg
 
 CONNECT_TIMEOUT_S = 10
 
@@ -63,6 +65,11 @@ class UsageQuery:
 
 def read_usage(url: str, query: UsageQuery) -> list[dict[str, Any]]:
     """One row for each group, sorted by it. Raises SetupError, or InvalidRequest for a tenant that is not there."""
+    import psycopg
+    from psycopg.rows import dict_row
+
+    from stratakv.migrate import driver_url, masked_url
+
     keys = list(dict.fromkeys(query.by))
     columns: list[LiteralString] = [f"{_KEYS[key]} AS {key.value}" for key in keys]
     places = ", ".join(str(number) for number in range(1, len(keys) + 1))

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
+import itertools
+import secrets
 import socket
 import time
 from collections.abc import Awaitable, Callable
 
 POLL_S = 0.02
+PORTS = range(16_384, 32_768)
+_port_numbers = itertools.count(secrets.randbelow(len(PORTS)))
 
 
 def eventually(check: Callable[[], object], *, timeout_s: float = 20.0, what: str = "") -> None:
@@ -35,7 +40,12 @@ async def eventually_async(
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that was free just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of 127.0.0.1 that was free just now, and that nobody gets by chance before it is used.
+
+    What connects, or listens anywhere, gets a port above this range from the kernel. Each run begins at a place of its own.
+    """
+    while True:
+        port = PORTS[next(_port_numbers) % len(PORTS)]
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

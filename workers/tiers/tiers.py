@@ -194,15 +194,8 @@ class Tiers:
             on_found(hit)
 
     async def _match_pool(self, keys: Sequence[BlockKey]) -> tuple[list[FoundPage], int]:
-        if not keys or not self._meta.available:
-            return [], 0
-        try:
-            match = await self._meta.call(
-                MatchPrefix(self._namespace, pack_keys(keys), LEASE_S, self._node or ""), Match, timeout_s=LOOKUP_S_MAX
-            )
-        except StrataError as error:
-            log.debug("lookup_failed", error=error.message)
-            self._metrics.pool_error(error.code)
+        match = await self._match(keys, LEASE_S, self._node or "")
+        if match is None:
             return [], 0
         segments = {segment.node: segment for segment in match.segments}
         pages = [
@@ -210,6 +203,18 @@ class Tiers:
             for key, place in zip(keys, match.places(), strict=False)
         ]
         return pages, match.lease_id
+
+    async def _match(self, keys: Sequence[BlockKey], lease_s: float, node: str = "") -> Match | None:
+        """What the pool has of this prefix; None if there is nothing to ask or nobody who answers."""
+        if not keys or not self._meta.available:
+            return None
+        try:
+            request = MatchPrefix(self._namespace, pack_keys(keys), lease_s, node)
+            return await self._meta.call(request, Match, timeout_s=LOOKUP_S_MAX)
+        except StrataError as error:
+            log.debug("lookup_failed", error=error.message)
+            self._metrics.pool_error(error.code)
+            return None
 
     def _worth_loading(self, pages: Sequence[FoundPage], first: int, num_blocks: int) -> Sequence[FoundPage]:
         """The leading pages that are to be loaded; the others, and the rest of the prompt, are computed."""
@@ -285,15 +290,9 @@ class Tiers:
         under_way = {id(f): asyncio.wrap_future(f) for key in keys if (f := self._in_flight.get(key)) is not None}
         if under_way:
             await asyncio.wait(under_way.values(), timeout=timeout_s)
-        if not keys or not self._meta.available:
+        match = await self._match(keys, lease_s)
+        if match is None:
             return Saved(is_whole=not keys)
-        try:
-            match = await self._meta.call(
-                MatchPrefix(self._namespace, pack_keys(keys), lease_s), Match, timeout_s=LOOKUP_S_MAX
-            )
-        except StrataError as error:
-            log.debug("lookup_failed", error=error.message)
-            return Saved(is_whole=False)
         return Saved(match.num_blocks == len(keys), match.lease_id)
 
     def release_lease(self, lease_id: int) -> None:

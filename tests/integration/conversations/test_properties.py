@@ -14,7 +14,6 @@ from dbnode.conversations.errors import ConversationBusy, ConversationChanged, C
 from dbnode.conversations.store import ConversationStore
 from dbnode.conversations.values import KeptTokens, Message, Turn
 from dbnode.metadata import Metadata
-from stratakv import migrate
 from stratakv.settings import ConversationsSettings, DatabaseSettings, Secret
 
 TENANT, OTHER = 1, 2
@@ -22,11 +21,10 @@ TURN_S = 60.0
 
 
 @pytest.fixture
-def url(postgres_url: str) -> str:
-    migrate.upgrade(postgres_url)
-    with psycopg.connect(postgres_url, autocommit=True) as connection:
+def url(migrated_url: str) -> str:
+    with psycopg.connect(migrated_url, autocommit=True) as connection:
         connection.execute("INSERT INTO stratakv.tenants (name) VALUES ('other')")
-    return postgres_url
+    return migrated_url
 
 
 class Model(RuleBasedStateMachine):

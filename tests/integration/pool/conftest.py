@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from stratakv import _native, migrate
+from stratakv import _native
 from stratakv._native import Moves, fallback
 from stratakv.pool.dmp_client import DmpConnection, TransportKind, connect
 from stratakv.pool.meta_client import MetaClient
@@ -76,9 +76,8 @@ def meta_flags() -> list[str]:
 
 
 @pytest.fixture
-def meta_server(postgres_url: str, meta_port: int, meta_flags: list[str], tmp_path: Path) -> Iterator[ServiceProcess]:
-    migrate.upgrade(postgres_url)
-    env = {"STRATAKV_DATABASE_URL": postgres_url, "STRATAKV_META_NATIVE_PORT": str(meta_port)}
+def meta_server(migrated_url: str, meta_port: int, meta_flags: list[str], tmp_path: Path) -> Iterator[ServiceProcess]:
+    env = {"STRATAKV_DATABASE_URL": migrated_url, "STRATAKV_META_NATIVE_PORT": str(meta_port)}
     service = ServiceProcess("meta_server", meta_flags, env, tmp_path / "meta.log")
     service.start()
     yield service

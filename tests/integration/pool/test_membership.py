@@ -15,7 +15,6 @@ from starlette.routing import Route
 
 from dbnode.errors import WorkerUnreachable
 from dbnode.worker_client import WorkerClient
-from stratakv import migrate
 from stratakv.errors import Unavailable
 from stratakv.http_server import HttpServer
 from stratakv.pool.auth import PoolCredentials
@@ -75,9 +74,8 @@ def test_a_daemon_on_all_addresses_must_name_one(tmp_path: Path) -> None:
     assert "dmp.public_host" in service.log()
 
 
-async def test_the_meta_server_hears_members_only(postgres_url: str, tmp_path: Path) -> None:
-    migrate.upgrade(postgres_url)
-    server = MetaProcess(postgres_url, tmp_path, secret=SECRET)
+async def test_the_meta_server_hears_members_only(migrated_url: str, tmp_path: Path) -> None:
+    server = MetaProcess(migrated_url, tmp_path, secret=SECRET)
     server.start()
     settings = MetaSettings(native_port=server.port, request_timeout_s=1.0)
     try:

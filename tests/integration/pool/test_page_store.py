@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stratakv import migrate
 from stratakv.errors import Unavailable
 from stratakv.integrations.link import PoolLink, read_credentials
 from stratakv.integrations.page_store import PageStore
@@ -74,12 +73,11 @@ def test_pages_come_back_as_they_were_put(link: PoolLink) -> None:
 
 
 def test_a_member_of_a_pool_with_a_secret_moves_pages_over_tcp(
-    postgres_url: str, tmp_path: Path, start_daemon: Callable[..., DaemonProcess]
+    migrated_url: str, tmp_path: Path, start_daemon: Callable[..., DaemonProcess]
 ) -> None:
-    migrate.upgrade(postgres_url)
     (tmp_path / "secret").write_text(f"{SECRET}\n")
     credentials = read_credentials(str(tmp_path / "secret"))
-    meta = MetaProcess(postgres_url, tmp_path, secret=SECRET)
+    meta = MetaProcess(migrated_url, tmp_path, secret=SECRET)
     meta.start()
     start_daemon(meta_port=meta.port, flags=("--secret", SECRET))
     ours, stranger = (PoolLink(meta.endpoint, credentials=c, role="test", name="t") for c in (credentials, None))

@@ -75,12 +75,12 @@ async def test_each_host_reads_at_its_own_daemon_and_a_daemon_that_is_killed_cos
 
 
 async def test_all_places_are_found_again_after_a_restart_of_the_meta_server(
-    client: MetaClient, daemons: dict[str, DaemonProcess], meta_server: ServiceProcess, postgres_url: str
+    client: MetaClient, daemons: dict[str, DaemonProcess], meta_server: ServiceProcess, migrated_url: str
 ) -> None:
     written = await _replicated(client, daemons)
 
     def rows() -> int:
-        with psycopg.connect(postgres_url) as connection:
+        with psycopg.connect(migrated_url) as connection:
             (count,) = connection.execute("SELECT count(*) FROM stratakv.replicas").fetchone() or (0,)
         return int(count)
 

@@ -16,10 +16,10 @@ SECRET = f"{MARK}0a1b2c3d-{'s' * 43}"
 
 
 @pytest.fixture(scope="module")
-def untouched(postgres: EmbeddedPostgres, metadata_template: str) -> Iterator[str]:
+def untouched(postgres: EmbeddedPostgres, migrated_template: str) -> Iterator[str]:
     """A migrated database that no test changes."""
     with psycopg.connect(postgres.database_url("postgres"), autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE metadata_untouched TEMPLATE {metadata_template}".encode())
+        connection.execute(f"CREATE DATABASE metadata_untouched TEMPLATE {migrated_template}".encode())
         yield postgres.database_url("metadata_untouched")
         connection.execute("DROP DATABASE metadata_untouched WITH (FORCE)")
 

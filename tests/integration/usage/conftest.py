@@ -12,7 +12,6 @@ import pytest
 
 from dbnode.generate import Caller, GenerateRequest, Outcome, PromptTiers, Settled, Source, Timings, Usage
 from dbnode.usage import UsageWriter
-from stratakv import migrate
 from stratakv.settings import DatabaseSettings, Secret
 from stratakv.tenancy.values import Tenant
 
@@ -20,12 +19,11 @@ Rows = list[tuple[Any, ...]]
 
 
 @pytest.fixture
-def url(postgres_url: str) -> str:
+def url(migrated_url: str) -> str:
     """URL, as superuser, of a database with the newest schema and the tenants acme and bolt."""
-    migrate.upgrade(postgres_url)
-    with psycopg.connect(postgres_url, autocommit=True) as connection:
+    with psycopg.connect(migrated_url, autocommit=True) as connection:
         connection.execute("INSERT INTO stratakv.tenants (name) VALUES ('acme'), ('bolt')")
-    return postgres_url
+    return migrated_url
 
 
 @pytest.fixture
