@@ -66,8 +66,9 @@ class Heartbeat:
             except StaleEpoch:
                 # Everything in this memory is void for good.
                 raise SetupError(
-                    f"dmp.node = {self._segment.node}: another daemon has registered under this name since",
-                    hint="give every daemon of the pool a name of its own",
+                    f"dmp.node = {self._segment.node}: another daemon has registered under this name since,"
+                    " or this one was silent for meta.node_silence_s_max",
+                    hint="give every daemon of the pool a name of its own; one that was silent may be started again",
                 ) from None
             except StrataError as error:
                 log.warning("meta_server_unreachable", reason=error.message, retry_s=round(self._retry_s, 2))

@@ -35,7 +35,7 @@ from meta_server.reclaim import Reclaimer
 from meta_server.records import Snapshot
 from meta_server.replicas import Replicas
 from meta_server.rules import Rules
-from meta_server.store import Store
+from meta_server.store import QUERIES, Store
 from meta_server.validate import (
     INT64_MAX,
     check_keys,
@@ -149,13 +149,22 @@ class Handlers:
         self._rules.apply()
         self.owners.apply()
         self._puts.expire()
-        for node in self._nodes:
+        for node in list(self._nodes):
             if node.reachable and not node.pulse.alive:
                 self._catalog.set_reachable(node, False)
+            if not node.segment.is_disk and node.pulse.silent_s > self._settings.node_silence_s_max:
+                self._forget_node(node)
+                continue
             if node.limit_bytes:
                 self._moves.demote(node)
             self._reclaimer.check(node)
         self.events.tick()
+
+    def _forget_node(self, node: Node) -> None:
+        """Its daemon does not come back: what was in its memory is lost, and must not be known for ever."""
+        self._puts.void_node(node)
+        self._catalog.void_segment(node)
+        self.journal.execute(QUERIES["end_older_segments"], node.segment.node, b"")
 
     def hello(self, request: wire.Hello) -> wire.Welcome:
         check_protocol(request)

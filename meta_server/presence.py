@@ -24,6 +24,7 @@ class Pulse:
         self._clock = clock
         self._limit_s = heartbeat_s * HEARTBEATS_MISSED_MAX
         self._heard_at: float | None = None
+        self._began_at = clock()
 
     def beat(self) -> None:
         self._heard_at = self._clock()
@@ -31,6 +32,11 @@ class Pulse:
     @property
     def alive(self) -> bool:
         return self._heard_at is not None and self._clock() - self._heard_at <= self._limit_s
+
+    @property
+    def silent_s(self) -> float:
+        """Since it was last heard of, or known at all."""
+        return self._clock() - (self._began_at if self._heard_at is None else self._heard_at)
 
 
 class RetiredEpochs:

@@ -104,6 +104,9 @@ class MetaSettings:
     slow_call_s: float = setting(0.25, "calls that take so long are logged; 0: none")
     metrics_port: int = setting(0, "port of the pool's Prometheus metrics (HTTP, `/metrics`); 0: none")
     heartbeat_s: float = setting(1.0, "how often daemons and workers report; three misses and they count as gone")
+    node_silence_s_max: float = setting(
+        86_400.0, "a daemon that is silent for so long does not come back: its pages in memory are forgotten"
+    )
     lease_s_max: float = setting(60.0, "longest read lease granted")
     put_timeout_s_max: float = setting(120.0, "longest time a put may stay unfinished")
     puts_pending_max: int = setting(10_000, "puts in progress at once")

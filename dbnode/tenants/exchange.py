@@ -108,7 +108,9 @@ class Exchange:
         """What is needed of leases of which there is too much, or of all. The rest is no longer held."""
         kept: dict[Place, int] = {}
         for tenant_id, account in self.accounts.items():
-            for kind in {*account.held, *(k for t, k in self.fresh if t == tenant_id)}:
+            # Of what was leased by an exchange whose answer was lost nothing is known here.
+            unsure = LimitKind if all_places else ()
+            for kind in {*account.held, *(k for t, k in self.fresh if t == tenant_id), *unsure}:
                 place = (tenant_id, kind)
                 held, fresh = account.held.get(kind, 0), self.fresh.get(place, 0)
                 excess = max(0, held + fresh - account.ahead(kind, self.now_s) - account.awaited(kind))

@@ -81,7 +81,7 @@ class AdminService:
             if storage.name in group.config.storage_candidates:
                 raise InvalidRequest(f"group {group.name} has storage {storage.name} among its candidates")
         self._state.changes.check_room()
-        await self._state.remove_storage(storage.name)
+        await self._state.to_the_end(self._state.remove_storage(storage.name))
         return await self._done()
 
     async def update_storage(self, request: admin.UpdateStorageRequest) -> admin.CommonResponse:
@@ -158,7 +158,7 @@ class AdminService:
         if request.instance_group and request.instance_group != instance.group:
             raise NoSuchInstance(f"instance {instance.id} is not in group {request.instance_group!r}")
         self._state.changes.check_room()
-        await self._state.remove_instance(instance)
+        await self._state.to_the_end(self._state.remove_instance(instance))
         self._forget_reports(instance.id)
         return await self._done()
 

@@ -48,7 +48,13 @@ class _Shelf:
         self.due: list[tuple[float, int, Chunk]] = []
         self.num_waiting = 0
         """Chunks that are due, or being deleted."""
+        self.num_tries = 0
+        """Of making and checking, under way."""
         self.turn: asyncio.Task[None] | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.num_waiting and not self.num_tries
 
     def close(self) -> None:
         self.making.shutdown(wait=False, cancel_futures=True)
@@ -82,13 +88,16 @@ class Files:
         await self._try(self._shelf(place).backend.check, place)
 
     async def _try(self, action: Callable[[], T], place: Place) -> T:
-        loop = asyncio.get_running_loop()
+        loop, shelf = asyncio.get_running_loop(), self._shelf(place)
+        shelf.num_tries += 1
         try:
-            return await asyncio.wait_for(loop.run_in_executor(self._shelf(place).making, action), MAKE_TIMEOUT_S)
+            return await asyncio.wait_for(loop.run_in_executor(shelf.making, action), MAKE_TIMEOUT_S)
         except TimeoutError:
             raise StorageFailed(f"storage {place.storage}: {place.root} does not answer") from None
         except OSError as error:
             raise StorageFailed(f"storage {place.storage}: {place.root}: {error.strerror}") from error
+        finally:
+            shelf.num_tries -= 1
 
     @property
     def has_room(self) -> bool:
@@ -123,6 +132,9 @@ class Files:
         if now < self._probe_at:
             return
         self._probe_at = now + self._probe_s
+        places = {storage.place for storage in storages}
+        for place in [place for place, shelf in self._shelves.items() if place not in places and shelf.is_idle]:
+            self._shelves.pop(place).close()
         self._probes = {name: task for name, task in self._probes.items() if not task.done()}
         for storage in storages:
             if storage.name not in self._probes:

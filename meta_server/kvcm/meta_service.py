@@ -197,7 +197,8 @@ class MetaService:
         instance = self._state.instance(request.instance_id)
         keys = visible(request.block_mask, _keys(request, instance.config.block_size))
         self._state.changes.check_room()
-        await self._state.remove_in_turns([location for key in keys for location in instance.by_key.get(key, ())])
+        found = [location for key in keys for location in instance.by_key.get(key, ())]
+        await self._state.to_the_end(self._state.remove_in_turns(found))
         await self._state.changes.written()
         return meta.CommonResponse()
 
@@ -212,7 +213,8 @@ class MetaService:
         elif request.strategy not in (meta.TS_REMOVE_ALL_CACHE, meta.TS_REMOVE_ALL_META):
             raise InvalidRequest("strategy is not given, or unknown", param="strategy")
         self._state.changes.check_room()
-        await self._state.remove_in_turns(served, delete_files=request.strategy != meta.TS_REMOVE_ALL_META)
+        delete_files = request.strategy != meta.TS_REMOVE_ALL_META
+        await self._state.to_the_end(self._state.remove_in_turns(served, delete_files=delete_files))
         await self._state.changes.written()
         return meta.CommonResponse()
 

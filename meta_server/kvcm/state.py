@@ -11,7 +11,7 @@ import asyncio
 import heapq
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 
 from meta_server.kvcm.entities import Group, Instance, default_group, default_storage
@@ -54,6 +54,7 @@ class KvcmState:
         self._open_writes_max = open_writes_max
         self.files = Files(clock, self._files_deleted, probe_s)
         self._has_more_to_delete = False
+        self._unfinished: set[asyncio.Task[None]] = set()
         self._reclaimer = Reclaimer(clock, self.remove)
         self.storages = {storage.name: storage for storage in loaded.storages}
         self.groups = {group.name: group for group in loaded.groups}
@@ -170,6 +171,13 @@ class KvcmState:
             self._delete_when_written(list(chunks))
         self._empty.update({write.session_id: write for write in touched.values() if not any(write.status)})
         return removed
+
+    async def to_the_end(self, work: Coroutine[None, None, None]) -> None:
+        """Wait for it; it goes on when who waits is gone, since half a removal is none."""
+        task = asyncio.create_task(work)
+        self._unfinished.add(task)
+        task.add_done_callback(self._unfinished.discard)
+        await asyncio.shield(task)
 
     async def remove_in_turns(self, locations: Sequence[Location], *, delete_files: bool = True) -> None:
         """The same for any number of them: in between other calls get their turn, and the lease is renewed."""

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from stratakv.cli.cache.common import ask_meta, parse_size, show_bytes
 from stratakv.cli.options import ConfigOption, JsonOption, SetOption, StateFileOption, print_json, running_settings
 from stratakv.errors import InvalidRequest, StrataError
-from stratakv.wire import ListNodes, Nodes, NodeState
+from stratakv.wire import ListNamespaces, ListNodes, Namespaces, Nodes, NodeState
 
 if TYPE_CHECKING:
     from stratakv.pool.auth import PoolCredentials
@@ -57,9 +57,12 @@ def verify(
     async def ask(client: PoolClient) -> _Report:
         nodes = (await client.call(ListNodes(), Nodes)).nodes
         chosen = [state for state in nodes if node in (None, state.segment.node)]
-        if node is not None and not chosen:
+        silent = [name for name in await _silent(client, nodes) if node in (None, name)]
+        if node is not None and not chosen and not silent:
             raise InvalidRequest(f"no node {node!r} is in the pool", hint="`stratakv cache stats` lists them.")
-        return await _verify(client, chosen, bytes_per_s, credentials)
+        report = await _verify(client, chosen, bytes_per_s, credentials)
+        report.failures.update(dict.fromkeys(silent, "its daemon is silent, so nobody finds its pages"))
+        return report
 
     report = ask_meta(settings, ask)
     if as_json:
@@ -68,6 +71,13 @@ def verify(
         _print(report)
     if not report.is_good:
         raise typer.Exit(EXIT_DAMAGED)
+
+
+async def _silent(client: PoolClient, alive: list[NodeState]) -> list[str]:
+    """Segments that have pages and are not heard of."""
+    namespaces = (await client.call(ListNamespaces(), Namespaces)).namespaces
+    with_pages = {name for state in namespaces for name, blocks in state.blocks_by_node.items() if blocks}
+    return sorted(with_pages - {state.segment.node for state in alive})
 
 
 async def _verify(

@@ -134,6 +134,34 @@ async def test_a_silent_daemon_is_not_named_until_it_is_heard_again(migrated_url
         await client.close()
 
 
+async def test_a_daemon_that_never_comes_back_is_forgotten_with_what_was_in_its_memory(migrated_url: str) -> None:
+    async with meta_server(migrated_url, heartbeat_s=0.1, node_silence_s_max=1.0) as endpoint:
+        client = await connected(endpoint)
+        daemon = TestDaemon(client, "n0", pages=100)
+        await daemon.register()
+        await put(client, daemon, new_keys(3))
+        await start_put(client, new_keys(2), pending := os.urandom(16))
+        assert (await client.call(GetStats(), Stats)).bytes_committed > 0
+
+        async def is_forgotten() -> bool:
+            stats = await client.call(GetStats(), Stats)
+            return (stats.blocks, stats.bytes_committed, stats.puts_pending) == (0, 0, 0)
+
+        await eventually_async(is_forgotten)
+        with pytest.raises(StaleEpoch):
+            await daemon.register()
+        with pytest.raises(PutUnknown):
+            await client.call(PutEnd(pending, daemon.segment.epoch, daemon.allocate(2)), Done)
+        again = TestDaemon(client, "n0", pages=100)
+        await again.register()
+        await put(client, again, new_keys(4))
+        await client.close()
+    async with meta_server(migrated_url, heartbeat_s=0.1) as endpoint:
+        client = await connected(endpoint)
+        assert (await client.call(GetStats(), Stats)).blocks == 4
+        await client.close()
+
+
 async def test_workers_are_listed_while_their_heartbeats_arrive(migrated_url: str) -> None:
     async with meta_server(migrated_url, heartbeat_s=0.1) as endpoint:
         client = await connected(endpoint)

@@ -135,6 +135,16 @@ async def test_only_headers_are_checked_where_layers_have_several_sizes(
     assert (found["pages"], found["header_only"], found["damaged"]) == (PAGES, PAGES, [])
 
 
+async def test_verify_names_a_daemon_that_is_silent(
+    client: MetaClient, daemon: DaemonProcess, meta_port: int, tmp_path: Path
+) -> None:
+    await _published(client, daemon)
+    daemon.freeze()
+    await listed(client)
+    done = await stratakv(meta_port, tmp_path, "cache", "verify", "--json")
+    assert (done.status, list(done.json["failures"])) == (1, ["dmp-t"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

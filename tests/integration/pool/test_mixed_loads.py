@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,6 +16,7 @@ from stratakv.pool.dmp_client import ConnectionCache, connect
 from stratakv.pool.pages import PageReader
 from tests.integration.pool.daemon import DaemonProcess
 from tests.integration.pool.pages import LAYOUT, NAMESPACE, WrittenPages, empty_memory, layer_data, soon, write_pages
+from tests.support import eventually
 from workers.engine.connector import KVLoadError, Tier
 from workers.tiers.load import FoundPage, LayerLoad, LoadOutcome
 from workers.tiers.window import HostWindow
@@ -48,12 +50,15 @@ def found(daemon: DaemonProcess, written: WrittenPages, tiers: list[Tier]) -> li
 
 
 def start(
-    pages: list[FoundPage], executor: ThreadPoolExecutor, connections: ConnectionCache | None = None
+    pages: list[FoundPage],
+    executor: ThreadPoolExecutor,
+    connections: ConnectionCache | None = None,
+    timeout_s: float = TIMEOUT_S,
 ) -> tuple[LayerLoad, HostWindow, list[LoadOutcome]]:
     outcomes: list[LoadOutcome] = []
     memory = empty_memory(LAYOUT, len(pages))
     window = HostWindow(memory.layers, memory.rows.tolist())
-    load = LayerLoad(pages, window, LAYERS, TIMEOUT_S, outcomes.append)
+    load = LayerLoad(pages, window, LAYERS, timeout_s, outcomes.append)
     load.start(executor, PageReader(LAYOUT, NAMESPACE), connections or ConnectionCache())
     return load, window, outcomes
 
@@ -76,6 +81,22 @@ def test_a_prefix_in_three_tiers_of_two_daemons_is_loaded_whole(
     assert outcomes[0].num_good_blocks == len(pages)
     assert set(outcomes[0].seconds_by_tier) == {Tier.L2, Tier.POOL, Tier.DISK}
     assert all(seconds > 0 for seconds in outcomes[0].seconds_by_tier.values())
+
+
+def test_a_load_has_all_of_its_time_from_when_a_thread_takes_it(
+    two_daemons: list[DaemonProcess], executor: ThreadPoolExecutor
+) -> None:
+    near, _ = two_daemons
+    written = put(near, 4, seed=1)
+    others_are_done = threading.Event()
+    executor.submit(others_are_done.wait, TIMEOUT_S)
+    load, window, outcomes = start(found(near, written, [Tier.POOL] * 4), executor, timeout_s=1.5)
+    eventually(lambda: time.monotonic() > load.deadline)
+    others_are_done.set()
+    executor.shutdown()
+    load.wait_layer(LAYERS - 1)
+    assert outcomes[0].num_good_blocks == 4
+    assert layer_data(window.memory, 0) == written.data[0]
 
 
 def test_a_bad_page_of_one_daemon_leaves_what_comes_before_it(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import psycopg
@@ -30,17 +30,17 @@ ACME_MEMORY, ACME_DISK = 20, 10
 
 
 @pytest.fixture
-def admin(postgres_url: str, client: MetaClient) -> Administration:
-    admin = Administration(postgres_url, "test")
-    for name in ("acme", "beta"):
-        admin.create_tenant(name, {})
-    return admin
+def admin(migrated_url: str) -> Iterator[Administration]:
+    with Administration(migrated_url, "test") as admin:
+        for name in ("acme", "beta"):
+            admin.create_tenant(name, {})
+        yield admin
 
 
 @pytest_asyncio.fixture
-async def quotas(postgres_url: str, client: MetaClient) -> AsyncIterator[CacheQuotas]:
+async def quotas(migrated_url: str, client: MetaClient) -> AsyncIterator[CacheQuotas]:
     """A DB node's, synchronised when the test says so."""
-    quotas = CacheQuotas(DatabaseSettings(url=Secret(postgres_url)), client)
+    quotas = CacheQuotas(DatabaseSettings(url=Secret(migrated_url)), client)
     yield quotas
     quotas.close()
 
@@ -65,7 +65,7 @@ async def test_a_tenant_over_its_limits_loses_its_own_coldest_pages_and_no_one_e
     start_daemon: StartDaemon,
     meta_server: ServiceProcess,
     meta_port: int,
-    postgres_url: str,
+    migrated_url: str,
     admin: Administration,
     quotas: CacheQuotas,
     tmp_path: Path,
@@ -76,7 +76,7 @@ async def test_a_tenant_over_its_limits_loses_its_own_coldest_pages_and_no_one_e
     sizes = [
         f"--cache-{tier}={pages * LAYOUT.page_bytes}" for tier, pages in (("memory", ACME_MEMORY), ("disk", ACME_DISK))
     ]
-    done = await stratakv(meta_port, tmp_path, "quota", "set", "acme", *sizes, "--database", postgres_url)
+    done = await stratakv(meta_port, tmp_path, "quota", "set", "acme", *sizes, "--database", migrated_url)
     assert done.status == 0, done.err
     acme, beta = (admin.tenant(name)["id"] for name in ("acme", "beta"))
     others = [await publish(client, daemon, 30, owner=beta), await publish(client, daemon, 10)]
@@ -109,11 +109,11 @@ async def test_a_tenant_over_its_limits_loses_its_own_coldest_pages_and_no_one_e
     assert await positions(client, others) == [list(range(30)), list(range(10))]
     assert (await used(client))["beta"] == (30, 0)
     await quotas.sync(client)
-    shown = await stratakv(meta_port, tmp_path, "quota", "show", "acme", "--database", postgres_url)
+    shown = await stratakv(meta_port, tmp_path, "quota", "show", "acme", "--database", migrated_url)
     memory, on_disk = (await used(client))["acme"]
     assert shown.json["cache_memory_used"] == memory * LAYOUT.page_bytes
     assert shown.json["cache_disk_used"] == on_disk * LAYOUT.page_bytes
-    with psycopg.connect(postgres_url) as connection:
+    with psycopg.connect(migrated_url) as connection:
         rows = connection.execute(
             'SELECT "limit", maximum, used FROM stratakv.limits_in_use ORDER BY 1 DESC'
         ).fetchall()

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 
+import pytest
 import pytest_asyncio
 import torch
 
@@ -19,14 +20,14 @@ from tests.integration.pool.pages import NAMESPACE
 from tests.integration.pool.published import listed, publish
 from tests.support import eventually_async, free_port
 from workers.engine.config import EngineDtype
-from workers.engine.connector import ExternalHit, Tier
+from workers.engine.connector import ExternalHit, LoadJob, Tier
 from workers.engine.kv_cache import KVCache
 from workers.engine.model_config import ModelFacts
 from workers.engine.reservations import Reservations
 from workers.metrics import WorkerMetrics
 from workers.rates import Rates
 from workers.tiers.bandwidth import BandwidthProbe
-from workers.tiers.tiers import Tiers
+from workers.tiers.tiers import PoolHit, Tiers
 
 FACTS = ModelFacts(3, 1, 8, 9, 64, frozenset(), EngineDtype.FP32)
 BLOCK_SIZE = 2
@@ -95,7 +96,10 @@ async def test_what_cannot_be_measured_is_left_out(worker: WorkerSide) -> None:
     assert worker.cache.use.free == NUM_BLOCKS
 
 
-async def test_what_was_lost_is_found_from_the_engines_thread(worker: WorkerSide) -> None:
+@pytest.mark.parametrize("load", [PoolHit.load, PoolHit.load_ahead], ids=["in its step", "ahead"])
+async def test_what_was_lost_is_found_from_the_engines_thread(
+    worker: WorkerSide, load: Callable[[PoolHit, int, list[int]], LoadJob]
+) -> None:
     written = await publish(worker.client, worker.near, 6, layout=LAYOUT)
     loop = asyncio.get_running_loop()
     found: asyncio.Future[ExternalHit | None] = loop.create_future()
@@ -105,11 +109,11 @@ async def test_what_was_lost_is_found_from_the_engines_thread(worker: WorkerSide
 
     await asyncio.to_thread(ask)
     hit = await asyncio.wait_for(found, 20)
-    assert hit is not None
+    assert isinstance(hit, PoolHit)
     assert (hit.start_block, list(hit.tiers)) == (2, [Tier.POOL] * 4)
     blocks = worker.cache.allocate(4, None)
     assert blocks is not None
-    job = hit.load(2, blocks)
+    job = load(hit, 2, blocks)
     for layer in range(FACTS.num_layers):
         await asyncio.to_thread(job.wait_layer, layer)
         is_there = worker.cache.k[layer][blocks[0]].contiguous().view(torch.uint8).flatten().tolist()

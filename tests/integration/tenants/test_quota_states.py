@@ -183,6 +183,16 @@ def test_each_request_settles_once_and_no_limit_is_passed(metadata: str) -> None
     )
 
 
+def test_what_was_leased_ahead_when_the_answer_was_lost_goes_back(metadata: str) -> None:
+    QuotaStates.url = metadata
+    states = QuotaStates()
+    states.reserve(node=2, which=0, tokens=1, lose="")
+    states.reserve(node=2, which=1, tokens=1, lose="before")
+    states.reserve(node=0, which=1, tokens=1, lose="")
+    states.flush(node=2, lose="after")
+    states.teardown()
+
+
 def test_the_oracle_finds_a_lease_that_nobody_has(metadata: str) -> None:
     async def broken() -> list[asyncpg.Record]:
         world = QuotaWorld(metadata)

@@ -96,3 +96,15 @@ async def test_more_deletions_than_may_wait_are_done_in_the_end(
 
     await eventually_async(are_gone)
     await state.files.close()
+
+
+async def test_what_a_storage_was_before_it_was_changed_is_let_go_when_nothing_of_it_is_left(tmp_path: Path) -> None:
+    files = Files(time.monotonic, lambda _: None, probe_s=0.0)
+    storages = [storage_at(tmp_path / name) for name in ("before", "after")]
+    for storage in storages:
+        await files.prepare(storage.place, "i")
+    num_threads = threading.active_count()
+    files.tick(storages[1:])
+    await eventually_async(lambda: threading.active_count() < num_threads)
+    await files.prepare(storages[0].place, "i")
+    await files.close()

@@ -14,6 +14,7 @@ from meta_server.kvcm.protocol import meta_service_pb2 as meta
 from meta_server.kvcm.state import KvcmState
 from meta_server.kvcm.store import Changes, Loaded
 from meta_server.kvcm.writes import State, Write
+from tests.support import eventually_async
 
 NUM_BLOCKS = 100
 
@@ -82,6 +83,18 @@ async def test_it_is_made_on_any_thread_and_emptied_in_turns(monkeypatch: pytest
     assert len(set(seen)) >= NUM_BLOCKS // 10 - 1
     assert (group.num_keys, group.used(None), state.usage_of("nfs_01").size_bytes) == (0, 0, 0)
     assert "i" not in state.instances
+    await state.files.close()
+
+
+async def test_a_removal_goes_on_when_who_asked_for_it_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state_module, "REMOVED_PER_TURN", 10)
+    journal: Any = Journal()
+    state = KvcmState(Changes(journal), time.monotonic, loaded(), open_writes_max=10, probe_s=60.0)
+    asking = asyncio.create_task(state.to_the_end(state.remove_storage("nfs_01")))
+    await asyncio.sleep(0)
+    asking.cancel()
+    await eventually_async(lambda: not state.served(state.instance("i")))
+    assert state.storages == {}
     await state.files.close()
 
 
