@@ -10,7 +10,7 @@ SELECT id, product, infer_choice('What does the customer want? ' || body, ARRAY[
 FROM tickets ORDER BY id;
 
 -- A condition. LIMIT stops asking when enough is found.
-SELECT id, body FROM tickets WHERE infer_bool('Is this about the night? ' || body) ORDER BY id LIMIT 2;
+SELECT id, body FROM tickets WHERE NOT infer_bool('Is this customer content? ' || body) ORDER BY id LIMIT 2;
 
 -- Fields, as JSON of a schema.
 SELECT id, answer ->> 'fault' AS fault, (answer ->> 'urgent')::boolean AS urgent

@@ -192,7 +192,7 @@ class MetaClient:
             if self._link is None:
                 pause_s = ELECTION_PROBE_S if is_election else PROBE_S
                 await asyncio.sleep(max(0.0, began + pause_s - loop.time()))
-        _log.info("meta_server_back", endpoint=self.endpoint)
+        _log.info("meta_server_found", endpoint=self.endpoint)
 
     async def _greet_all(self) -> bool:
         """Take the leader, if one answers; whether any other server answered."""

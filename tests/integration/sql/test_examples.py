@@ -22,8 +22,8 @@ def statements(name: str) -> list[str]:
 async def _answer(call: InferCall) -> str:
     if "@json_schema" in call.options:
         return json.dumps({"fault": "no power", "urgent": False})
-    choices = call.options.get("@choices")
-    return choices[0] if choices else "an answer"
+    choices = call.options.get("@choices", ("an answer",))
+    return "no" if "no" in choices else choices[0]
 
 
 def test_the_tickets_are_answered_row_by_row_of_choices_as_fields_and_all_together(
