@@ -31,6 +31,7 @@ _ALONE = (
     "tests/integration/test_",
     "tests/integration/meta_server/test_chaos.py",
     "tests/vllm/",
+    "tests/debian/",
 )
 """Tests with many processes, of which several at a time would be too much for a machine."""
 

@@ -6,6 +6,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,13 +32,17 @@ class Binaries:
         root = self.directory.parents[2]
         target = place / f"binaries-{_version_text(self.directory)}"
         if not target.exists():
-            scratch = place / f".{target.name}"
-            shutil.rmtree(scratch, ignore_errors=True)
-            for name in _COPY_NAMES:
-                if (root / name).is_dir():
-                    shutil.copytree(root / name, scratch / name, symlinks=True)
-            scratch.chmod(0o755)
-            scratch.rename(target)
+            scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=place))
+            try:
+                for name in _COPY_NAMES:
+                    if (root / name).is_dir():
+                        shutil.copytree(root / name, scratch / name, symlinks=True)
+                scratch.chmod(0o755)
+                scratch.rename(target)
+            except OSError:
+                shutil.rmtree(scratch, ignore_errors=True)
+                if not target.exists():  # else another process was quicker
+                    raise
         return Binaries(target / self.directory.relative_to(root), self.major)
 
 

@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psycopg
@@ -118,6 +119,14 @@ def test_binaries_can_be_copied_to_where_another_account_reaches_them(tmp_path: 
     with EmbeddedPostgres(PostgresSettings(bin=copied.directory), tmp_path / "home", throw_away=True) as cluster:
         assert cluster.is_running()
     assert copied == find_binaries(None).copy_to(tmp_path), "copied once"
+
+
+def test_binaries_may_be_copied_by_several_processes_at_a_time(tmp_path: Path) -> None:
+    binaries = find_binaries(None)
+    with ThreadPoolExecutor(3) as threads:
+        copied = list(threads.map(lambda _: binaries.copy_to(tmp_path), range(3)))
+    assert copied[0] == copied[1] == copied[2]
+    assert [path.name for path in tmp_path.iterdir()] == [copied[0].directory.relative_to(tmp_path).parts[0]]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can take on another account")
