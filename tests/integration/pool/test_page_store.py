@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +20,16 @@ from stratakv.integrations.vllm import options as vllm_options
 from stratakv.keys import KEY_BYTES, BlockKey, Namespace, NamespaceScope
 from stratakv.layout import KVLayout
 from stratakv.pool.dmp_client import ConnectionCache, TransportKind
+from stratakv.pool.errors import PutRefused
 from stratakv.pool.pages import PageMemory
+from stratakv.wire import PUT_ID_BYTES, ListNodes, Nodes
 from tests.integration.pool.daemon import DaemonProcess
 from tests.integration.pool.pages import LAYOUT, NAMESPACE, empty_memory, memory_of, random_layers
 from tests.meta_process import MetaProcess
 from tests.service_process import ServiceProcess
 from tests.support import eventually
 
+CALL_S_MAX = 5.0
 NUMERICS = "dtype=fp16"
 SECRET = "a secret of the pool under test"
 
@@ -92,6 +96,17 @@ def test_a_member_of_a_pool_with_a_secret_moves_pages_over_tcp(
     for link in (ours, stranger):
         link.close()
     meta.kill()
+
+
+def test_a_daemon_that_knows_of_a_later_leader_takes_no_pages_of_an_earlier_grant(link: PoolLink) -> None:
+    daemon = next(node.segment for node in link.call(ListNodes(), Nodes).result(CALL_S_MAX).nodes)
+    connection = link.connections.get(daemon, deadline=time.monotonic() + CALL_S_MAX)
+    later = 1 << 62
+    connection.allocate(
+        os.urandom(PUT_ID_BYTES), 1, 4096, CALL_S_MAX, deadline=time.monotonic() + CALL_S_MAX, term=later
+    )
+    with pytest.raises(PutRefused):
+        store_of(link).put(some_keys(2), filled(2))
 
 
 def test_a_closed_link_fails_calls_at_once(link: PoolLink) -> None:
