@@ -23,7 +23,8 @@ from dbnode.worker_messages import (
     WorkerRequest,
     is_namespace,
 )
-from stratakv.errors import DeadlineExceeded, InvalidRequest, Overloaded, StrataError
+from stratakv.errors import ContextTooLong, DeadlineExceeded, InvalidRequest, ModelNotFound, Overloaded, StrataError
+from stratakv.http_body import BodyTooLarge, BodyTooSlow
 from stratakv.pool.auth import PoolCredentials, RequestSigner
 from stratakv.wire import WorkerLoad
 
@@ -169,8 +170,4 @@ def told(url: str, error: WorkerError, status: int | None) -> StrataError:
     return WorkerRefused(f"{url}: {error.message}")
 
 
-def _subclasses(kind: type[InvalidRequest]) -> list[type[InvalidRequest]]:
-    return [kind, *(sub for child in kind.__subclasses__() for sub in _subclasses(child))]
-
-
-_INVALID = {kind.code: kind for kind in _subclasses(InvalidRequest)}
+_INVALID = {kind.code: kind for kind in (InvalidRequest, ContextTooLong, ModelNotFound, BodyTooLarge, BodyTooSlow)}
