@@ -47,8 +47,10 @@ def debian_server(
     if not programs:
         pytest.skip("no PostgreSQL server of the distribution is installed")
     account = _account()
-    for directory in (home, *home.parents[:2]):  # pytest's directories let nobody but us through
-        directory.chmod(directory.stat().st_mode | 0o011)
+    for directory in (home, *home.parents):  # pytest's directories let nobody but us through
+        mode = directory.stat().st_mode
+        if mode & 0o011 != 0o011:
+            directory.chmod(mode | 0o011)
     data = home / "data"
     data.mkdir(mode=0o700)
     password_file = home / "password"
